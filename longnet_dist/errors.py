@@ -1,0 +1,25 @@
+"""The errors a user, a file or a cluster can cause.
+
+Each message gives the rule, the offending values and the remedy. The entry points under ``launch/`` print it without a
+traceback and exit with status 2; anything else that escapes is a fault of this package.
+"""
+
+
+class LongNetError(Exception):
+    """Base of all errors that the caller can mend."""
+
+
+class ConfigError(LongNetError, ValueError):
+    """A configuration, a dilated pattern or a mesh that cannot work."""
+
+
+class ShapeError(LongNetError, ValueError):
+    """Tensors whose shape, dtype or device do not fit together."""
+
+
+class DataError(LongNetError, ValueError):
+    """A corpus or token file that is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(LongNetError, ValueError):
+    """A checkpoint that is missing, damaged or of another model."""

@@ -1,0 +1,173 @@
+"""Which part of each branch a window of query rows computes, in integers only.
+
+A *window* is the query rows ``[start, stop)`` of a global sequence of ``total_rows`` rows: a whole sequence, a rank's
+slice, a chunk of a stream, or one decoded row. Its *pieces* are all a kernel needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from longnet_dist.errors import ShapeError
+from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """A sequence cut into contiguous slices: every rank holds ``rows_per_rank`` rows, the last what is left.
+
+    Raises:
+        ShapeError: the last rank would hold no row.
+    """
+
+    total_rows: int
+    rows_per_rank: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        last = self.total_rows - (self.num_ranks - 1) * self.rows_per_rank
+        if not 1 <= last <= self.rows_per_rank:
+            raise ShapeError(
+                f"every rank must hold the same number of rows and the last at least 1 and no more than the others, but "
+                f"{self.total_rows} rows over {self.num_ranks} ranks of {self.rows_per_rank} leave {last} for the last; "
+                f"use a longer sequence or fewer sequence ranks"
+            )
+
+    @classmethod
+    def even(cls, total_rows: int, num_ranks: int) -> Shards:
+        """The slices of ``ceil(total_rows / num_ranks)`` rows."""
+        return cls(total_rows, -(-total_rows // num_ranks), num_ranks)
+
+    def window(self, rank: int) -> tuple[int, int]:
+        """Global rows ``[start, stop)`` of ``rank``."""
+        start = rank * self.rows_per_rank
+        return start, min(start + self.rows_per_rank, self.total_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Segment ``index`` of a branch: global rows ``[start, stop)``."""
+
+    branch: int
+    index: int
+    start: int
+    stop: int
+    dilation_rate: int
+
+    @property
+    def compact_rows(self) -> int:
+        """Rows of the compact key buffer: the most that any head keeps."""
+        return kept_rows(self.stop - self.start, 0, self.dilation_rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One kernel call: the query rows ``[query_start, query_stop)`` of consecutive segments of a branch.
+
+    All rows are global. Row ``x`` of the queries stands at ``x - window_start`` in the query buffer. With
+    ``compact`` false, keys stand in a buffer of the same rows as the queries; with ``compact`` true the piece lies in
+    one segment and key ``i`` of a head stands at row ``i`` of that segment's compact buffer.
+
+    In segment ``s`` and for head offset ``o``, query and key ``j`` are both global row ``s·w + o + j·r``; a causal query
+    ``j`` sees the keys ``i <= j``.
+
+    Attributes:
+        key_stop: end (exclusive) of the rows whose keys are given, at most the end of the last segment.
+    """
+
+    branch: int
+    segment_length: int
+    dilation_rate: int
+    first_segment: int
+    num_segments: int
+    window_start: int
+    query_start: int
+    query_stop: int
+    key_stop: int
+    compact: bool
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """``(first_segment, num_segments)`` of stretches of equal segments: the full ones, then a short last one."""
+        full = (self.key_stop - self.first_segment * self.segment_length) // self.segment_length
+        full = min(full, self.num_segments) if not self.compact else 0
+        if full:
+            yield self.first_segment, full
+        if full < self.num_segments:
+            yield self.first_segment + full, self.num_segments - full
+
+    def queries(self, segment: int, offset: int) -> tuple[int, int, int]:
+        """``(first_row, count, first_index)`` of a head's queries in ``segment``: buffer row, number, index ``j``."""
+        start = segment * self.segment_length + offset
+        first = kept_rows(max(self.query_start - start, 0), 0, self.dilation_rate)
+        stop = kept_rows(min(self.query_stop, (segment + 1) * self.segment_length) - start, 0, self.dilation_rate)
+        return start + first * self.dilation_rate - self.window_start, max(0, stop - first), first
+
+    def keys(self, segment: int, offset: int) -> tuple[int, int, int]:
+        """``(first_row, count, step)`` of a head's keys in ``segment``: buffer row, number, rows from one to the next."""
+        start = segment * self.segment_length
+        count = kept_rows(min(self.key_stop, start + self.segment_length) - start, offset, self.dilation_rate)
+        return (0, count, 1) if self.compact else (start + offset - self.window_start, count, self.dilation_rate)
+
+
+@lru_cache(maxsize=512)
+def dense_pieces(
+    pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool
+) -> tuple[Piece, ...]:
+    """The pieces of window ``[start, stop)`` whose keys are all rows of the window itself, at most one a branch.
+
+    These are the segments that lie inside the window; in a causal model also one that starts inside and ends behind it.
+    """
+    pieces = []
+    for number, branch in enumerate(pattern):
+        width = branch.segment_length
+        first = -(-start // width)
+        last = -(-stop // width) if causal or stop == total_rows else stop // width
+        if first < last:
+            rows = (first * width, min(last * width, stop))
+            pieces.append(
+                Piece(number, width, branch.dilation_rate, first, last - first, start, *rows, rows[1], compact=False)
+            )
+    return tuple(pieces)
+
+
+def edge_segments(pattern: DilatedPattern, start: int, stop: int, total_rows: int) -> Iterator[Segment]:
+    """The segments that cross an edge of window ``[start, stop)``, at most two a branch, by branch and index."""
+    for number, branch in enumerate(pattern):
+        width = branch.segment_length
+        for index in sorted({start // width, (stop - 1) // width}):
+            first, last = index * width, min((index + 1) * width, total_rows)
+            if first < start or last > stop:
+                yield Segment(number, index, first, last, branch.dilation_rate)
+
+
+@lru_cache(maxsize=512)
+def shared_segments(
+    pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool
+) -> tuple[Segment, ...]:
+    """The segments for which window ``[start, stop)`` needs keys of other windows, by branch and index.
+
+    In a causal model these began before the window, and end with it, since later keys are never seen.
+    """
+    segments = edge_segments(pattern, start, stop, total_rows)
+    if causal:
+        return tuple(replace(s, stop=min(s.stop, stop)) for s in segments if s.start < start)
+    return tuple(segments)
+
+
+def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: int) -> Piece:
+    """The piece that computes, in window ``[start, stop)``, the queries of a shared segment from its compact keys."""
+    width = pattern.branches[segment.branch].segment_length
+    return Piece(
+        segment.branch,
+        width,
+        segment.dilation_rate,
+        segment.index,
+        1,
+        start,
+        max(start, segment.start),
+        min(stop, (segment.index + 1) * width),
+        segment.stop,
+        compact=True,
+    )

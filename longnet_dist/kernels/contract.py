@@ -1,0 +1,74 @@
+"""The contract of an attention kernel: one piece at a time, on a running result.
+
+Buffers, with the shape legend of the package:
+
+* ``q``, ``dout``, ``dq``: ``(B, n, H, D)``, the rows of the window; ``lse``, ``delta``: ``(B, n, H)``.
+* ``k``, ``v``, ``dk``, ``dv``: ``(B, rows, Hkv, D)``, the window's rows or a segment's compact buffer (``Piece.compact``).
+* All may be strided views; only ``D`` is contiguous.
+* The running ``out`` has the accumulator dtype that the kernel asks for, ``lse`` and ``delta`` are float32 (float64 for
+  float64 inputs), natural logarithm; a row and head without keys so far has ``out = 0`` and ``lse = -inf``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longnet_dist.geometry.window import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is the same for all rows of a piece.
+
+    Attributes:
+        piece: rows, segments and where the keys stand.
+        offsets: offset of each key/value head in this branch.
+        causal: whether a query sees only keys of index up to its own.
+        scale: factor of the scores.
+        deterministic: whether the gradients must be bitwise equal from run to run.
+    """
+
+    piece: Piece
+    offsets: tuple[int, ...]
+    causal: bool
+    scale: float
+    deterministic: bool = False
+
+
+class Kernel(Protocol):
+    """A backend of dilated attention."""
+
+    name: str
+
+    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which the running ``out`` is kept for inputs of ``dtype``."""
+
+    def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which ``dq, dk, dv`` are accumulated for inputs of ``dtype``."""
+
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Add the keys of the piece to the running ``(out, lse)``, in place."""
+
+    def backward(
+        self,
+        call: Call,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Add the piece's part of the gradients to ``dq, dk, dv``, in place, given the *merged* ``out`` and ``lse``.
+
+        ``P_ij = exp(scale·q_i·k_j - lse_i)``, ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - delta)``, ``dQ = scale·dS K``,
+        ``dK = scale·dSᵀ Q`` with ``delta = rowsum(dO ∘ O)``.
+        """
