@@ -171,3 +171,10 @@ def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: i
         segment.stop,
         compact=True,
     )
+
+
+def crosses_shards(pattern: DilatedPattern, shards: Shards) -> bool:
+    """Whether any segment touches more than one rank: the same answer on every rank."""
+    if shards.num_ranks == 1:
+        return False
+    return any(shards.rows_per_rank % branch.segment_length for branch in pattern)

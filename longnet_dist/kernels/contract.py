@@ -20,6 +20,11 @@ from torch import Tensor
 from longnet_dist.geometry.window import Piece
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype for sums over inputs of ``dtype``: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What is the same for all rows of a piece.
