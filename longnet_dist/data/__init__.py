@@ -1,0 +1,1 @@
+"""Raw files to a token file (prepare once), and a token file to the rows that one rank reads (every step)."""

@@ -1,0 +1,27 @@
+"""How the programs under ``launch/`` end: one line for a mistake of the caller, a traceback for one of ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from longnet_dist.errors import LongNetError
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run ``main()`` and exit with status 2 and the bare message if it raises a ``LongNetError``.
+
+    Any other exception is a fault of this package and keeps its traceback. An interrupt (Ctrl-C) exits with 130.
+    """
+    try:
+        main()
+    except LongNetError as error:
+        # One write, so that the messages of several ranks do not run into each other.
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED_STATUS)

@@ -1,0 +1,231 @@
+"""Windows of a token file, and the rows of them that one rank reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longnet_dist.data.shuffle import hashed, permuted
+from longnet_dist.data.token_file import SplitName, TokenFile
+from longnet_dist.errors import ConfigError, DataError
+
+Objective = Literal["causal", "masked"]
+
+IGNORE_INDEX = -100  # the label of a row without a target; torch's cross-entropy leaves it out
+MASKED_SHARE = 0.15  # as in BERT
+
+_Rows = npt.NDArray[np.int64]
+
+
+class Windows:
+    """The windows of a split in order: window ``i`` holds its rows ``[i·N, (i+1)·N)``; the last may be shorter.
+
+    Row ``j`` holds token ``j`` of the split. With objective ``"causal"`` its label is token ``j + 1``, so consecutive
+    windows share the one token that is the last label of the first and the first row of the second, and every token but
+    the first of the split is a label once. With ``"masked"`` a hash of (seed, sample, row) picks 15 % of the rows; they
+    read ``mask_id`` and their label is their token, and all other labels are −100.
+
+    Args:
+        token_file: the open token file.
+        split: ``"train"`` or ``"validation"``.
+        sequence_length: ``N``, rows of a window.
+        vocab_size: of the model; refuses a file with ids beyond it. None trusts the file.
+        objective: ``"causal"`` or ``"masked"``.
+        mask_id: the id that stands for a hidden token; needed by ``"masked"``.
+        seed: of the masks.
+
+    Raises:
+        DataError: an id of the file is outside ``vocab_size``, or the split has not a single labelled row.
+        ConfigError: a length below one, an unknown objective, a missing mask id.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        split: SplitName,
+        sequence_length: int,
+        *,
+        vocab_size: int | None = None,
+        objective: Objective = "causal",
+        mask_id: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if sequence_length < 1:
+            raise ConfigError(f"data.sequence_length must be at least 1, not {sequence_length}")
+        if objective not in ("causal", "masked"):
+            raise ConfigError(f"the objective must be causal or masked, not {objective!r}")
+        if objective == "masked" and mask_id is None:
+            raise ConfigError("the objective masked needs a mask_id; give the one of the model")
+        _refuse_foreign_ids(token_file, vocab_size)
+        self.token_file = token_file
+        self.split = split
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._mask_id = mask_id if objective == "masked" else None
+        self._first, last = token_file.split(split)
+        self.num_rows = last - self._first - 1  # the last token of a split is a label only
+        if self.num_rows < 1:
+            raise DataError(
+                f"the {split} split of {token_file.path} has {last - self._first} tokens and needs at least 2; "
+                "prepare it from more text or with another --validation share"
+            )
+
+    def __len__(self) -> int:
+        """Number of windows, the short last one included."""
+        return -(-self.num_rows // self.sequence_length)
+
+    @property
+    def num_full(self) -> int:
+        """Number of windows with all ``sequence_length`` rows."""
+        return self.num_rows // self.sequence_length
+
+    def rows_of(self, index: int) -> int:
+        """Rows of window ``index``: ``sequence_length``, or fewer in the last."""
+        return min(self.sequence_length, self.num_rows - index * self.sequence_length)
+
+    def batches(self, batch_size: int) -> Iterator[range]:
+        """All windows in order, as ranges of up to ``batch_size`` indices whose windows have equally many rows."""
+        for first in range(0, self.num_full, batch_size):
+            yield range(first, min(first + batch_size, self.num_full))
+        if self.num_full < len(self):
+            yield range(self.num_full, len(self))
+
+    def local(
+        self, indices: Sequence[int], window: tuple[int, int] | None = None, samples: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows ``[start, stop)`` of some windows and their labels, reading only these rows and one token more.
+
+        Args:
+            indices: ``B`` windows.
+            window: ``(start, stop)``, the rows of this rank, None for all; ``start == stop`` gives no rows.
+            samples: the number that seeds the mask of each window, its index unless given.
+
+        Returns:
+            tokens and labels, each (B, n) int64 with n = stop − start.
+        """
+        start, stop = window if window is not None else (0, self.rows_of(indices[0]))
+        if not all(0 <= start <= stop <= self.rows_of(index) for index in indices):
+            raise DataError(
+                f"a rank's rows [{start}, {stop}) must lie in its windows, which have "
+                f"{sorted({self.rows_of(index) for index in indices})} rows"
+            )
+        rows = [
+            self._rows(index, sample, start, stop)
+            for index, sample in zip(indices, samples if samples is not None else indices, strict=True)
+        ]
+        tokens, labels = (np.stack(parts) for parts in zip(*rows, strict=True))
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    def _rows(self, index: int, sample: int, start: int, stop: int) -> tuple[_Rows, _Rows]:
+        origin = self._first + index * self.sequence_length
+        read = self.token_file.tokens[origin + start : origin + stop + 1].astype(np.int64)
+        if self._mask_id is None:
+            return read[:-1], read[1:]
+        hidden = hashed(self.seed, sample, np.arange(start, stop)) < np.uint64(int(MASKED_SHARE * 2**64))
+        targets = read[:-1]
+        return np.where(hidden, self._mask_id, targets), np.where(hidden, targets, IGNORE_INDEX)
+
+
+class Batches:
+    """Shuffled training batches: sample ``k`` is a pure function of (seed, k), so a resumed run needs only its step.
+
+    The samples are the full windows of a split (see ``Windows``). Each epoch passes over all of them in another order.
+    Step ``s`` takes the samples ``[s·batch_size, (s+1)·batch_size)``, whatever the number of ranks.
+
+    Args:
+        token_file, split, sequence_length, seed, vocab_size, objective, mask_id: as for ``Windows``.
+        batch_size: sequences of a step over all ranks.
+
+    Raises:
+        DataError: the split is shorter than one window, or the file does not fit the model.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        split: SplitName,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        vocab_size: int | None = None,
+        objective: Objective = "causal",
+        mask_id: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"train.batch_size must be at least 1, not {batch_size}")
+        self.windows = Windows(
+            token_file, split, sequence_length, vocab_size=vocab_size, objective=objective, mask_id=mask_id, seed=seed
+        )
+        self.batch_size = batch_size
+        self.seed = seed
+        if self.num_samples < 1:
+            raise DataError(
+                f"the {split} split of {token_file.path} has {self.windows.num_rows + 1} tokens, a sample needs "
+                f"sequence_length + 1 = {sequence_length + 1}; use at most data.sequence_length="
+                f"{self.windows.num_rows} or more text"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return self.windows.num_full
+
+    def window_of(self, sample: int) -> int:
+        """The index of the window that sample ``sample`` reads."""
+        epoch, index = divmod(sample, self.num_samples)
+        return permuted(index, self.num_samples, self.seed, epoch)
+
+    def local(
+        self,
+        step: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        window: tuple[int, int] | None = None,
+        micro_batch: int = 0,
+        num_micro_batches: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """What one rank reads for one micro-batch of a step.
+
+        A data rank takes ``batch_size / data_size`` consecutive samples of the step and cuts them into
+        ``num_micro_batches`` equal parts. Only the rows of ``window``, and one token more, are read from the file.
+
+        Args:
+            step: counted from 0.
+            data_rank: in ``[0, data_size)``.
+            data_size: ranks of the data axis.
+            window: ``(start, stop)``, the rows of this sequence rank; None for the whole sequence.
+            micro_batch: in ``[0, num_micro_batches)``.
+            num_micro_batches: parts of the rank's samples.
+
+        Returns:
+            tokens (b, n) int64 and labels (b, n) int64, labels[i] being the target of row i, or −100.
+
+        Raises:
+            ConfigError: ``batch_size`` is not a multiple of ``data_size · num_micro_batches``.
+        """
+        parts = data_size * num_micro_batches
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size must be a multiple of the {data_size} data ranks times {num_micro_batches} "
+                f"micro-batches, but {self.batch_size} is not; use {-(-self.batch_size // parts) * parts}"
+            )
+        size = self.batch_size // parts
+        first = step * self.batch_size + (data_rank * num_micro_batches + micro_batch) * size
+        samples = range(first, first + size)
+        return self.windows.local([self.window_of(sample) for sample in samples], window, samples)
+
+
+def _refuse_foreign_ids(token_file: TokenFile, vocab_size: int | None) -> None:
+    """The header holds the largest id, so that no training step has to look."""
+    if vocab_size is not None and token_file.header.max_id >= vocab_size:
+        raise DataError(
+            f"{token_file.path} holds the token id {token_file.header.max_id}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}; set model.vocab_size={token_file.tokenizer.vocab_size} or prepare the text with a "
+            "smaller tokenizer"
+        )

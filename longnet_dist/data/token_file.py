@@ -1,0 +1,201 @@
+"""The token file: a JSON header and one memory-mapped array of token ids.
+
+Layout, little-endian::
+
+    0    magic          8 bytes
+    8    version        uint32
+    12   header_bytes   uint32: length of the JSON, padded with spaces so that the tokens start on a page
+    16   header_sha256  32 bytes
+    48   JSON           see Header
+    ..   tokens         num_tokens × uint8, uint16 or uint32
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tqdm import tqdm
+
+from longnet_dist.data.tokenizers import Tokenizer, tokenizer_from_json
+from longnet_dist.errors import DataError
+
+MAGIC = b"LONGNET\0"
+VERSION = 1
+PREAMBLE = struct.Struct("<8sII32s")
+PAGE_BYTES = 4096
+READ_BYTES = 1 << 24
+
+SplitName = Literal["train", "validation"]
+Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Split(BaseModel):
+    """Tokens ``[first, last)`` of the file, which stand for ``num_bytes`` bytes of text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    first: Count
+    last: Count
+    num_bytes: Count
+
+
+class Header(BaseModel):
+    """What a token file says of itself.
+
+    A document separator counts as one byte of text, so that bits per byte compares across tokenizers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["uint8", "uint16", "uint32"]
+    num_tokens: Count
+    num_documents: Count
+    num_bytes: Count
+    max_id: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    train: Split
+    validation: Split
+    source: str
+    tokenizer: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _splits_cover_the_file(self) -> Self:
+        edges = (0, self.train.last, self.train.last, self.num_tokens)
+        if (self.train.first, self.train.last, self.validation.first, self.validation.last) != edges:
+            raise ValueError("train and validation must be the two parts of [0, num_tokens)")
+        if self.train.last > self.num_tokens:
+            raise ValueError("train ends behind num_tokens")
+        if self.train.num_bytes + self.validation.num_bytes != self.num_bytes:
+            raise ValueError("the bytes of train and validation must add up to num_bytes")
+        if self.max_id > np.iinfo(self.dtype).max:
+            raise ValueError("max_id does not fit dtype")
+        return self
+
+
+class TokenFile:
+    """A token file opened for reading; make one with ``TokenFile.open``.
+
+    Attributes:
+        path: where it lies.
+        header: its ``Header``.
+        tokens: (num_tokens,) uint8, uint16 or uint32, memory-mapped and read-only.
+    """
+
+    def __init__(self, path: Path, header: Header, offset: int) -> None:
+        self.path = path
+        self.header = header
+        self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(
+            path, dtype=header.dtype, mode="r", offset=offset, shape=(header.num_tokens,)
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> TokenFile:
+        """Map the token file at ``path`` after checking its header and length.
+
+        Args:
+            path: a file that ``launch/prepare_data.py`` wrote.
+            verify: also compare the checksum of all tokens, which reads the whole file.
+
+        Raises:
+            DataError: no such file, another format, a newer version, a damaged header, a wrong length or checksum.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(
+                f"there is no token file {path}; make it with: python launch/prepare_data.py INPUT --output {path}"
+            )
+        try:
+            with path.open("rb") as stream:
+                header, offset = _read_header(path, stream)
+                _check_length(path, header, offset)
+                if verify:
+                    _check_tokens(path, header, stream)
+            return cls(path, header, offset)
+        except OSError as error:
+            raise DataError(f"the token file {path} cannot be read: {error.strerror or error}") from error
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the file."""
+        return tokenizer_from_json(self.header.tokenizer)
+
+    def split(self, name: SplitName) -> tuple[int, int]:
+        """``(first, last)``: the split holds the tokens ``[first, last)``."""
+        split = self._split(name)
+        return split.first, split.last
+
+    def bytes_per_token(self, name: SplitName) -> float:
+        """Bytes of text for a token, the mean over the split: ``bits per byte = loss / ln 2 / bytes_per_token``."""
+        split = self._split(name)
+        if split.first == split.last:
+            raise DataError(f"the {name} split of {self.path} is empty; prepare it with another --validation fraction")
+        return split.num_bytes / (split.last - split.first)
+
+    def _split(self, name: SplitName) -> Split:
+        if name not in ("train", "validation"):
+            raise DataError(f"a token file has the splits train and validation, not {name!r}")
+        return self.header.train if name == "train" else self.header.validation
+
+
+def _read_header(path: Path, stream: BinaryIO) -> tuple[Header, int]:
+    """The header and the offset of the first token, bytes."""
+    again = "prepare it again with launch/prepare_data.py"
+    preamble = stream.read(PREAMBLE.size)
+    if preamble[: len(MAGIC)] != MAGIC[: len(preamble)] or not preamble:
+        raise DataError(
+            f"{path} is not a token file (it begins with {preamble[:8]!r}); turn text into one with: "
+            f"python launch/prepare_data.py {path} --output FILE.tokens"
+        )
+    if len(preamble) < PREAMBLE.size:
+        raise DataError(f"the token file {path} is truncated: it ends after {len(preamble)} bytes; {again}")
+    _, version, header_bytes, digest = PREAMBLE.unpack(preamble)
+    if version > VERSION:
+        raise DataError(
+            f"the token file {path} has format version {version}, this longnet_dist reads up to {VERSION}; "
+            f"update longnet_dist or {again}"
+        )
+    text = stream.read(header_bytes)
+    if len(text) < header_bytes:
+        raise DataError(f"the token file {path} is truncated inside its header; {again}")
+    if hashlib.sha256(text).digest() != digest:
+        raise DataError(f"the header of the token file {path} is damaged (its checksum differs); {again}")
+    try:
+        return Header.model_validate_json(text), PREAMBLE.size + header_bytes
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "JSON"
+        raise DataError(f"the header of the token file {path} is wrong at {place}: {first['msg']}; {again}") from error
+
+
+def _check_length(path: Path, header: Header, offset: int) -> None:
+    if header.num_tokens == 0:
+        raise DataError(f"the token file {path} holds no tokens; prepare it again from some text")
+    expected = offset + header.num_tokens * np.dtype(header.dtype).itemsize
+    actual = path.stat().st_size
+    if actual != expected:
+        fault = "truncated" if actual < expected else "too long"
+        raise DataError(
+            f"the token file {path} is {fault}: its header promises {expected} bytes and it has {actual}; "
+            "copy it again or prepare it again"
+        )
+
+
+def _check_tokens(path: Path, header: Header, stream: BinaryIO) -> None:
+    """Compare the checksum of everything behind the header, where ``stream`` stands."""
+    digest = hashlib.sha256()
+    total = header.num_tokens * np.dtype(header.dtype).itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {path.name}", delay=1, leave=False) as progress:
+        while chunk := stream.read(READ_BYTES):
+            digest.update(chunk)
+            progress.update(len(chunk))
+    if digest.hexdigest() != header.sha256:
+        raise DataError(
+            f"the tokens of {path} are damaged: their SHA-256 is {digest.hexdigest()}, the header promises "
+            f"{header.sha256}; copy it again or prepare it again"
+        )

@@ -1,0 +1,223 @@
+"""Tokenizers: text to ids and back, each able to rebuild itself from the JSON that a token file carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from longnet_dist.errors import DataError
+
+Ids = npt.NDArray[np.integer[Any]]
+
+PIECE_BYTES = 1 << 20
+# How the published vocabularies write "end of document", the first one present is used.
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+INSTALL = "install it with: pip install 'longnet-dist[tokenizers]'"
+
+
+class Tokenizer(Protocol):
+    """What the data layer asks of a tokenizer.
+
+    Attributes:
+        name: how it was named on the command line.
+        vocab_size: every id is below it.
+        document_separator: the id written between two documents, or None if the vocabulary has none.
+        text_only: whether it needs UTF-8; bytes that are not are read as U+FFFD.
+    """
+
+    name: str
+    vocab_size: int
+    document_separator: int | None
+    text_only: bool
+
+    def encode(self, text: bytes) -> Ids:
+        """Ids of ``text``, (num_tokens,); never a special token, whatever the text says."""
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """The text of ``ids``; raises ``DataError`` for an id outside the vocabulary."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All that ``tokenizer_from_json`` needs to rebuild it, without any other file where that is possible."""
+
+
+class ByteTokenizer:
+    """Every byte is its own id. Documents are separated by byte 0, which text never contains."""
+
+    name = "bytes"
+    vocab_size = 256
+    document_separator: int | None = 0
+    text_only = False
+
+    def encode(self, text: bytes) -> Ids:
+        return np.frombuffer(text, dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        return _checked(ids, self.vocab_size, self.name).astype(np.uint8).tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` of the ``tokenizers`` library; its content travels in the token file.
+
+    Args:
+        content: the parsed ``tokenizer.json``. Its truncation and padding are switched off: they would drop text.
+        name: for messages.
+    """
+
+    text_only = True
+
+    def __init__(self, content: dict[str, Any], name: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError as error:
+            raise DataError(f"the tokenizer {name} needs the package tokenizers; {INSTALL}") from error
+        try:
+            self._backend = Backend.from_str(json.dumps(content))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{name} is not a tokenizer.json of Hugging Face tokenizers: {error}") from error
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of a document
+        self._content = content
+        self.name = name
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise DataError(f"the tokenizer {name} has an empty vocabulary; train it first")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.document_separator = next((vocabulary[text] for text in SEPARATORS if text in vocabulary), None)
+
+    def encode(self, text: bytes) -> Ids:
+        encoding = self._backend.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        known = _checked(ids, self.vocab_size, self.name).tolist()
+        text: str = self._backend.decode(known, skip_special_tokens=False)
+        return text.encode("utf-8", errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "huggingface", "name": self.name, "content": self._content}
+
+
+class TiktokenTokenizer:
+    """An encoding of ``tiktoken`` by name, such as ``gpt2`` or ``o200k_base``.
+
+    tiktoken downloads an encoding at its first use, unless ``TIKTOKEN_CACHE_DIR`` names a folder that holds it.
+    """
+
+    text_only = True
+
+    def __init__(self, encoding: str) -> None:
+        self.name = f"tiktoken:{encoding}"
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise DataError(f"the tokenizer {self.name} needs the package tiktoken; {INSTALL}") from error
+        try:
+            self._backend = tiktoken.get_encoding(encoding)
+        except ValueError as error:
+            known = ", ".join(tiktoken.list_encoding_names())
+            raise DataError(f"tiktoken has no encoding {encoding!r}; it has {known}") from error
+        except OSError as error:
+            raise DataError(
+                f"tiktoken could not download the encoding {encoding!r} ({type(error).__name__}); connect once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from error
+        self.vocab_size = self._backend.n_vocab
+        special = self._backend.special_tokens_set
+        self.document_separator = self._backend.eot_token if "<|endoftext|>" in special else None
+
+    def encode(self, text: bytes) -> Ids:
+        return self._backend.encode_to_numpy(text.decode("utf-8", errors="replace"), disallowed_special=())
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        known = _checked(ids, self.vocab_size, self.name).tolist()
+        try:
+            return self._backend.decode_bytes(known)
+        except KeyError as error:
+            raise DataError(f"the tokenizer {self.name} has no token of id {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "tiktoken", "encoding": self._backend.name}
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that ``spec`` names: ``bytes``, ``tiktoken:NAME`` or the path of a ``tokenizer.json``.
+
+    Raises:
+        DataError: an unknown name, an unreadable file, or a package that is not installed.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec.startswith("tiktoken:"):
+        return TiktokenTokenizer(spec.removeprefix("tiktoken:"))
+    path = Path(spec)
+    if not path.is_file():
+        raise DataError(
+            f"a tokenizer is 'bytes', 'tiktoken:NAME' or the path of a tokenizer.json, but there is no file {spec!r}"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{spec} is not a readable tokenizer.json: {error}") from error
+    return HuggingFaceTokenizer(content, path.name)
+
+
+def tokenizer_from_json(fields: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that ``Tokenizer.to_json`` described."""
+    match fields:
+        case {"kind": "bytes"}:
+            return ByteTokenizer()
+        case {"kind": "huggingface", "content": dict(content), "name": str(name)}:
+            return HuggingFaceTokenizer(content, name)
+        case {"kind": "tiktoken", "encoding": str(encoding)}:
+            return TiktokenTokenizer(encoding)
+    raise DataError(
+        f"a tokenizer's kind must be bytes, huggingface or tiktoken, with its fields, not {fields.get('kind')!r} with "
+        f"{sorted(fields)}; prepare the token file again"
+    )
+
+
+def split_at_lines(chunks: Iterable[bytes], limit: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Join the chunks of a document and cut it into pieces of at most ``limit`` bytes, so that it is never held whole.
+
+    A cut falls after the last line end within the limit; in a longer line before the last space, and without one
+    between two UTF-8 characters. A vocabulary of bytes does not notice the cuts; a BPE may merge differently in the few
+    tokens that touch one, once in ``limit`` bytes.
+    """
+    held = b""
+    for chunk in chunks:
+        held += chunk
+        while len(held) > limit:
+            cut = _last_cut(held, limit)
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def _last_cut(held: bytes, limit: int) -> int:
+    if line_end := held.rfind(b"\n", 0, limit) + 1:
+        return line_end
+    if (space := held.rfind(b" ", 1, limit)) > 0:
+        return space
+    # At most three continuation bytes (10xxxxxx) follow the first byte of a UTF-8 character.
+    return next((cut for cut in range(limit, max(limit - 4, 0), -1) if held[cut] & 0xC0 != 0x80), limit)
+
+
+def _checked(ids: Sequence[int] | Ids, vocab_size: int, name: str) -> npt.NDArray[np.int64]:
+    array = np.asarray(ids, dtype=np.int64).reshape(-1)
+    outside = (array < 0) | (array >= vocab_size)
+    if outside.any():
+        raise DataError(
+            f"an id of the tokenizer {name} lies in [0, {vocab_size}), not {array[outside][0]}; "
+            "use the tokenizer that the ids were made with"
+        )
+    return array
