@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.kernels.reference import oracle
+from tests.cases import random_case
+
+BACKENDS = ["reference", "sdpa"]
+
+
+def gradients(out, inputs, dout):
+    return torch.autograd.grad(out, inputs, dout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(200))
+def test_agrees_with_the_oracle(backend, seed):
+    case = random_case(seed)
+    inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    expected, expected_lse = oracle(*inputs, case.pattern, causal=case.causal)
+    out, lse = dilated_attention(*inputs, case.pattern, causal=case.causal, backend=backend, return_lse=True)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-9)
+    for actual, wanted in zip(
+        gradients(out, inputs, case.dout), gradients(expected, inputs, case.dout), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    inputs = [torch.randn(1, 7, heads, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    pattern = DilatedPattern([3, 7], [1, 2])
+    assert torch.autograd.gradcheck(lambda *x: dilated_attention(*x, pattern, backend=backend, scale=0.3), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_no_branch_covers_are_zero_with_zero_gradient(backend):
+    q, k, v = (torch.randn(1, 12, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out, lse = dilated_attention(q, k, v, DilatedPattern([6], [3]), backend=backend, return_lse=True)
+    bare = torch.arange(12) % 3 != 0
+    assert (out[:, bare] == 0).all()
+    assert (lse[:, bare] == -torch.inf).all()
+    assert lse[:, ~bare].isfinite().all()
+    out.sum().backward()
+    for x in (q, k, v):
+        assert (x.grad[:, bare] == 0).all()
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_are_read_in_place(backend):
+    packed = torch.randn(2, 24, 3, 4, 8, dtype=torch.float64)
+    strided = [x.requires_grad_() for x in packed.unbind(2)]
+    whole = [x.detach().clone().contiguous().requires_grad_() for x in strided]
+    pattern = DilatedPattern([8, 24], [1, 3])
+    outs = [dilated_attention(*x, pattern, backend=backend) for x in (strided, whole)]
+    torch.testing.assert_close(outs[0], outs[1])
+    dout = torch.randn_like(outs[0])
+    for a, b in zip(gradients(outs[0], strided, dout), gradients(outs[1], whole, dout), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_keeps_its_dtype_and_stays_near(dtype, backend):
+    case = random_case(3)
+    inputs = [x.to(dtype).requires_grad_() for x in (case.q, case.k, case.v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, lse = dilated_attention(*inputs, case.pattern, causal=case.causal, backend=backend, return_lse=True)
+    expected, _ = oracle(*exact, case.pattern, causal=case.causal)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    tolerance = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    dout = case.dout.to(dtype)
+    pairs = zip(gradients(out, inputs, dout), gradients(expected, exact, dout.double()), strict=True)
+    for actual, wanted in pairs:
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+
+
+def test_deterministic_gradients_are_bitwise_equal():
+    case = random_case(5)
+    results = []
+    for _ in range(2):
+        inputs = [x.float().requires_grad_() for x in (case.q, case.k, case.v)]
+        out = dilated_attention(*inputs, case.pattern, causal=case.causal, deterministic=True)
+        results.append(gradients(out, inputs, case.dout.float()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtypes", "message"),
+    [
+        (((4, 2, 8),) * 3, ("float32",) * 3, "batch, rows, heads, head_dim"),
+        (((1, 0, 2, 8),) * 3, ("float32",) * 3, "empty"),
+        (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), ("float32",) * 3, "divides"),
+        (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), ("float32",) * 3, "batch, rows and head_dim"),
+        (((1, 4, 2, 8),) * 3, ("float32", "float32", "float64"), "one dtype"),
+        (((1, 4, 2, 8),) * 3, ("int64",) * 3, "one dtype"),
+    ],
+)
+def test_bad_inputs_are_refused(shapes, dtypes, message):
+    inputs = [torch.zeros(s, dtype=getattr(torch, d)) for s, d in zip(shapes, dtypes, strict=True)]
+    with pytest.raises(ShapeError, match=message):
+        dilated_attention(*inputs, DilatedPattern([4], [1]))
+
+
+def test_unknown_backend_is_refused():
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ConfigError, match="backend must be one of"):
+        dilated_attention(x, x, x, DilatedPattern([4], [1]), backend="fast")
+
+
+def test_total_rows_must_match_on_one_device():
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ShapeError, match="total_rows is 8"):
+        dilated_attention(x, x, x, DilatedPattern([4], [1]), total_rows=8)
