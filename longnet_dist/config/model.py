@@ -87,7 +87,9 @@ class LongNetConfig(BaseModel):
     def _check(self) -> Self:
         check_heads(self.heads, self.kv_heads or self.heads)
         if self.dim % self.heads:
-            raise ConfigError(f"heads must divide dim, but dim={self.dim} and heads={self.heads}; use dim a multiple of heads")
+            raise ConfigError(
+                f"heads must divide dim, but dim={self.dim} and heads={self.heads}; use dim a multiple of heads"
+            )
         if self.positions != "none" and self.head_dim % 2:
             raise ConfigError(
                 f"positions turn pairs of channels, so dim/heads must be even, but dim={self.dim} and heads={self.heads} "

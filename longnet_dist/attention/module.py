@@ -1,0 +1,116 @@
+"""Dilated attention as a layer: projections, positions, attention, norm, projection."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from longnet_dist.attention.agreement import agree_on_shards
+from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.attention.positions import Positions
+from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.pattern import DilatedPattern, check_heads
+
+
+class DilatedAttention(nn.Module):
+    """Multi-head dilated attention (LongNet, section 2.3), on one device or on a rank's slice of the sequence.
+
+    ``out_proj(norm(dilated_attention(q, k, v)))``. Parameters are named as in torchscale, whose state dicts load.
+
+    Args:
+        dim: model dim ``E``.
+        heads: query heads ``H``; must divide ``dim``.
+        pattern: the branches.
+        kv_heads: key/value heads ``Hkv``, ``heads`` if not given; must divide ``heads``.
+        causal: whether a row sees only itself and earlier rows.
+        qk_norm: RMSNorm of every head's query and key, before the positions.
+        positions: RoPE or xPos on global rows; None for none.
+        group: the sequence-parallel group, its rank order the order of the slices; None for one device.
+        sub_norm: LayerNorm before the last projection (MAGNETO, arXiv 2210.06423).
+        norm_eps: epsilon of the norms.
+        backend: backend of the attention, see :func:`~longnet_dist.dilated_attention`.
+
+    Raises:
+        ConfigError: numbers of heads or a head dim that cannot work.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        pattern: DilatedPattern,
+        *,
+        kv_heads: int | None = None,
+        causal: bool = True,
+        qk_norm: bool = False,
+        positions: Positions | None = None,
+        group: dist.ProcessGroup | None = None,
+        sub_norm: bool = False,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_heads(heads, kv_heads)
+        if dim < 1 or dim % heads:
+            raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; use dim a multiple of heads")
+        self.head_dim = dim // heads
+        if positions is not None and self.head_dim % 2:
+            raise ConfigError(
+                f"positions turn pairs of channels, so dim/heads must be even, but dim={dim} and heads={heads} give "
+                f"{self.head_dim}; use another number of heads, or positions=None"
+            )
+        self.pattern, self.causal, self.positions, self.group, self.backend = pattern, causal, positions, group, backend
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(dim, kv_heads * self.head_dim)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.inner_attn_ln = nn.LayerNorm(dim, eps=norm_eps) if sub_norm else nn.Identity()
+        self.out_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self, gain: float = 1.0) -> None:
+        """Draw the weights: Xavier normal, with ``gain`` for the value and output projections; biases 0."""
+        for layer, factor in ((self.q_proj, 1.0), (self.k_proj, 1.0), (self.v_proj, gain), (self.out_proj, gain)):
+            nn.init.xavier_normal_(layer.weight, factor)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, *, start: int | None = None, total_rows: int | None = None) -> Tensor:
+        """Attend; with a group, all its ranks must call.
+
+        Args:
+            x: ``(B, n, E)``, this rank's rows.
+            start: global row of the first one, if the caller wants it checked: it follows from the group.
+            total_rows: ``N``; if not given, one small collective finds it out.
+
+        Returns:
+            ``(B, n, E)``.
+
+        Raises:
+            ShapeError: shapes, rows or ``start`` that do not fit the group.
+            ConfigError: xPos cannot span the pattern.
+        """
+        q, k, v = (
+            rearrange(project(x), "b n (h d) -> b n h d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        shards, rank = agree_on_shards(q, k, v, self.pattern, self.causal, self.group, total_rows)
+        first_row, _ = shards.window(rank)
+        if start not in (None, first_row):
+            raise ShapeError(f"this rank's rows begin at global row {first_row} of its group, but start is {start}")
+        if self.positions is not None:
+            q, k = self.positions(q, k, self.pattern, first_row, shards.total_rows)
+        out = dilated_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            causal=self.causal,
+            group=self.group,
+            backend=self.backend,
+            total_rows=shards.total_rows,
+        )
+        return self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))

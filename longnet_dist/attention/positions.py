@@ -1,0 +1,120 @@
+r"""Rotary positions (RoPE) and extrapolatable positions (xPos), right at row :math:`2^{30}` and beyond.
+
+Row :math:`n` turns channel pair :math:`i` of queries and keys by :math:`n\theta_i`, :math:`\theta_i = \theta^{-2i/D}`
+(RoPE, arXiv 2104.09864). xPos (arXiv 2212.10554) also scales queries by :math:`\zeta_i^{n/\mathrm{base}}` and keys by
+:math:`\zeta_i^{-n/\mathrm{base}}`, :math:`\zeta_i = (2i/D + 0.4) / 1.4`, so that scores decay with the distance. Only
+differences of rows matter to a score, and neither product survives floating point at large :math:`n`, so
+
+* angles are whole numbers of :math:`2^{-64}` turns: ``n`` times such an integer, in 64-bit arithmetic that wraps, is
+  the angle without its full turns, exact for every ``n``;
+* xPos counts rows from the centre of a *span* that holds every pair of rows that can attend to each other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
+
+import torch
+from torch import Tensor
+
+from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.pattern import DilatedPattern
+
+_TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
+
+
+@dataclass(eq=False)
+class Positions:
+    """Global positions for the queries and keys of one head dim; the layers of a model share one object and its cache.
+
+    Attributes:
+        theta: base of the wavelengths of the rotation, at least 1.
+        xpos_base: rows over which xPos scales by ``ζ``; None for RoPE.
+    """
+
+    theta: float = 10000.0
+    xpos_base: int | None = None
+    _cached: tuple[tuple[object, ...], tuple[Tensor, Tensor, Tensor | None]] | None = field(
+        default=None, init=False, repr=False
+    )
+
+    def __call__(
+        self, q: Tensor, k: Tensor, pattern: DilatedPattern, start: int, total_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Place ``q (B, n, H, D)`` and ``k (B, n, Hkv, D)`` at global rows ``start … start+n-1``; their dtype is kept.
+
+        Args:
+            pattern: the pattern in which they will attend.
+            start: global row of their first row.
+            total_rows: ``N``.
+
+        Raises:
+            ConfigError: ``D`` is odd, or xPos leaves the range of the dtype (see :meth:`check`).
+        """
+        self.check(pattern, total_rows, q.shape[-1], q.dtype)
+        cos, sin, scale = self._tables(q, attending_span(pattern, total_rows), start)
+        if scale is None:
+            return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return _rotate(q, cos * scale, sin * scale), _rotate(k, cos / scale, sin / scale)
+
+    def check(self, pattern: DilatedPattern, total_rows: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Raise ConfigError if these positions cannot serve ``total_rows`` rows of ``head_dim`` channels in ``dtype``.
+
+        xPos scales by at most ``exp(span/2 · ln(3.5) / base)``. Scaled queries meet scaled keys, so this must stay
+        under the square root of the largest number of the dtype: the paper's 32,768 rows at base 512 do in float32 and
+        bfloat16.
+        """
+        if head_dim < 2 or head_dim % 2:
+            raise ConfigError(f"positions turn pairs of channels, but head_dim is {head_dim}; use an even head_dim")
+        if self.xpos_base is None:
+            return
+        span = attending_span(pattern, total_rows)
+        exponent = span / 2 * -math.log(0.4 / 1.4)
+        largest = math.log(torch.finfo(dtype).max) / 2
+        if exponent / self.xpos_base > largest:
+            raise ConfigError(
+                f"xpos with base {self.xpos_base} leaves the range of {dtype} over the {span} rows in which {pattern} "
+                f"lets rows attend; use xpos_base={math.ceil(exponent / largest)} or more, or rope"
+            )
+
+    def _tables(self, like: Tensor, span: int, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos, sin and the scale of queries (keys: its inverse), each ``(n, 1, D/2)``, for the rows of ``like``."""
+        rows, head_dim = like.shape[1], like.shape[-1]
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = (start, rows, span, head_dim, dtype, like.device)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = None  # so that the old tables' memory is free for the new
+            with torch.inference_mode(False):  # the tables of a validation step may serve a training step
+                n = torch.arange(start, start + rows, device=like.device).view(-1, 1, 1)
+                turns = torch.tensor(_turns(self.theta, head_dim), device=like.device)
+                angle = (n * turns).double() * (2 * math.pi / 2**64)
+                scale = None
+                if self.xpos_base is not None:
+                    zeta = (torch.arange(0, head_dim, 2, device=like.device).double() / head_dim + 0.4) / 1.4
+                    scale = zeta.pow((n % span - span / 2) / self.xpos_base).to(dtype)
+                self._cached = key, (angle.cos().to(dtype), angle.sin().to(dtype), scale)
+        return self._cached[1]
+
+
+def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
+    """A ``span`` such that rows which attend to each other lie in one ``[s·span, (s+1)·span)``, at most N.
+
+    Segments of length ``w`` never cross a multiple of a multiple of ``w``.
+    """
+    return min(math.lcm(*pattern.segment_lengths), total_rows)
+
+
+def _turns(theta: float, head_dim: int) -> list[int]:
+    """Angle between neighbouring rows for each pair of channels, in units of 2^-64 turns, rounded once."""
+    with localcontext() as context:
+        context.prec = 40
+        base = Decimal(theta)
+        return [round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2)]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels ``(2i, 2i+1)`` of ``x (B, n, heads, D)``, in the dtype of the tables."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,86 @@
+"""LongNet: a causal language model, or a bidirectional encoder, of blocks with dilated attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longnet_dist.attention.positions import Positions
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.errors import ShapeError
+from longnet_dist.model.block import Block
+from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead
+
+
+class LongNetOutput(NamedTuple):
+    """What :class:`LongNet` returns; the fields are those of this rank's rows.
+
+    Attributes:
+        loss: mean cross-entropy of the labelled rows, nats; None without labels.
+        logits: ``(B, n, V)``; None with labels, because they are never held whole.
+        loss_sum: sum of the cross-entropies, float32 (float64 for float64 models); None without labels.
+        num_labels: number of labelled rows, int64 scalar; None without labels.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    loss_sum: Tensor | None
+    num_labels: Tensor | None
+
+
+class LongNet(nn.Module):
+    """Embedding, blocks, LayerNorm, output projection (LongNet, section 4.1, on MAGNETO).
+
+    The weights depend on the seed of torch's default generator alone, not on the group.
+
+    Args:
+        config: sizes and mathematics.
+        group: the sequence-parallel group, its rank order the order of the slices; None for one device.
+    """
+
+    def __init__(self, config: LongNetConfig, *, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.positions = None
+        if config.positions != "none":
+            self.positions = Positions(config.rope_theta, config.xpos_base if config.positions == "xpos" else None)
+        self.embed_scale = config.dim**0.5
+        self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        self.blocks = nn.ModuleList(Block(config, self.positions, group) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        weight = self.embedding.weight
+        if not config.tie_embeddings:
+            weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+            nn.init.normal_(weight, std=config.dim**-0.5)
+        self.head = LanguageModelHead(weight, config.vocab_size, config.loss_chunk)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, *, start: int | None = None, total_rows: int | None = None
+    ) -> LongNetOutput:
+        """The loss if labels are given, else the logits; with a group, all its ranks must call.
+
+        Args:
+            tokens: ``(B, n)`` int64, this rank's rows; ``config.mask_id`` is an id too.
+            labels: ``(B, n)`` int64, the id that each row has to predict (shifted by the caller), or -100 for none.
+            start: global row of the first one, if the caller wants it checked: it follows from the group.
+            total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
+
+        Raises:
+            ShapeError: shapes, rows or ``start`` that do not fit.
+            ConfigError: xPos cannot span the pattern.
+        """
+        if tokens.dim() != 2 or (labels is not None and labels.shape != tokens.shape):
+            given = "none" if labels is None else tuple(labels.shape)
+            raise ShapeError(f"tokens and labels must both be (batch, rows), but are {tuple(tokens.shape)} and {given}")
+        x = self.embedding(tokens) * self.embed_scale
+        for block in self.blocks:
+            x = block(x, start, total_rows)
+        x = self.norm(x)
+        if labels is None:
+            return LongNetOutput(None, self.head(x), None, None)
+        loss_sum, num_labels = self.head(x, labels), (labels != IGNORE_INDEX).sum()
+        return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
