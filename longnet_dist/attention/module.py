@@ -54,7 +54,7 @@ class DilatedAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         check_heads(heads, kv_heads)
         if dim < 1 or dim % heads:
-            raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; use dim a multiple of heads")
+            raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; make dim a multiple of heads")
         self.head_dim = dim // heads
         if positions is not None and self.head_dim % 2:
             raise ConfigError(
@@ -113,4 +113,5 @@ class DilatedAttention(nn.Module):
             backend=self.backend,
             total_rows=shards.total_rows,
         )
-        return self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
+        result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
+        return result

@@ -31,8 +31,8 @@ class LongNetConfig(BaseModel):
         dilation_rates: ``r`` of each branch.
         head_offsets: ``"modulo"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
         causal: language model (each row sees itself and earlier rows) or bidirectional encoder.
-        positions: ``"xpos"`` (the default of causal models), ``"rope"`` (of bidirectional ones) or ``"none"``. xPos weighs
-            a key down with its distance behind the query, and so would weigh it up ahead of the query: causal only.
+        positions: ``"xpos"`` (the default of causal models), ``"rope"`` (of bidirectional ones) or ``"none"``. xPos
+            weighs a key down with its distance behind the query, so ahead of it it would weigh it up: causal only.
         xpos_base: rows over which xPos decays by its factor; larger is slower.
         rope_theta: base of the wavelengths of the rotation, xPos's too.
         qk_norm: RMSNorm of every head's query and key before the positions.
@@ -88,12 +88,12 @@ class LongNetConfig(BaseModel):
         check_heads(self.heads, self.kv_heads or self.heads)
         if self.dim % self.heads:
             raise ConfigError(
-                f"heads must divide dim, but dim={self.dim} and heads={self.heads}; use dim a multiple of heads"
+                f"heads must divide dim, but dim={self.dim} and heads={self.heads}; make dim a multiple of heads"
             )
         if self.positions != "none" and self.head_dim % 2:
             raise ConfigError(
-                f"positions turn pairs of channels, so dim/heads must be even, but dim={self.dim} and heads={self.heads} "
-                f"give {self.head_dim}; use another number of heads, or positions=none"
+                f"positions turn pairs of channels, so dim/heads must be even, but dim={self.dim} and "
+                f"heads={self.heads} give {self.head_dim}; use another number of heads, or positions=none"
             )
         if self.positions == "xpos" and not self.causal:
             raise ConfigError(

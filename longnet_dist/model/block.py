@@ -16,7 +16,9 @@ from longnet_dist.model.feed_forward import FeedForward
 class Block(nn.Module):
     r"""A MAGNETO block (arXiv 2210.06423, section 2): LayerNorm before and inside both sub-layers.
 
-    .. math:: y = x + W_o\,\mathrm{LN}(\mathrm{attn}(\mathrm{LN}(x))), \qquad z = y + W_2\,\mathrm{LN}(\mathrm{gelu}(W_1 \mathrm{LN}(y)))
+    .. math::
+        y = x + W_o\,\mathrm{LN}(\mathrm{attn}(\mathrm{LN}(x))), \qquad
+        z = y + W_2\,\mathrm{LN}(\mathrm{gelu}(W_1 \mathrm{LN}(y)))
 
     Value, output and feed-forward projections begin with gain :math:`\sqrt{\ln 2M}` for :math:`M` blocks (section 2.2).
     """

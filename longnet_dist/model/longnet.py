@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -52,11 +51,9 @@ class LongNet(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, self.positions, group) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        weight = self.embedding.weight
-        if not config.tie_embeddings:
-            weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-            nn.init.normal_(weight, std=config.dim**-0.5)
-        self.head = LanguageModelHead(weight, config.vocab_size, config.loss_chunk)
+        self.head = LanguageModelHead(config.dim, config.vocab_size, config.loss_chunk)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None = None, *, start: int | None = None, total_rows: int | None = None

@@ -28,7 +28,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) 
     Returns:
         Scalar, float32 or float64.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels, chunk)
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -61,17 +61,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class LanguageModelHead(nn.Module):
     """Output projection without bias; with labels, the sum of the cross-entropies instead of logits.
 
-    Projection and loss are one module because DeepSpeed ZeRO stage 3 gathers a module's parameters around its call only.
+    Projection and loss are one module because ZeRO stage 3 gathers a module's parameters around its call only.
 
     Args:
-        weight: ``(V or more, E)``, rows past ``vocab_size`` are no outputs: the embedding, if tied.
-        vocab_size: ``V``.
+        dim: model dim ``E``.
+        vocab_size: ``V``. Whoever ties ``weight`` to an embedding may give it more rows: these are no outputs.
         chunk: rows of logits that the loss holds at once.
     """
 
-    def __init__(self, weight: nn.Parameter, vocab_size: int, chunk: int) -> None:
+    def __init__(self, dim: int, vocab_size: int, chunk: int) -> None:
         super().__init__()
-        self.weight, self.vocab_size, self.chunk = weight, vocab_size, chunk
+        self.vocab_size, self.chunk = vocab_size, chunk
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
+        nn.init.normal_(self.weight, std=dim**-0.5)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits ``(B, n, V)`` of ``x (B, n, E)``, or, with labels ``(B, n)``, the scalar loss sum."""
