@@ -135,14 +135,16 @@ class TiktokenTokenizer:
         self.document_separator = self._backend.eot_token if "<|endoftext|>" in special else None
 
     def encode(self, text: bytes) -> Ids:
-        return self._backend.encode_to_numpy(text.decode("utf-8", errors="replace"), disallowed_special=())
+        ids: Ids = self._backend.encode_to_numpy(text.decode("utf-8", errors="replace"), disallowed_special=())
+        return ids
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
         known = _checked(ids, self.vocab_size, self.name).tolist()
         try:
-            return self._backend.decode_bytes(known)
+            text: bytes = self._backend.decode_bytes(known)
         except KeyError as error:
             raise DataError(f"the tokenizer {self.name} has no token of id {error}") from error
+        return text
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tiktoken", "encoding": self._backend.name}

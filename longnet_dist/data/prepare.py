@@ -1,0 +1,116 @@
+"""From a corpus to a token file."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from longnet_dist.data.corpus import Corpus, standard_library
+from longnet_dist.data.token_file import Header, TokenFile
+from longnet_dist.data.token_file_writer import TokenFileWriter
+from longnet_dist.data.tokenizers import ByteTokenizer, Tokenizer
+from longnet_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` did; counts of what it left out, and the time it took."""
+
+    path: Path
+    header: Header
+    num_hidden: int
+    num_binary: int
+    num_replaced: int
+    seconds: float
+
+    def summary(self) -> str:
+        """The result in a line, and a second one if anything was left out or replaced."""
+        header = self.header
+        train, validation = (split.last - split.first for split in (header.train, header.validation))
+        rate = header.num_bytes / 1e6 / max(self.seconds, 1e-9)
+        lines = [
+            f"{self.path}: {header.num_documents:,} documents, {header.num_bytes:,} bytes -> {header.num_tokens:,} "
+            f"tokens ({train:,} train, {validation:,} validation), {header.dtype}, {rate:.1f} MB/s"
+        ]
+        losses = {
+            "binary files skipped": self.num_binary,
+            "hidden files and folders skipped": self.num_hidden,
+            "byte sequences that are not UTF-8 read as U+FFFD": self.num_replaced,
+        }
+        if any(losses.values()):
+            lines.append(", ".join(f"{count:,} {what}" for what, count in losses.items() if count))
+        return "\n".join(lines)
+
+
+def prepare(
+    corpus: Corpus,
+    output: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    validation: float = 0.05,
+    overwrite: bool = False,
+    source: str = "",
+) -> Prepared:
+    """Write the token file ``output`` from a corpus, with a progress bar over the bytes on the disk.
+
+    Args:
+        corpus: the documents, see ``find_corpus`` and ``standard_library``.
+        output, tokenizer, validation, overwrite, source: as for ``TokenFileWriter``.
+
+    Raises:
+        DataError: an unreadable input, an output that exists or cannot be written, a corpus without text.
+    """
+    begin = time.perf_counter()
+    if Path(output).resolve() in {path.resolve() for path in corpus.paths}:
+        raise DataError(f"the output {output} is one of the inputs; write to another file")
+    with (
+        TokenFileWriter(output, tokenizer, validation=validation, overwrite=overwrite, source=source) as writer,
+        tqdm(total=corpus.total_bytes, unit="B", unit_scale=True, desc=f"prepare {writer.path.name}") as progress,
+    ):
+        for document in corpus:
+            writer.add_document(_counted(document.chunks, corpus, progress))
+        progress.update(corpus.bytes_read - progress.n)
+        if writer.num_tokens == 0:
+            raise DataError(
+                f"the input holds no text ({len(corpus.paths)} files; {corpus.num_binary} binary and "
+                f"{corpus.num_hidden} hidden ones were skipped); give files of text"
+            )
+    assert writer.header is not None  # leaving the block wrote it
+    return Prepared(
+        path=writer.path,
+        header=writer.header,
+        num_hidden=corpus.num_hidden,
+        num_binary=corpus.num_binary,
+        num_replaced=writer.num_replaced,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def default_token_file(directory: str | Path) -> Path:
+    """The embedded corpus: the source text of the running Python's standard library as bytes, prepared once.
+
+    A file of the same Python in ``directory`` is checked and used again. Only one process may call this (rank 0, with
+    a barrier behind it): several would do the work several times, though the file that remains is whole in any case.
+
+    Raises:
+        DataError: the file is there but damaged, or cannot be written.
+    """
+    source = f"standard library of {platform.python_implementation()} {platform.python_version()}"
+    path = Path(directory) / f"{source.lower().replace(' ', '_')}.tokens"
+    if path.exists():
+        header = TokenFile.open(path, verify=True).header
+        if (header.source, header.tokenizer) == (source, ByteTokenizer().to_json()):
+            return path
+    return prepare(standard_library(), path, ByteTokenizer(), overwrite=True, source=source).path
+
+
+def _counted(chunks: Iterable[bytes], corpus: Corpus, progress: tqdm[NoReturn]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        progress.update(corpus.bytes_read - progress.n)
