@@ -44,7 +44,7 @@ class LongNetConfig(BaseModel):
         ConfigError: an unknown field, a wrong type, or fields that do not fit together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocab_size: PositiveInt = 256
     dim: PositiveInt
