@@ -1,0 +1,134 @@
+"""From a YAML file and ``key=value`` words to a checked :class:`Config`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from longnet_dist.config.schema import Config
+from longnet_dist.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: ``section.key=value`` words, each with a YAML value, which replace the file's.
+
+    Raises:
+        ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value does not fit.
+    """
+    values = read_yaml(path)
+    given: set[str] = set()
+    for word in overrides:
+        key = _override(values, word)
+        if key in given:
+            raise ConfigError(f"every key may be given once, but {key} is given twice on the command line")
+        given.add(key)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Check nested values against the schema.
+
+    Raises:
+        ConfigError: one line for each fault: key, value and rule, for an unknown key the nearest known one.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(error))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader, which makes no objects, and refuse a key given twice.
+
+    Raises:
+        ConfigError: no such file, no valid YAML, or no mapping.
+    """
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a YAML mapping of sections (model, data, train, …), not {values!r}")
+    return values
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a subclass of the safe loader)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, except that a mapping with a key twice is an error and not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                line = node.value[position][0].start_mark.line + 1
+                raise ConfigError(f"the key {key!r} is given twice, the second time in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict[str, Any], word: str) -> str:
+    """Put ``a.b=value`` into nested values; return ``a.b``."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"a setting must read section.key=value, not {word!r}")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is no valid YAML: {error}") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key} cannot be set: {section} is {values!r} and no section")
+    values[last] = value
+    return key
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    """One line for each key at fault."""
+    rules: dict[str, list[str]] = {}
+    for fault in error.errors():
+        key = _known_part(fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, [*Config.model_fields, *known_keys(Config)], n=1, cutoff=0.0)[0]
+            rules[key] = [f"there is no key {key}; the nearest is {near}"]
+        elif fault["type"] == "missing":
+            rules[key] = [f"{key} must be given"]
+        elif "error" in fault.get("ctx", {}):
+            rules[key] = [f"{key}: {fault['ctx']['error']}".removeprefix(": ")]
+        else:
+            rules.setdefault(key, [f"{key}={fault['input']!r}"]).append(fault["msg"].removeprefix("Input "))
+    for first, *others in rules.values():
+        yield f"{first} {', or '.join(others)}".rstrip()
+
+
+def _known_part(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a fault's location, without what pydantic adds for each type that the key may have."""
+    keys = list(accumulate(map(str, location), "{}.{}".format))
+    return next((key for key in keys if key in known_keys(Config)), keys[-1] if keys else "")
+
+
+def known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys below a section."""
+    for name, field in section.model_fields.items():
+        classes = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        nested = next((kind for kind in classes if issubclass(kind, BaseModel)), None)
+        if nested is None:
+            yield prefix + name
+        else:
+            yield from known_keys(nested, f"{prefix}{name}.")

@@ -1,0 +1,182 @@
+"""The keys of a training run: one class a section, every key with its unit and default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+DEEPSPEED_KEYS_OF_OURS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_clipping": "train.clip_norm",
+    "zero_optimization": "deepspeed.zero_stage",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "data_types": "train.precision",
+    "optimizer": "train.learning_rate",
+    "scheduler": "train.warmup_steps",
+    "sequence_parallel_size": "parallel.sequence",
+    "mesh_param": "parallel.sequence",
+}
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and a key that is not in the schema is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What is trained on.
+
+    Attributes:
+        path: a token file of ``launch/prepare_data.py``; if not given, the source text of the Python standard library
+            that runs the training, as bytes.
+        cache_dir: folder in which the token file of the standard library is made once.
+        sequence_length: rows ``N`` of a sample, all sequence ranks together.
+    """
+
+    path: Path | None = None
+    cache_dir: Path = Path("data")
+    sequence_length: PositiveInt = 2048
+
+
+class TrainConfig(Section):
+    """How it is trained; the defaults of the optimizer are LongNet's (section 4.1, appendix A).
+
+    Attributes:
+        output_dir: folder of the run: configuration, metrics, checkpoints, loss curve, sample.
+        steps: optimizer steps of the whole run; the learning rate decays over them.
+        seed: seed of the initial weights and of the order of samples.
+        precision: ``fp32``, ``bf16`` (with fp32 master weights and gradient sums), or ``auto``: bf16 on a GPU, fp32 on a CPU.
+        batch_size: sequences of one step, all data ranks together, so that a run on another mesh sees the same samples.
+        micro_batch_size: sequences that a data rank holds at once; its whole share of the batch if not given.
+        learning_rate: peak of the schedule.
+        warmup_steps: steps of linear warm-up.
+        decay_power: power of the polynomial decay after it; 1 is linear.
+        final_learning_rate: where the decay ends.
+        adam_betas: decay of the two running means of AdamW.
+        adam_eps: epsilon of AdamW.
+        weight_decay: of matrices; norms, biases and embeddings have none.
+        clip_norm: largest norm of the whole gradient; 0 does not clip.
+        validate_every: steps from one validation to the next (and one at the end); 0: never.
+        validation_tokens: tokens of the validation split that one validation reads.
+        checkpoint_every: steps from one checkpoint to the next (and one at the end).
+        keep_last: checkpoints kept; older ones are deleted. 0 keeps all.
+        resume: ``auto`` goes on from the newest checkpoint in ``output_dir`` if there is one, ``never`` refuses a folder
+            that holds a run, anything else is the path of a checkpoint or of a run's folder.
+        sample_prompt: text that the trained model continues into ``sample.txt`` at the end.
+        sample_tokens: tokens of that sample; 0: none.
+    """
+
+    output_dir: Path
+    steps: PositiveInt
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    batch_size: PositiveInt = 4
+    micro_batch_size: PositiveInt | None = None
+    learning_rate: PositiveFloat = 6e-4
+    warmup_steps: int = Field(750, ge=0)
+    decay_power: PositiveFloat = 1.0
+    final_learning_rate: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(2.0, ge=0)
+    validate_every: int = Field(500, ge=0)
+    validation_tokens: PositiveInt = 262144
+    checkpoint_every: PositiveInt = 1000
+    keep_last: int = Field(3, ge=0)
+    resume: str = "auto"
+    sample_prompt: str = "def "
+    sample_tokens: int = Field(200, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"adam_betas must be at least 0 and below 1, not {list(self.adam_betas)}")
+        if self.final_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"the learning rate decays from learning_rate to final_learning_rate, but these are "
+                f"{self.learning_rate} and {self.final_learning_rate}; use a smaller final_learning_rate"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """How the ranks are laid out; the product of both sizes is their number.
+
+    Attributes:
+        sequence: ranks that share a sequence; ``auto``: all that ``data`` leaves.
+        data: groups of ranks with different sequences; ``auto``: what ``sequence`` leaves, or 1 if that is ``auto`` too.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+    """
+
+    sequence: PositiveInt | Literal["auto"] = "auto"
+    data: PositiveInt | Literal["auto"] = "auto"
+    timeout_minutes: PositiveFloat = 30.0
+
+
+class DeepSpeedConfig(Section):
+    """What DeepSpeed shards.
+
+    Attributes:
+        zero_stage: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters, over all ranks.
+        extra: further keys of DeepSpeed's own configuration, as they are.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in self.extra:
+            if key in DEEPSPEED_KEYS_OF_OURS:
+                raise ConfigError(
+                    f"deepspeed.extra.{key} would bypass this configuration; use {DEEPSPEED_KEYS_OF_OURS[key]}"
+                )
+        return self
+
+
+class Config(Section):
+    """A whole training run."""
+
+    model: LongNetConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.precision == "bf16":
+            check_precision("bf16", self.deepspeed.zero_stage)
+        return self
+
+    def precision(self, device_type: str) -> Precision:
+        """The precision on a kind of device, ``"cuda"`` or ``"cpu"``.
+
+        Raises:
+            ConfigError: bf16 with a stage that cannot train in it.
+        """
+        chosen = self.train.precision
+        precision: Precision = ("bf16" if device_type == "cuda" else "fp32") if chosen == "auto" else chosen
+        check_precision(precision, self.deepspeed.zero_stage)
+        return precision
+
+
+def check_precision(precision: Precision, zero_stage: int) -> None:
+    """Refuse bf16 without sharding: DeepSpeed 0.19's optimizer for it takes one step with zero gradients at the start."""
+    if precision == "bf16" and zero_stage == 0:
+        raise ConfigError(
+            "bf16 needs deepspeed.zero_stage 1, 2 or 3 (stage 0 trains inexactly in it); use deepspeed.zero_stage=1 "
+            "or train.precision=fp32"
+        )

@@ -1,0 +1,173 @@
+"""DeepSpeed set up around a model: the only module that knows how DeepSpeed is started and where it keeps things."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longnet_dist.comm.launch_env import LaunchEnvironment
+from longnet_dist.config.deepspeed import deepspeed_config
+from longnet_dist.config.schema import Config, Precision, TrainConfig
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+
+
+def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
+    """Set what DeepSpeed reads from the process around it; call before anything else imports ``deepspeed``.
+
+    On a CPU its choice of accelerator must be made for it, and it would compile a C++ extension for a minute.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        message = rf".?torch\.distributed\.{name}.? is deprecated"
+        warnings.filterwarnings("ignore", message, FutureWarning)
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def build_engine(
+    model: nn.Module, config: Config, precision: Precision, micro_batch_size: int, accumulation: int
+) -> Any:
+    """A ``DeepSpeedEngine`` that trains ``model`` with AdamW. Every rank must call; torch.distributed must be up.
+
+    Args:
+        model: with the same weights on every rank.
+        config: the run.
+        precision: ``bf16`` converts the model's weights and keeps float32 master weights.
+        micro_batch_size: sequences that a data rank holds at once.
+        accumulation: micro-batches of a step.
+    """
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config.train),
+        config=deepspeed_config(config, precision, micro_batch_size, accumulation),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, embeddings and vectors (norms, biases) do not. The schedule sets the learning rate."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        vector = parameter.dim() < 2 or id(parameter) in embeddings
+        (others if vector else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=train.learning_rate,
+        betas=train.adam_betas,
+        eps=train.adam_eps,
+        fused=torch.cuda.is_available(),
+    )
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use ``learning_rate`` in the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def optimizer_step(engine: Any) -> float | None:
+    """Tell DeepSpeed that a micro-batch is done; after the last one of a step it updates the weights.
+
+    Returns:
+        After the last micro-batch the norm of the whole gradient, averaged over ranks and before clipping; else None.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # Without ZeRO DeepSpeed keeps no norm, but every rank holds the averaged gradient until the step.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm)
+
+
+def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) -> Tensor:
+    """The float32 master weight of a parameter, or one of ``OPTIMIZER_STATES``, gathered from its shards.
+
+    Every rank must call, for the same parameters in the same order; optimizer states exist after the first step.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        return parameter.detach() if state is None else engine.optimizer.state[parameter][state]
+    tensor: Tensor = (
+        safe_get_full_fp32_param(parameter)
+        if state is None
+        else safe_get_full_optimizer_state(parameter, state)
+    )
+    return tensor
+
+
+def set_full_tensor(engine: Any, parameter: nn.Parameter, value: Tensor, state: str | None = None) -> None:
+    """The opposite of :func:`full_tensor`: every rank takes its shard from the whole ``value``."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        full_tensor(engine, parameter, state).copy_(value)
+        return
+    if stage == 3:
+        # DeepSpeed 0.19's own cut of a whole value does not know that the last shard may be padded.
+        value = _padded_shard(value, parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+        set_weight, set_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+    else:
+        set_weight, set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if state is None:
+        set_weight(parameter, value)
+    else:
+        set_state(parameter, value, state)
+
+
+def set_optimizer_steps(engine: Any, steps: int) -> None:
+    """Let AdamW's bias correction go on as after ``steps`` steps."""
+    for state in engine.optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def link_optimizer_states(engine: Any) -> None:
+    """Let :func:`full_tensor` find the optimizer states; call after the first step.
+
+    DeepSpeed 0.19 does this itself after stepping the first parameter group, when the second has no state yet.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        for parameters, shard in zip(
+            optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
+        ):
+            lazy_init_hp_params_optimizer_state(parameters, shard, optimizer.state)
+
+
+def _padded_shard(value: Tensor, shard_size: int) -> Tensor:
+    flat = value.flatten()[dist.get_rank() * shard_size :][:shard_size]
+    return nn.functional.pad(flat, (0, shard_size - flat.numel()))

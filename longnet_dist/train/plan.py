@@ -1,0 +1,135 @@
+"""All that can be decided, and refused, before the ranks of a run meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from longnet_dist.comm.mesh import MeshShape
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.config.schema import Config, Precision
+from longnet_dist.data.batches import Batches, Objective, Windows
+from longnet_dist.data.prepare import default_token_file
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.errors import ConfigError, LongNetError
+from longnet_dist.geometry.window import Shards
+from longnet_dist.train.checkpoint import CheckpointState, read_state
+from longnet_dist.train.run_folder import RunFolder, checkpoint_to_resume
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A checked configuration and what follows from it, the same on every rank.
+
+    Attributes:
+        config: as given.
+        precision: for the devices of the run.
+        mesh: ranks along each axis.
+        micro_batch_size: sequences that a data rank holds at once.
+        accumulation: micro-batches of a step.
+        shards: the rows of each sequence rank.
+        folder: of the run.
+        checkpoint: to go on from, None for a new run.
+        state: of that checkpoint.
+    """
+
+    config: Config
+    precision: Precision
+    mesh: MeshShape
+    micro_batch_size: int
+    accumulation: int
+    shards: Shards
+    folder: RunFolder
+    checkpoint: Path | None
+    state: CheckpointState | None
+
+    @classmethod
+    def make(cls, config: Config, world_size: int, device_type: str) -> RunPlan:
+        """Check everything that does not need the other ranks; nothing is written.
+
+        Args:
+            config: the run.
+            world_size: number of ranks.
+            device_type: ``"cuda"`` or ``"cpu"``.
+
+        Raises:
+            ConfigError, ShapeError, DataError, CheckpointError: whatever would make the run fail later.
+        """
+        mesh = MeshShape.of(config.parallel, world_size)
+        micro_batch_size, accumulation = _split_batch(config, mesh)
+        folder = RunFolder(config.train.output_dir)
+        checkpoint = checkpoint_to_resume(folder, config.train.resume)
+        plan = cls(
+            config=config,
+            precision=config.precision(device_type),
+            mesh=mesh,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            shards=Shards.even(config.data.sequence_length, mesh.sequence),
+            folder=folder,
+            checkpoint=checkpoint,
+            state=read_state(checkpoint, config.model) if checkpoint else None,
+        )
+        if config.data.path is not None:
+            token_file = TokenFile.open(config.data.path)
+            plan.training_data(token_file)
+            if config.train.validate_every:
+                plan.validation_data(token_file)
+        return plan
+
+    def open_token_file(self) -> TokenFile:
+        """The token file; that of the default corpus is made by rank 0 if need be. Every rank must call."""
+        if self.config.data.path is not None:
+            return TokenFile.open(self.config.data.path)
+        made: list[Path | LongNetError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                made = [default_token_file(self.config.data.cache_dir)]
+            except LongNetError as error:
+                made = [error]
+        dist.broadcast_object_list(made)
+        if isinstance(made[0], LongNetError):
+            raise made[0]
+        assert made[0] is not None
+        return TokenFile.open(made[0])
+
+    def training_data(self, token_file: TokenFile) -> Batches:
+        """The training split in shuffled batches of the whole world."""
+        config = self.config
+        length, batch_size, seed = config.data.sequence_length, config.train.batch_size, config.train.seed
+        return Batches(token_file, "train", length, batch_size, seed, **objective(config.model))
+
+    def validation_data(self, token_file: TokenFile) -> Windows:
+        """The validation split in windows of the training length."""
+        config = self.config
+        return Windows(token_file, "validation", config.data.sequence_length, **objective(config.model))
+
+    def resolved(self, token_file: TokenFile) -> dict[str, Any]:
+        """The configuration as nested values, with what was ``auto`` or left out filled in."""
+        values = self.config.model_dump(mode="json")
+        values["data"]["path"] = str(token_file.path.resolve())
+        values["train"] |= {"precision": self.precision, "micro_batch_size": self.micro_batch_size}
+        values["parallel"] |= {"data": self.mesh.data, "sequence": self.mesh.sequence}
+        return values
+
+
+def objective(model: LongNetConfig) -> dict[str, Any]:
+    """The arguments of ``Windows`` and ``Batches`` that follow from the model: what it predicts, and its ids."""
+    kind: Objective = "causal" if model.causal else "masked"
+    return {"objective": kind, "mask_id": model.mask_id, "vocab_size": model.vocab_size}
+
+
+def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:
+    """Sequences of a micro-batch, and micro-batches of a step."""
+    batch_size = config.train.batch_size
+    micro_batch_size = config.train.micro_batch_size or max(1, batch_size // mesh.data)
+    if batch_size % (micro_batch_size * mesh.data):
+        raise ConfigError(
+            f"train.batch_size must be a multiple of train.micro_batch_size × data ranks, but it is {batch_size} for "
+            f"micro-batches of {micro_batch_size} on {mesh.data} data ranks; use train.batch_size="
+            f"{-(-batch_size // (micro_batch_size * mesh.data)) * micro_batch_size * mesh.data} or another mesh"
+        )
+    return micro_batch_size, batch_size // (micro_batch_size * mesh.data)
