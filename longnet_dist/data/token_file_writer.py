@@ -27,7 +27,7 @@ class TokenFileWriter:
     """Streams documents into a token file; the file appears under its name only when it is complete.
 
     Use it as a context manager: leaving the block finishes the file, an exception removes what was written. Memory is
-    that of one piece of about 1 MiB and 16 bytes for every piece or document.
+    that of one piece of 256 KiB and 16 bytes for every piece or document.
 
     Args:
         path: the file to make; missing parent folders are made.
@@ -140,8 +140,8 @@ class TokenFileWriter:
     def _boundary(self, target: int) -> tuple[int, int]:
         """The first token of the validation split, near ``target``, and the first byte of its text, exactly.
 
-        Inside a piece the byte is found by decoding. Where that does not give back the bytes that the piece was made of
-        (a tokenizer that normalises), the split falls on the nearer edge of the piece, whose byte is known.
+        Inside a piece the byte is found by decoding. Where that does not give back as many bytes as the piece was made
+        of (a tokenizer that normalises), the split falls on the nearer edge of the piece, whose byte is known.
         """
         tokens, first_bytes = self._edges
         index = bisect_right(tokens, target) - 1

@@ -14,7 +14,7 @@ from longnet_dist.errors import DataError
 
 Ids = npt.NDArray[np.integer[Any]]
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
 # How the published vocabularies write "end of document", the first one present is used.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 INSTALL = "install it with: pip install 'longnet-dist[tokenizers]'"
@@ -94,7 +94,8 @@ class HuggingFaceTokenizer:
         self.document_separator = next((vocabulary[text] for text in SEPARATORS if text in vocabulary), None)
 
     def encode(self, text: bytes) -> Ids:
-        encoding = self._backend.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
+        # The "fast" call leaves out character offsets, which halves the time; it exists for batches only.
+        [encoding] = self._backend.encode_batch_fast([text.decode("utf-8", errors="replace")], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:

@@ -1,0 +1,161 @@
+"""Windows and batches: labels, sharding, order, masks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longnet_dist.data.batches import IGNORE_INDEX, Batches, Windows
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.data.token_file_writer import TokenFileWriter
+from longnet_dist.data.tokenizers import ByteTokenizer
+from longnet_dist.errors import ConfigError, DataError
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
+    """1,000 tokens: 900 for training, 100 for validation."""
+    path = tmp_path_factory.mktemp("data") / "text.tokens"
+    text = np.random.default_rng(0).integers(1, 200, 1000, dtype=np.uint8).tobytes()
+    with TokenFileWriter(path, ByteTokenizer(), validation=0.1) as writer:
+        writer.add_document([text])
+    return TokenFile.open(path)
+
+
+def test_labels_are_the_next_tokens(file: TokenFile) -> None:
+    batches = Batches(file, "train", LENGTH, batch_size=4, seed=1)
+    tokens, labels = batches.local(step=2)
+    assert tokens.shape == labels.shape == (4, LENGTH)
+    assert tokens.dtype == labels.dtype == torch.int64
+    for row, sample in enumerate(range(8, 12)):
+        first = batches.window_of(sample) * LENGTH
+        np.testing.assert_array_equal(tokens[row], file.tokens[first : first + LENGTH])
+        np.testing.assert_array_equal(labels[row], file.tokens[first + 1 : first + LENGTH + 1])
+
+
+def test_an_epoch_passes_over_every_window_once_in_its_own_order(file: TokenFile) -> None:
+    batches = Batches(file, "train", LENGTH, batch_size=1, seed=1)
+    assert batches.num_samples == 899 // LENGTH == 37
+    epochs = [[batches.window_of(epoch * 37 + index) for index in range(37)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(37))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = Batches(file, "train", LENGTH, batch_size=1, seed=2)
+    assert [other.window_of(index) for index in range(37)] != epochs[0]
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_ranks_together_read_what_one_rank_reads(file: TokenFile, objective: str) -> None:
+    batches = Batches(file, "train", LENGTH, 8, seed=3, objective=objective, mask_id=200)  # type: ignore[arg-type]
+    whole = batches.local(5)
+    edges = [0, 7, 7, 20, 24]
+    for part in (0, 1):
+        columns = []
+        for start, stop in pairwise(edges):
+            rows = [
+                torch.stack(batches.local(5, data_rank, 2, (start, stop), micro_batch, 4))
+                for data_rank in range(2)
+                for micro_batch in range(4)
+            ]
+            assert all(piece.shape == (2, 1, stop - start) for piece in rows)
+            columns.append(torch.cat([piece[part] for piece in rows]))
+        torch.testing.assert_close(torch.cat(columns, dim=1), whole[part])
+
+
+def test_only_the_rows_of_the_window_are_read(file: TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[slice] = []
+
+    class Recorder:
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            read.append(rows)
+            return np.zeros(rows.stop - rows.start, dtype=np.uint8)
+
+    batches = Batches(file, "train", LENGTH, 1, seed=0)
+    monkeypatch.setattr(file, "tokens", Recorder())
+    batches.local(0, window=(6, 12))
+    first = batches.window_of(0) * LENGTH
+    assert read == [slice(first + 6, first + 13)]
+
+
+def test_masks(file: TokenFile) -> None:
+    windows = Windows(file, "train", 300, objective="masked", mask_id=256, seed=4)
+    tokens, labels = windows.local([0, 1])
+    hidden = tokens == 256
+    original = torch.from_numpy(file.tokens[:600].astype(np.int64)).reshape(2, 300)
+    assert 0.1 < hidden.float().mean() < 0.2
+    assert torch.equal(labels != IGNORE_INDEX, hidden)
+    assert torch.equal(torch.where(hidden, labels, tokens), original)
+    assert not torch.equal(hidden[0], hidden[1])
+    again = Windows(file, "train", 300, objective="masked", mask_id=256, seed=5).local([0, 1])[0]
+    assert not torch.equal(again, tokens)
+
+
+def test_a_window_is_masked_anew_in_each_epoch(file: TokenFile) -> None:
+    batches = Batches(file, "train", 899, 1, seed=0, objective="masked", mask_id=256)
+    assert batches.num_samples == 1
+    assert not torch.equal(batches.local(0)[0], batches.local(1)[0])
+
+
+@pytest.mark.parametrize("length", [1, 7, 33, 98, 99, 100, 5000])
+def test_windows_in_order_label_every_token_but_the_first(file: TokenFile, length: int) -> None:
+    windows = Windows(file, "validation", length)
+    ranges = list(windows.batches(3))
+    assert [index for indices in ranges for index in indices] == list(range(len(windows)))
+    parts = [windows.local(indices) for indices in ranges]
+    tokens = torch.cat([tokens.flatten() for tokens, _ in parts]).numpy()
+    labels = torch.cat([labels.flatten() for _, labels in parts]).numpy()
+    np.testing.assert_array_equal(tokens, file.tokens[900:999])
+    np.testing.assert_array_equal(labels, file.tokens[901:])
+
+
+def test_short_last_window(file: TokenFile) -> None:
+    windows = Windows(file, "validation", 33 + 7)
+    assert (len(windows), windows.num_full, windows.rows_of(1), windows.rows_of(2)) == (3, 2, 40, 19)
+    assert list(windows.batches(8)) == [range(2), range(2, 3)]
+    tokens, _ = windows.local([2], (12, 19))
+    np.testing.assert_array_equal(tokens[0], file.tokens[992:999])
+    with pytest.raises(DataError, match=r"rows \[12, 20\) .* \[19\] rows"):
+        windows.local([2], (12, 20))
+
+
+def test_vocabulary_too_small(file: TokenFile) -> None:
+    highest = int(file.tokens.max())
+    Batches(file, "train", LENGTH, 1, 0, vocab_size=highest + 1)
+    with pytest.raises(DataError, match=rf"id {highest}, .* ends at {highest - 1}; set model\.vocab_size=256"):
+        Batches(file, "train", LENGTH, 1, 0, vocab_size=highest)
+
+
+def test_split_too_short(file: TokenFile, tmp_path: Path) -> None:
+    Batches(file, "validation", 99, 1, 0)
+    with pytest.raises(DataError, match=r"100 tokens.* = 101; use at most data\.sequence_length=99"):
+        Batches(file, "validation", 100, 1, 0)
+    with TokenFileWriter(tmp_path / "a.tokens", ByteTokenizer(), validation=0) as writer:
+        writer.add_document([b"text"])
+    with pytest.raises(DataError, match=r"validation split of .* has 0 tokens"):
+        Windows(TokenFile.open(tmp_path / "a.tokens"), "validation", 1)
+
+
+def test_batch_that_does_not_divide(file: TokenFile) -> None:
+    batches = Batches(file, "train", LENGTH, 6, 0)
+    with pytest.raises(ConfigError, match=r"multiple of the 2 data ranks times 2 micro-batches, but 6 is not; use 8"):
+        batches.local(0, 0, 2, num_micro_batches=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"objective": "next"}, "causal or masked"),
+        ({"objective": "masked"}, "mask_id"),
+    ],
+)
+def test_impossible_options(file: TokenFile, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Batches(file, "train", **({"sequence_length": LENGTH, "batch_size": 1, "seed": 0} | options))  # type: ignore[arg-type]

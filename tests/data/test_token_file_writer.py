@@ -1,0 +1,179 @@
+"""Writing token files: exact counts, exact bytes of each split, nothing left behind by a failure."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.data.token_file_writer import TokenFileWriter
+from longnet_dist.data.tokenizers import PIECE_BYTES, ByteTokenizer, Ids, Tokenizer, load_tokenizer
+from longnet_dist.errors import DataError
+
+DOCUMENTS = [b"first\n" * 50, "zweites – Stück\n".encode() * 70, b"third"]
+
+
+class WideTokenizer(ByteTokenizer):
+    """Bytes, shifted to the upper end of a large vocabulary."""
+
+    def __init__(self, vocab_size: int, document_separator: int | None) -> None:
+        self.vocab_size = vocab_size
+        self.document_separator = document_separator
+
+    def encode(self, text: bytes) -> Ids:
+        return super().encode(text).astype(np.uint32) + (self.vocab_size - 256)
+
+    def decode(self, ids: object) -> bytes:
+        return super().decode(np.asarray(ids, dtype=np.int64) - (self.vocab_size - 256))
+
+
+def write(path: Path, tokenizer: Tokenizer, documents: list[bytes] = DOCUMENTS, **options: object) -> TokenFile:
+    with TokenFileWriter(path, tokenizer, **options) as writer:  # type: ignore[arg-type]
+        for document in documents:
+            writer.add_document([document[:7], document[7:]])
+    return TokenFile.open(path, verify=True)
+
+
+def test_separators_stand_between_documents(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tokens", ByteTokenizer(), [b"", *DOCUMENTS[:2], b"", DOCUMENTS[2]])
+    assert file.tokens.tobytes() == b"\0".join(DOCUMENTS)
+    assert file.header.num_documents == 3
+    assert file.header.num_bytes == file.header.num_tokens == len(file.tokens)
+
+
+def test_a_vocabulary_without_separator_joins_documents(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tokens", WideTokenizer(256, None))
+    assert file.tokens.tobytes() == b"".join(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
+def test_the_vocabulary_decides_the_type(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    file = write(tmp_path / "a.tokens", WideTokenizer(vocab_size, vocab_size - 1))
+    assert file.header.dtype == file.tokens.dtype.name == dtype
+    assert file.header.max_id == vocab_size - 1
+    first = np.frombuffer(DOCUMENTS[0], dtype=np.uint8).astype(np.int64) + vocab_size - 256
+    np.testing.assert_array_equal(file.tokens[: len(first)], first)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.05, 0.3, 0.999])
+def test_bytes_of_a_split_are_exact(tmp_path: Path, tokenizer_json: Path, validation: float) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    file = write(tmp_path / "a.tokens", tokenizer, validation=validation)
+    separator = tokenizer.document_separator
+    for name in ("train", "validation"):
+        first, last = file.split(name)  # type: ignore[arg-type]
+        ids = file.tokens[first:last]
+        text = tokenizer.decode(ids[ids != separator])
+        text.decode("utf-8")  # no split inside a character
+        num_bytes = len(text) + int((ids == separator).sum())
+        assert getattr(file.header, name).num_bytes == num_bytes
+        if last > first:
+            assert file.bytes_per_token(name) == num_bytes / (last - first)  # type: ignore[arg-type]
+    assert abs(file.split("train")[1] - len(file.tokens) * (1 - validation)) < 9
+
+
+class SpacelessTokenizer(WideTokenizer):
+    """Loses bytes, as tokenizers that normalise do."""
+
+    def __init__(self) -> None:
+        super().__init__(256, 0)
+
+    def encode(self, text: bytes) -> Ids:
+        return super().encode(text.replace(b" ", b""))
+
+
+def test_a_tokenizer_that_loses_bytes_is_split_between_pieces(tmp_path: Path) -> None:
+    documents = [b"a b c d e f g h", b"i j", b"k l m n"]
+    file = write(tmp_path / "a.tokens", SpacelessTokenizer(), documents, validation=0.4)
+    assert file.tokens.tobytes() == b"abcdefgh\0ij\0klmn"
+    # The target is token 10, inside "ij" (tokens 9 and 10), which begins behind 15 + 1 bytes.
+    assert file.header.train.model_dump() == {"first": 0, "last": 9, "num_bytes": 16}
+    assert file.header.num_bytes == 15 + 1 + 3 + 1 + 7
+
+
+def test_undecodable_bytes_are_replaced_and_counted(tmp_path: Path, tokenizer_json: Path) -> None:
+    with TokenFileWriter(tmp_path / "a.tokens", load_tokenizer(str(tokenizer_json))) as writer:
+        writer.add_document(["caf\xe9 \ufffd".encode("latin-1", errors="replace"), b"\xff!"])
+    assert writer.num_replaced == 2
+    file = TokenFile.open(writer.path)
+    assert file.tokenizer.decode(file.tokens) == "caf\ufffd ?\ufffd!".encode()
+
+
+def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.tokens"
+    before = write(path, ByteTokenizer()).tokens.tobytes()
+    with pytest.raises(DataError, match="not overwritten"):
+        TokenFileWriter(path, ByteTokenizer())
+    assert TokenFile.open(path, verify=True).tokens.tobytes() == before
+    assert write(path, ByteTokenizer(), [b"new"], overwrite=True).tokens.tobytes() == b"new"
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.tokens"
+
+    def document() -> Iterator[bytes]:
+        path.write_bytes(b"mine")
+        yield b"text"
+
+    with pytest.raises(DataError, match="not overwritten"), TokenFileWriter(path, ByteTokenizer()) as writer:
+        writer.add_document(document())
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.tokens"
+    before = write(path, ByteTokenizer()).tokens.tobytes()
+
+    def document() -> Iterator[bytes]:
+        yield b"half" * PIECE_BYTES
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), TokenFileWriter(path, ByteTokenizer(), overwrite=True) as writer:
+        writer.add_document(document())
+    assert list(tmp_path.iterdir()) == [path]
+    assert TokenFile.open(path, verify=True).tokens.tobytes() == before
+
+
+def test_a_corpus_without_text_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text"):
+        write(tmp_path / "a.tokens", ByteTokenizer(), [b""])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("validation", [-0.1, 1.0, float("nan")])
+def test_impossible_share(tmp_path: Path, validation: float) -> None:
+    with pytest.raises(DataError, match="validation is a share"):
+        TokenFileWriter(tmp_path / "a.tokens", ByteTokenizer(), validation=validation)
+
+
+def test_unwritable_places(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(DataError, match="cannot be written"),
+        TokenFileWriter(tmp_path / "file" / "a.tokens", ByteTokenizer()),
+    ):
+        pass
+    with pytest.raises(DataError, match="is a folder"):
+        TokenFileWriter(tmp_path, ByteTokenizer())
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A limit on the size of a file stands in for the full disk; it holds for this process alone."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with (
+            pytest.raises(DataError, match=r"a\.tokens cannot be written: File too large"),
+            TokenFileWriter(tmp_path / "a.tokens", ByteTokenizer()) as writer,
+        ):
+            writer.add_document([b"text" * 100_000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
