@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longnet_dist.attention.agreement import agree_on_shards
-from longnet_dist.comm.exchange import Gather, ReduceScatter, compact_buffers, new_gradient
+from longnet_dist.attention.stream import LayerCache
+from longnet_dist.comm.exchange import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.geometry.exchange import ExchangePlan, plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Shards, compact_piece, crosses_shards, dense_pieces
+from longnet_dist.geometry.window import Piece, Shards, compact_piece, crosses_shards, dense_pieces
 from longnet_dist.kernels.choice import choose_kernel
 from longnet_dist.kernels.contract import Call, Kernel, wide_dtype
 
@@ -32,6 +33,7 @@ def dilated_attention(
     return_lse: bool = False,
     deterministic: bool = False,
     total_rows: int | None = None,
+    cache: LayerCache | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Dilated attention (LongNet, section 2.2; across ranks, section 3), exact in output and gradients.
 
@@ -55,6 +57,7 @@ def dilated_attention(
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients bitwise equal from run to run.
         total_rows: ``N``, rows of all ranks together, if the caller vouches for them.
+        cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk.
 
     Returns:
         out ``(B, n, H, D)`` in the dtype of ``q``; with ``return_lse`` also lse ``(B, n, H)``, natural logarithm, float32
@@ -65,7 +68,7 @@ def dilated_attention(
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here.
     """
-    shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows)
+    shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache)
     spec = _Spec(
         pattern,
         shards,
@@ -73,8 +76,9 @@ def dilated_attention(
         causal,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         choose_kernel(backend, q.device, q.dtype),
-        group if crosses_shards(pattern, shards) else None,
+        group if shards.num_ranks > 1 else None,
         deterministic,
+        cache,
     )
     out, lse = _DilatedAttention.apply(q, k, v, spec)
     return (out, lse) if return_lse else out
@@ -82,7 +86,7 @@ def dilated_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """All that is not a tensor; ``group`` is None where no segment crosses ranks."""
+    """All that is not a tensor."""
 
     pattern: DilatedPattern
     shards: Shards
@@ -92,21 +96,34 @@ class _Spec:
     kernel: Kernel
     group: dist.ProcessGroup | None
     deterministic: bool
+    cache: LayerCache | None
 
-    def dense_calls(self, kv_heads: int) -> list[Call]:
-        """The calls whose keys are this rank's own rows."""
-        pieces = dense_pieces(self.pattern, *self.shards.window(self.rank), self.shards.total_rows, self.causal)
-        return [self._call(piece, kv_heads) for piece in pieces]
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.shards.window(self.rank)
 
-    def shared_calls(self, plan: ExchangePlan, kv_heads: int) -> list[Call]:
-        """The calls whose keys were gathered, one for each shared segment of the plan."""
-        window = self.shards.window(self.rank)
-        return [self._call(compact_piece(self.pattern, s, *window), kv_heads) for s in plan.segments]
+    @property
+    def exchanges(self) -> bool:
+        """Whether rows are shared at all, between ranks or chunks."""
+        return needs_exchange(self.pattern, self.shards)
 
     def plan(self, kv_heads: int) -> ExchangePlan:
         return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal)
 
-    def _call(self, piece: Any, kv_heads: int) -> Call:
+    def shared(self) -> tuple[Segment, ...]:
+        """The segments whose keys this window takes from compact buffers."""
+        return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal)
+
+    def dense_calls(self, kv_heads: int) -> list[Call]:
+        """The calls whose keys are the window's own rows."""
+        pieces = dense_pieces(self.pattern, *self.window, self.shards.total_rows, self.causal)
+        return [self._call(piece, kv_heads) for piece in pieces]
+
+    def shared_calls(self, kv_heads: int) -> list[Call]:
+        """The calls of the shared segments, in their order."""
+        return [self._call(compact_piece(self.pattern, s, *self.window), kv_heads) for s in self.shared()]
+
+    def _call(self, piece: Piece, kv_heads: int) -> Call:
         offsets = self.pattern.offsets(self.pattern.branches[piece.branch], kv_heads)
         return Call(piece, offsets, self.causal, self.scale, self.deterministic)
 
@@ -117,20 +134,26 @@ class _DilatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: _Spec) -> tuple[Tensor, Tensor]:
-        kernel, kv_heads = spec.kernel, k.shape[2]
-        gather = Gather(spec.plan(kv_heads), spec.group, k, v) if spec.group else None
+        kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
+        gather = None
+        if exchanges and not (spec.cache and spec.cache.complete):
+            gather = Gather(spec.plan(kv_heads), spec.group, k, v)
         out = q.new_zeros(q.shape, dtype=kernel.accumulator_dtype(q.dtype))
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q.dtype))
         for call in spec.dense_calls(kv_heads):
             kernel.forward(call, q, k, v, out, lse)
-        keys, values = gather.wait() if gather else ([], [])
-        if gather:
-            calls = spec.shared_calls(spec.plan(kv_heads), kv_heads)
-            for call, key, value in zip(calls, keys, values, strict=True):
+        shared: list[Tensor] = []
+        if exchanges:
+            segments = spec.plan(kv_heads).segments
+            rows = spec.cache.rows(segments, k) if spec.cache else CompactBuffers(segments, kv_heads, k, k.dtype)
+            if gather:
+                gather.wait(rows)
+            for call, (key, value) in zip(spec.shared_calls(kv_heads), rows.views(spec.shared()), strict=True):
                 kernel.forward(call, q, key, value, out, lse)
+                shared += [key, value]
         out = out.to(q.dtype)
         ctx.spec = spec
-        ctx.save_for_backward(q, k, v, out, lse, *keys, *values)
+        ctx.save_for_backward(q, k, v, out, lse, *shared)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -138,19 +161,22 @@ class _DilatedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         spec: _Spec = ctx.spec
-        q, k, v, out, lse, *gathered = ctx.saved_tensors
+        q, k, v, out, lse, *shared = ctx.saved_tensors
         kernel, kv_heads = spec.kernel, k.shape[2]
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dq, dk, dv = (torch.zeros(x.shape, dtype=kernel.gradient_dtype(x.dtype), device=x.device) for x in (q, k, v))
         scatter = None
-        if spec.group:
+        if spec.exchanges:
             plan = spec.plan(kv_heads)
-            gradient = new_gradient(plan, k)
-            calls, halves = spec.shared_calls(plan, kv_heads), len(gathered) // 2
-            buffers = zip(gathered[:halves], gathered[halves:], *compact_buffers(plan, gradient, kv_heads), strict=True)
-            for call, (key, value, dkey, dvalue) in zip(calls, buffers, strict=True):
+            gradients = (
+                spec.cache.gradients(plan.segments, k)
+                if spec.cache
+                else CompactBuffers(plan.segments, kv_heads, k, wide_dtype(k.dtype))
+            )
+            buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
+            for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
                 kernel.backward(call, dout, q, key, value, out, lse, delta, dq, dkey, dvalue)
-            scatter = ReduceScatter(plan, spec.group, gradient)
+            scatter = ReduceScatter(plan, spec.group, gradients)
         for call in spec.dense_calls(kv_heads):
             kernel.backward(call, dout, q, k, v, out, lse, delta, dq, dk, dv)
         if scatter:

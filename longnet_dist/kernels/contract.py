@@ -35,6 +35,8 @@ class Call:
         causal: whether a query sees only keys of index up to its own.
         scale: factor of the scores.
         deterministic: whether the gradients must be bitwise equal from run to run.
+        fresh: whether the running result and the gradients were never written and the piece covers all of them, so that
+            the kernel writes where it would add. Only for kernels with ``starts_fresh``.
     """
 
     piece: Piece
@@ -42,21 +44,31 @@ class Call:
     causal: bool
     scale: float
     deterministic: bool = False
+    fresh: bool = False
 
 
 class Kernel(Protocol):
-    """A backend of dilated attention."""
+    """A backend of dilated attention.
+
+    Attributes:
+        name: as ``backend`` of ``dilated_attention``.
+        starts_fresh: whether the first call may find buffers that were never written (``Call.fresh``).
+    """
 
     name: str
+    starts_fresh: bool
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which the running ``out`` is kept for inputs of ``dtype``."""
 
-    def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype in which ``dq, dk, dv`` are accumulated for inputs of ``dtype``."""
+    def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes in which ``dq``, and ``dk`` and ``dv``, are summed for inputs of ``dtype``; ``dk, dv`` may come wider."""
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
+
+    def start_backward(self, dout: Tensor, out: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+        """``delta = rowsum(dO ∘ O)`` of the merged ``out``; clears ``dq``, unless ``fresh`` says that a call will write it."""
 
     def backward(
         self,
@@ -77,3 +89,19 @@ class Kernel(Protocol):
         ``P_ij = exp(scale·q_i·k_j - lse_i)``, ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - delta)``, ``dQ = scale·dS K``,
         ``dK = scale·dSᵀ Q`` with ``delta = rowsum(dO ∘ O)``.
         """
+
+
+class WideSums:
+    """The part of the contract that is plain tensor algebra: all sums in float32 or wider, buffers cleared beforehand."""
+
+    starts_fresh = False
+
+    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return wide_dtype(dtype)
+
+    def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        return wide_dtype(dtype), wide_dtype(dtype)
+
+    def start_backward(self, dout: Tensor, out: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+        dq.zero_()
+        return (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)

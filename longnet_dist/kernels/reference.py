@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.contract import Call, wide_dtype
+from longnet_dist.kernels.contract import Call, WideSums, wide_dtype
 
 
 def oracle(
@@ -58,16 +58,10 @@ def attended_counts(pattern: DilatedPattern, rows: int, kv_heads: int, causal: b
     return count.tril() if causal else count
 
 
-class ReferenceKernel:
+class ReferenceKernel(WideSums):
     """The contract, one (segment, head) after the other, with whole score matrices."""
 
     name = "reference"
-
-    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return wide_dtype(dtype)
-
-    def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return wide_dtype(dtype)
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         for queries, keys, hidden in _blocks(call, q.shape[2]):

@@ -7,23 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.kernels.contract import Call, wide_dtype
+from longnet_dist.kernels.contract import Call, WideSums
 from longnet_dist.kernels.views import View, views
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-class SdpaKernel:
+class SdpaKernel(WideSums):
     """Each view is one call of torch's flash attention for CPUs; its backward takes the merged output and LSE."""
 
     name = "sdpa"
-
-    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return wide_dtype(dtype)
-
-    def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return wide_dtype(dtype)
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         for view in views(call):
