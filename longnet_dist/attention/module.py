@@ -82,7 +82,8 @@ class DilatedAttention(nn.Module):
 
         Args:
             x: ``(B, n, E)``, this rank's rows.
-            start: global row of the first one, if the caller wants it checked: it follows from the group.
+            start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
+                the group.
             total_rows: ``N``; if not given, one small collective finds it out.
 
         Returns:

@@ -63,7 +63,8 @@ class LongNet(nn.Module):
         Args:
             tokens: ``(B, n)`` int64, this rank's rows; ``config.mask_id`` is an id too.
             labels: ``(B, n)`` int64, the id that each row has to predict (shifted by the caller), or -100 for none.
-            start: global row of the first one, if the caller wants it checked: it follows from the group.
+            start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
+                the group.
             total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
 
         Raises:

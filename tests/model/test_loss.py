@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead, linear_cross_entropy
+
+
+def problem(dtype, rows=37, vocab=11, dim=8):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, dim, generator=generator).to(dtype).requires_grad_() for n in (rows, vocab))
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    labels[::5] = IGNORE_INDEX
+    return x, weight, labels
+
+
+def dense(x, weight, labels):
+    return F.cross_entropy(x @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_loss_and_gradients_are_the_dense_ones_for_every_chunk(chunk, dtype, tolerance):
+    x, weight, labels = problem(dtype)
+    expected, loss = dense(x, weight, labels), linear_cross_entropy(x, weight, labels, chunk)
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    wanted = torch.autograd.grad(expected / 7, (x, weight))
+    for actual, exact in zip(torch.autograd.grad(loss / 7, (x, weight)), wanted, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance)
+
+
+def test_many_bf16_chunks_lose_no_precision():
+    """Summed in bf16, the gradient of the weight would stop growing after some hundred chunks."""
+    x, weight, labels = problem(torch.bfloat16, rows=2000)
+    exact = torch.autograd.grad(dense(x.double(), weight.double(), labels), (x, weight))
+    loss = linear_cross_entropy(x, weight, labels, 2)
+    assert loss.dtype == torch.float32
+    for actual, wanted in zip(torch.autograd.grad(loss, (x, weight)), exact, strict=True):
+        assert (actual - wanted).norm() < 5e-3 * wanted.norm()
+
+
+def test_rows_without_label_count_nothing():
+    x, weight, labels = problem(torch.float64)
+    loss = linear_cross_entropy(x, weight, torch.full_like(labels, IGNORE_INDEX), 10)
+    assert loss.item() == 0
+    assert [g.abs().max().item() for g in torch.autograd.grad(loss, (x, weight))] == [0, 0]
+
+
+def test_logits_never_exist_whole():
+    """The largest tensor that forward and backward make has ``chunk`` rows of logits."""
+    x, weight, labels = problem(torch.float32, rows=640, vocab=1000)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(x, weight, labels, 16).backward()
+    assert largest == 16 * 1000
+
+
+def test_head_gives_logits_or_the_loss_sum_of_the_first_rows_of_a_tied_weight():
+    torch.manual_seed(0)
+    head = LanguageModelHead(8, 11, chunk=4)
+    head.weight = torch.nn.Parameter(torch.randn(12, 8))
+    x, labels = torch.randn(2, 5, 8), torch.randint(11, (2, 5))
+    logits = head(x)
+    assert logits.shape == (2, 5, 11)
+    torch.testing.assert_close(
+        head(x, labels), F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    )
