@@ -176,10 +176,10 @@ class Batches:
         """Samples of an epoch."""
         return self.windows.num_full
 
-    def window_of(self, sample: int) -> int:
-        """The index of the window that sample ``sample`` reads."""
-        epoch, index = divmod(sample, self.num_samples)
-        return permuted(index, self.num_samples, self.seed, epoch)
+    def windows_of(self, samples: Sequence[int]) -> list[int]:
+        """The index of the window that each of some samples reads."""
+        epochs, indices = np.divmod(np.asarray(samples, dtype=np.int64), self.num_samples)
+        return list(map(int, permuted(indices, self.num_samples, self.seed, epochs)))
 
     def local(
         self,
@@ -218,7 +218,7 @@ class Batches:
         size = self.batch_size // parts
         first = step * self.batch_size + (data_rank * num_micro_batches + micro_batch) * size
         samples = range(first, first + size)
-        return self.windows.local([self.window_of(sample) for sample in samples], window, samples)
+        return self.windows.local(self.windows_of(samples), window, samples)
 
 
 def _refuse_foreign_ids(token_file: TokenFile, vocab_size: int | None) -> None:

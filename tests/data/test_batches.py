@@ -33,8 +33,8 @@ def test_labels_are_the_next_tokens(file: TokenFile) -> None:
     tokens, labels = batches.local(step=2)
     assert tokens.shape == labels.shape == (4, LENGTH)
     assert tokens.dtype == labels.dtype == torch.int64
-    for row, sample in enumerate(range(8, 12)):
-        first = batches.window_of(sample) * LENGTH
+    for row, index in enumerate(batches.windows_of(range(8, 12))):
+        first = index * LENGTH
         np.testing.assert_array_equal(tokens[row], file.tokens[first : first + LENGTH])
         np.testing.assert_array_equal(labels[row], file.tokens[first + 1 : first + LENGTH + 1])
 
@@ -42,12 +42,12 @@ def test_labels_are_the_next_tokens(file: TokenFile) -> None:
 def test_an_epoch_passes_over_every_window_once_in_its_own_order(file: TokenFile) -> None:
     batches = Batches(file, "train", LENGTH, batch_size=1, seed=1)
     assert batches.num_samples == 899 // LENGTH == 37
-    epochs = [[batches.window_of(epoch * 37 + index) for index in range(37)] for epoch in range(3)]
+    epochs = np.reshape(batches.windows_of(range(3 * 37)), (3, 37)).tolist()
     for epoch in epochs:
         assert sorted(epoch) == list(range(37))
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     other = Batches(file, "train", LENGTH, batch_size=1, seed=2)
-    assert [other.window_of(index) for index in range(37)] != epochs[0]
+    assert other.windows_of(range(37)) != epochs[0]
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
@@ -79,7 +79,7 @@ def test_only_the_rows_of_the_window_are_read(file: TokenFile, monkeypatch: pyte
     batches = Batches(file, "train", LENGTH, 1, seed=0)
     monkeypatch.setattr(file, "tokens", Recorder())
     batches.local(0, window=(6, 12))
-    first = batches.window_of(0) * LENGTH
+    first = batches.windows_of([0])[0] * LENGTH
     assert read == [slice(first + 6, first + 13)]
 
 
