@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import uuid
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -74,11 +74,10 @@ class TokenFileWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # In the same folder, so that the last rename is atomic; hidden, so that no corpus walk picks it up.
-            descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+            self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
+            self._stream = self._partial.open("x+b")
         except OSError as error:
             raise self._unwritable(error) from error
-        self._partial = Path(name)
-        self._stream = cast(BinaryIO, os.fdopen(descriptor, "w+b"))
         self._stream.seek(self._offset)
         return self
 
@@ -132,9 +131,6 @@ class TokenFileWriter:
         self._stream.write(PREAMBLE.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        self._partial.chmod(0o666 & ~umask)  # mkstemp made it private
         os.replace(self._partial, self.path)
 
     def _boundary(self, target: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,3 +178,16 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    chunk = b"a line of text that goes on for a while\n" * 25_000
+    tracemalloc.start()
+    try:
+        with TokenFileWriter(tmp_path / "a.tokens", ByteTokenizer()) as writer:
+            writer.add_document(chunk for _ in range(40))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert writer.num_bytes == 40_000_000
+    assert peak_bytes < 8_000_000
