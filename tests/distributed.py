@@ -28,7 +28,9 @@ def _run(
     rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...], timeout_seconds: float
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     dist.init_process_group(
         "gloo", f"file://{folder}/store", timedelta(seconds=timeout_seconds), rank=rank, world_size=world_size
     )

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards
@@ -17,16 +18,18 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ShapeError unless q is ``(B, n, H, D)`` and k, v are ``(B, n, Hkv, D)`` with ``H % Hkv == 0``."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.dim() != 4 for x in (q, k, v)):
-        raise ShapeError(f"q, k, v must be (batch, rows, heads, head_dim), but are {shapes}; add the missing dimensions")
+        raise ShapeError(f"q, k, v must be (batch, rows, heads, head_dim), but are {shapes}; reshape them")
     if min(q.numel(), k.numel()) == 0:
         raise ShapeError(f"q, k, v must not be empty, but are {shapes}; every rank needs at least one row")
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ShapeError(
-            f"k and v must have the batch, rows and head_dim of q, and a number of heads that divides q's, but are {shapes}"
+            f"k and v must have the batch, rows and head_dim of q, and a number of heads that divides q's, "
+            f"but are {shapes}"
         )
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in _DTYPES:
         raise ShapeError(
-            f"q, k, v must share one dtype of float64, float32, bfloat16, float16, but are {q.dtype}, {k.dtype}, {v.dtype}"
+            f"q, k, v must share one dtype of float64, float32, bfloat16, float16, "
+            f"but are {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if len({x.device for x in (q, k, v)}) > 1:
         raise ShapeError(f"q, k, v must be on one device, but are on {q.device}, {k.device}, {v.device}; move them")
@@ -40,12 +43,15 @@ def agree_on_shards(
     causal: bool,
     group: dist.ProcessGroup | None,
     total_rows: int | None,
+    cache: LayerCache | None = None,
 ) -> tuple[Shards, int]:
     """The slices of the sequence and this rank's number; checks the inputs.
 
     With a group and no ``total_rows``, one all-gather of a few integers lets every rank see what the others were given,
     so that a fault on one rank is raised on all.
     """
+    if cache is not None:
+        return _chunk_of(cache, q, k, v, pattern, causal)
     if group is None or dist.get_world_size(group) == 1:
         check_inputs(q, k, v)
         _check_total(total_rows, q.shape[1])
@@ -61,6 +67,23 @@ def agree_on_shards(
     if stop - start != rows:
         raise ShapeError(f"rank {rank} of {ranks} must hold {stop - start} of {total_rows} rows, but holds {rows}")
     return shards, rank
+
+
+def _chunk_of(
+    cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, causal: bool
+) -> tuple[Shards, int]:
+    """The present chunk of a stream, whose rows every rank knows."""
+    check_inputs(q, k, v)
+    stream = cache.stream
+    if stream.shards is None or not causal or pattern != stream.pattern:
+        raise ShapeError(
+            f"a stream needs a causal model, its own pattern and a present chunk, but causal is {causal}, the pattern "
+            f"is {pattern} (the stream's: {stream.pattern}) and the chunk is {stream.shards}; enter a chunk first"
+        )
+    start, stop = stream.shards.window(stream.rank)
+    if q.shape[1] != stop - start:
+        raise ShapeError(f"the present chunk of the stream has {stop - start} rows on this rank, but {q.shape[1]} came")
+    return stream.shards, stream.rank
 
 
 def _check_total(total_rows: int | None, rows: int) -> None:

@@ -15,7 +15,15 @@ from longnet_dist.attention.stream import LayerCache
 from longnet_dist.comm.exchange import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.geometry.exchange import ExchangePlan, plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Piece, Shards, compact_piece, crosses_shards, dense_pieces
+from longnet_dist.geometry.window import (
+    Piece,
+    Segment,
+    Shards,
+    compact_piece,
+    dense_pieces,
+    needs_exchange,
+    shared_segments,
+)
 from longnet_dist.kernels.choice import choose_kernel
 from longnet_dist.kernels.contract import Call, Kernel, wide_dtype
 
@@ -60,9 +68,9 @@ def dilated_attention(
         cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk.
 
     Returns:
-        out ``(B, n, H, D)`` in the dtype of ``q``; with ``return_lse`` also lse ``(B, n, H)``, natural logarithm, float32
-        (float64 for float64 inputs), without gradient. A (row, head) that no branch covers has output 0, lse ``-inf``
-        and gradient 0.
+        out ``(B, n, H, D)`` in the dtype of ``q``; with ``return_lse`` also lse ``(B, n, H)``, natural logarithm,
+        float32 (float64 for float64 inputs), without gradient. A (row, head) that no branch covers has output 0,
+        lse ``-inf`` and gradient 0.
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
@@ -115,9 +123,16 @@ class _Spec:
         return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal)
 
     def dense_calls(self, kv_heads: int) -> list[Call]:
-        """The calls whose keys are the window's own rows."""
+        """The calls whose keys are the window's own rows, one that covers every row and head (r = 1) first."""
         pieces = dense_pieces(self.pattern, *self.window, self.shards.total_rows, self.causal)
-        return [self._call(piece, kv_heads) for piece in pieces]
+        return [self._call(piece, kv_heads) for piece in sorted(pieces, key=lambda piece: not self._covers_all(piece))]
+
+    def may_start_fresh(self, calls: list[Call]) -> bool:
+        """Whether the first call can write buffers that were never written, where later ones add."""
+        return self.kernel.starts_fresh and bool(calls) and self._covers_all(calls[0].piece)
+
+    def _covers_all(self, piece: Piece) -> bool:
+        return piece.dilation_rate == 1 and (piece.query_start, piece.query_stop) == self.window
 
     def shared_calls(self, kv_heads: int) -> list[Call]:
         """The calls of the shared segments, in their order."""
@@ -138,9 +153,15 @@ class _DilatedAttention(torch.autograd.Function):
         gather = None
         if exchanges and not (spec.cache and spec.cache.complete):
             gather = Gather(spec.plan(kv_heads), spec.group, k, v)
-        out = q.new_zeros(q.shape, dtype=kernel.accumulator_dtype(q.dtype))
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q.dtype))
-        for call in spec.dense_calls(kv_heads):
+        calls = spec.dense_calls(kv_heads)
+        out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=wide_dtype(q.dtype), device=q.device)
+        if spec.may_start_fresh(calls):
+            calls[0] = replace(calls[0], fresh=True)
+        else:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        for call in calls:
             kernel.forward(call, q, k, v, out, lse)
         shared: list[Tensor] = []
         if exchanges:
@@ -162,11 +183,21 @@ class _DilatedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         spec: _Spec = ctx.spec
         q, k, v, out, lse, *shared = ctx.saved_tensors
-        kernel, kv_heads = spec.kernel, k.shape[2]
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=kernel.gradient_dtype(x.dtype), device=x.device) for x in (q, k, v))
+        kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
+        calls = spec.dense_calls(kv_heads)
+        fresh = spec.may_start_fresh(calls) and not exchanges  # shared pieces come first, and cover only some rows
+        query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
+        dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
+        key_dtype = wide_dtype(k.dtype) if exchanges else key_dtype
+        dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
+        delta = kernel.start_backward(dout, out, dq, fresh)
+        if fresh:
+            calls[0] = replace(calls[0], fresh=True)
+        else:
+            dk.zero_()
+            dv.zero_()
         scatter = None
-        if spec.exchanges:
+        if exchanges:
             plan = spec.plan(kv_heads)
             gradients = (
                 spec.cache.gradients(plan.segments, k)
@@ -177,7 +208,7 @@ class _DilatedAttention(torch.autograd.Function):
             for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
                 kernel.backward(call, dout, q, key, value, out, lse, delta, dq, dkey, dvalue)
             scatter = ReduceScatter(plan, spec.group, gradients)
-        for call in spec.dense_calls(kv_heads):
+        for call in calls:
             kernel.backward(call, dout, q, k, v, out, lse, delta, dq, dk, dv)
         if scatter:
             scatter.add_to(dk, dv)

@@ -1,7 +1,7 @@
-"""The sparse exchange of keys and values between the ranks of a sequence group.
+"""The sparse rows of segments that are shared between ranks, or between the chunks of a stream, and their transfer.
 
-Three layers: a plan of integers (``geometry.exchange``), the asynchronous transfers here, and the autograd Function that
-uses them (``attention.functional``). See ARCHITECTURE.md, "The exchange".
+Three layers: a plan of integers (``geometry.exchange``), the buffers and asynchronous transfers here, and the autograd
+Function that uses them (``attention.functional``). See ARCHITECTURE.md, "The exchange".
 """
 
 from __future__ import annotations
@@ -13,79 +13,117 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_dist.geometry.exchange import ExchangePlan
-from longnet_dist.kernels.contract import wide_dtype
+from longnet_dist.geometry.window import Segment
+
+
+class CompactBuffers:
+    """The compact buffers of some segments, side by side in one tensor ``(slots, B, 2D)``, keys then values.
+
+    Slot ``i·Hkv + h`` of a segment's buffer is row ``i`` of head ``h``. Slots that no record has reached are 0.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...], kv_heads: int, like: Tensor, dtype: torch.dtype) -> None:
+        """Room for ``segments``, on the device of ``like`` ``(B, rows, Hkv, D)``."""
+        self._kv_heads = kv_heads
+        self._rooms: dict[tuple[int, int], slice] = {}
+        self.records = like.new_zeros(0, like.shape[0], 2 * like.shape[3], dtype=dtype)
+        self.hold(segments)
+
+    def hold(self, segments: tuple[Segment, ...]) -> None:
+        """Make room for just these segments; those already here keep their records."""
+        rooms, size = {}, 0
+        for segment in segments:
+            first, size = size, size + segment.compact_rows * self._kv_heads
+            rooms[segment.branch, segment.index] = slice(first, size)
+        if rooms == self._rooms:
+            return
+        old, old_rooms = self.records, self._rooms
+        self.records, self._rooms = old.new_zeros(size, *old.shape[1:]), rooms
+        for key in rooms.keys() & old_rooms.keys():
+            kept = old[old_rooms[key]]
+            self.records[rooms[key]][: len(kept)] = kept[: rooms[key].stop - rooms[key].start]
+
+    def slots(self, plan: ExchangePlan) -> Tensor:
+        """Slot in ``records`` of every record that the plan receives: ``(records,)`` int64."""
+        firsts = [self._rooms[segment.branch, segment.index].start for segment in plan.segments]
+        numbers, slots = _arrivals(plan, self.records.device)
+        return torch.tensor(firsts, dtype=torch.int64, device=slots.device)[numbers] + slots
+
+    def views(self, segments: tuple[Segment, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values ``(B, M, Hkv, D)`` of each segment, up to its ``stop``."""
+        views = []
+        for segment in segments:
+            first, rows = self._rooms[segment.branch, segment.index].start, segment.compact_rows
+            part = self.records[first : first + rows * self._kv_heads].unflatten(0, (rows, self._kv_heads))
+            key, value = part.permute(2, 0, 1, 3).chunk(2, dim=-1)
+            views.append((key, value))
+        return views
 
 
 class Gather:
     """Keys and values on their way to the ranks that need them; every rank of ``group`` must start one.
 
-    Rank ``p`` receives ``Σ plan.receive_counts · B · 2D`` numbers of the input dtype.
+    Rank ``p`` receives ``Σ plan.receive_counts · B · 2D`` numbers of the input dtype. Without a group the only rank
+    hands its own records to itself: the chunk of a stream on one device.
     """
 
-    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup, k: Tensor, v: Tensor) -> None:
+    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup | None, k: Tensor, v: Tensor) -> None:
         self._plan = plan
-        rows, heads, self._slots = _on_device(plan, k.device)
+        rows, heads = _departures(plan, k.device)
         sent = torch.cat([k[:, rows, heads], v[:, rows, heads]], dim=-1).transpose(0, 1).contiguous()
         self._received, self._work = _all_to_all(sent, plan.send_counts, plan.receive_counts, group)
-        self._kv_heads = k.shape[2]
 
-    def wait(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Compact buffers ``(B, M, Hkv, D)`` of keys and of values, one each for every shared segment of the plan."""
-        self._work.wait()
-        buffer = self._received.new_zeros(self._plan.num_slots, *self._received.shape[1:])
-        buffer[self._slots] = self._received
-        return compact_buffers(self._plan, buffer, self._kv_heads)
+    def wait(self, buffers: CompactBuffers) -> None:
+        """Put the records into ``buffers``, which must have room for the plan's segments."""
+        if self._work:
+            self._work.wait()
+        buffers.records[buffers.slots(self._plan)] = self._received
 
 
 class ReduceScatter:
-    """Gradients of gathered rows on their way back to the ranks that own the rows: the mirror of ``Gather``.
+    """Gradients of gathered records on their way back to the ranks that own the rows: the mirror of ``Gather``.
 
     Args:
-        gradient: ``(num_slots, B, 2D)``, float32 or float64: gradients of all compact buffers, keys then values.
+        gradients: of all compact buffers, float32 or float64.
     """
 
-    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup, gradient: Tensor) -> None:
-        self._rows, self._heads, slots = _on_device(plan, gradient.device)
-        self._received, self._work = _all_to_all(gradient[slots], plan.receive_counts, plan.send_counts, group)
+    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup | None, gradients: CompactBuffers) -> None:
+        self._rows, self._heads = _departures(plan, gradients.records.device)
+        sent = gradients.records[gradients.slots(plan)]
+        self._received, self._work = _all_to_all(sent, plan.receive_counts, plan.send_counts, group)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
-        """Add what the ranks sent to ``dk``, ``dv`` ``(B, n, Hkv, D)``, in the order of ranks."""
-        self._work.wait()
+        """Add what the ranks sent to contiguous ``dk``, ``dv`` ``(B, n, Hkv, D)``, in the order of ranks."""
+        if self._work:
+            self._work.wait()
         received = self._received.transpose(0, 1)
         index = self._rows * dk.shape[2] + self._heads
         for total, part in zip((dk, dv), received.chunk(2, dim=-1), strict=True):
             flat = total.view(total.shape[0], -1, total.shape[-1])
             if flat.is_cuda:  # index_add_ adds in any order there; this sorts first
-                flat.index_put_((torch.arange(len(flat), device=flat.device)[:, None], index), part, accumulate=True)
+                batch = torch.arange(len(flat), device=flat.device)[:, None]
+                flat.index_put_((batch, index), part.to(flat.dtype), accumulate=True)
             else:
-                flat.index_add_(1, index, part)
-
-
-def new_gradient(plan: ExchangePlan, k: Tensor) -> Tensor:
-    """Zeros ``(num_slots, B, 2D)`` in which the gradients of gathered rows are summed, float32 or wider."""
-    return k.new_zeros(plan.num_slots, k.shape[0], 2 * k.shape[3], dtype=wide_dtype(k.dtype))
-
-
-def compact_buffers(plan: ExchangePlan, slots: Tensor, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Views ``(B, M, Hkv, D)`` of ``slots`` ``(num_slots, B, 2D)``: keys and values of every shared segment."""
-    buffers = []
-    for segment, first in zip(plan.segments, plan.first_slots, strict=True):
-        part = slots[first : first + segment.compact_rows * kv_heads]
-        buffers.append(part.unflatten(0, (segment.compact_rows, kv_heads)).permute(2, 0, 1, 3).chunk(2, dim=-1))
-    return [key for key, _ in buffers], [value for _, value in buffers]
+                flat.index_add_(1, index, part.to(flat.dtype))
 
 
 def _all_to_all(
-    sent: Tensor, send_counts: tuple[int, ...], receive_counts: tuple[int, ...], group: dist.ProcessGroup
-) -> tuple[Tensor, dist.Work]:
+    sent: Tensor, send_counts: tuple[int, ...], receive_counts: tuple[int, ...], group: dist.ProcessGroup | None
+) -> tuple[Tensor, dist.Work | None]:
+    if group is None:
+        return sent, None
     received = sent.new_empty(sum(receive_counts), *sent.shape[1:])
-    work = dist.all_to_all_single(
-        received, sent, list(receive_counts), list(send_counts), group=group, async_op=True
-    )
+    work = dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group, async_op=True)
     return received, work
 
 
 @lru_cache(maxsize=64)
-def _on_device(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    rows, heads, slots = (torch.from_numpy(x).to(device) for x in (plan.send_rows, plan.send_heads, plan.slots))
-    return rows, heads, slots
+def _departures(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Local row and head of every record sent."""
+    return torch.from_numpy(plan.send_rows).to(device), torch.from_numpy(plan.send_heads).to(device)
+
+
+@lru_cache(maxsize=64)
+def _arrivals(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Segment number and slot of every record received."""
+    return torch.from_numpy(plan.receive_segments).to(device), torch.from_numpy(plan.receive_slots).to(device)

@@ -1,8 +1,9 @@
 """Which sparse rows each rank sends to which, in integers only.
 
-A segment that crosses the edge of a rank's slice is *shared* by the ranks it touches. Every one of them needs the rows
-that the others keep in it (a causal model: only those of earlier ranks). The order of rows in a message follows from
-integers that both ends know: by peer, then segment, then global row, then head.
+A segment that crosses the edge of a rank's slice is *shared*: every rank that it touches needs the rows that the others
+keep in it (a causal model: only those of earlier ranks). One that goes on behind the chunk is needed by all ranks, for
+the chunks that follow. The order of rows in a message follows from integers that both ends know: by peer, then segment,
+then global row, then head.
 """
 
 from __future__ import annotations
@@ -21,71 +22,84 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ExchangePlan:
-    """What one rank sends and receives in the exchange of one layer.
+    """What one rank sends, receives and holds in the exchange of one layer.
 
-    A *record* is one (row, head): its key and its value. A *slot* is a place for a record in the compact buffers, which
-    stand one behind the other: slot ``first + i·Hkv + h`` is row ``i`` of head ``h`` of a segment.
+    A *record* is one (row, head): its key and its value. A *slot* is a place for a record in the compact buffer of a
+    segment: slot ``i·Hkv + h`` is row ``i`` of head ``h``.
 
     Attributes:
-        segments: the rank's shared segments, in the order of their compact buffers.
-        first_slots: first slot of each segment's buffer.
-        num_slots: slots of all buffers together.
+        segments: the segments whose rows this rank holds, by branch and index, each up to the last row it can hold.
         send_rows: local row of each record sent, by destination.
         send_heads: head of each record sent.
         send_counts: records for each rank of the sequence group.
-        slots: slot of each record received, by source.
+        receive_segments: place in ``segments`` of each record received, by source.
+        receive_slots: slot in that segment's buffer of each record received.
         receive_counts: records from each rank.
     """
 
     segments: tuple[Segment, ...]
-    first_slots: tuple[int, ...]
-    num_slots: int
     send_rows: Integers
     send_heads: Integers
     send_counts: tuple[int, ...]
-    slots: Integers
+    receive_segments: Integers
+    receive_slots: Integers
     receive_counts: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
 def plan_exchange(pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: int, causal: bool) -> ExchangePlan:
-    """The plan of ``rank``: made from integers alone, the same on every rank that asks for it."""
-    start, stop = shards.window(rank)
-    length = shards.rows_per_rank
+    """The plan of ``rank``: made from integers alone, so that each rank makes its own and all fit together."""
     empty = np.empty(0, np.int64)
+    window = shards.window(rank)
 
     send: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
-    for segment in edge_segments(pattern, start, stop, shards.total_rows):
-        rows, heads = kept_records(pattern, segment, kv_heads, max(start, segment.start), min(stop, segment.stop))
-        first_peer = segment.start // length
-        if causal:
-            first_peer = rank if segment.start < start else rank + 1
-        peers = np.arange(first_peer, (segment.stop - 1) // length + 1)
-        send.append((np.repeat(peers, len(rows)), np.tile(rows - start, len(peers)), np.tile(heads, len(peers))))
-
-    segments = shared_segments(pattern, start, stop, shards.total_rows, causal)
-    receive: list[tuple[Integers, Integers]] = [(empty, empty)]
-    first_slots, num_slots = [], 0
-    for segment in segments:
-        rows, heads = kept_records(pattern, segment, kv_heads, segment.start, segment.stop)
-        indices = (rows - segment.start) // segment.dilation_rate
-        receive.append((rows // length, num_slots + indices * kv_heads + heads))
-        first_slots.append(num_slots)
-        num_slots += segment.compact_rows * kv_heads
-
+    for segment in edge_segments(pattern, *window, shards.total_rows):
+        rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment, window))
+        peers = np.array(_receivers(segment, shards, rank, causal), np.int64)
+        send.append((np.repeat(peers, len(rows)), np.tile(rows - window[0], len(peers)), np.tile(heads, len(peers))))
     peers, rows, heads = map(np.concatenate, zip(*send, strict=True))
     order = np.argsort(peers, kind="stable")
-    sources, slots = map(np.concatenate, zip(*receive, strict=True))
+
+    segments = held_segments(pattern, shards, rank, causal)
+    receive: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
+    for number, segment in enumerate(segments):
+        kept, kept_heads = kept_records(pattern, segment, kv_heads, *_overlap(segment, (shards.start, shards.stop)))
+        slots = (kept - segment.start) // segment.dilation_rate * kv_heads + kept_heads
+        receive.append((shards.rank_of(kept), np.full(len(kept), number), slots))
+    sources, numbers, all_slots = map(np.concatenate, zip(*receive, strict=True))
+    arrival = np.argsort(sources, kind="stable")
     return ExchangePlan(
         segments,
-        tuple(first_slots),
-        num_slots,
         rows[order],
         heads[order],
         tuple(np.bincount(peers, minlength=shards.num_ranks).tolist()),
-        slots[np.argsort(sources, kind="stable")],
+        numbers[arrival],
+        all_slots[arrival],
         tuple(np.bincount(sources, minlength=shards.num_ranks).tolist()),
     )
+
+
+def held_segments(pattern: DilatedPattern, shards: Shards, rank: int, causal: bool) -> tuple[Segment, ...]:
+    """The segments whose rows ``rank`` holds: those its own window shares, and those that go on behind the chunk."""
+    shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal)
+    last_window = shards.window(shards.num_ranks - 1)
+    open_ones = [s for s in edge_segments(pattern, *last_window, shards.total_rows) if s.stop > shards.stop]
+    held = {(s.branch, s.index): s for s in (*shared, *open_ones)}  # of an open segment, all of it
+    return tuple(held[key] for key in sorted(held))
+
+
+def _receivers(segment: Segment, shards: Shards, rank: int, causal: bool) -> range:
+    """The ranks that need what ``rank`` keeps in the segment; itself too if its own window takes it from a buffer."""
+    if segment.stop > shards.stop:
+        return range(shards.num_ranks)
+    last = shards.rank_of(segment.stop - 1)
+    if causal:
+        return range(rank if segment.start < shards.window(rank)[0] else rank + 1, last + 1)
+    return range(shards.rank_of(segment.start), last + 1)
+
+
+def _overlap(segment: Segment, window: tuple[int, int]) -> tuple[int, int]:
+    return max(segment.start, window[0]), min(segment.stop, window[1])
 
 
 def kept_records(

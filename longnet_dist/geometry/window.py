@@ -16,34 +16,58 @@ from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """A sequence cut into contiguous slices: every rank holds ``rows_per_rank`` rows, the last what is left.
+    """A chunk of a sequence cut into contiguous slices, one a rank; usually the chunk is the whole sequence.
+
+    Every rank holds ``rows_per_rank`` rows of the chunk, the last what is left.
+
+    Attributes:
+        total_rows: rows of the whole sequence.
+        rows_per_rank: rows of every rank but the last.
+        num_ranks: ranks that share the chunk.
+        start: first row of the chunk.
+        stop: end (exclusive) of the chunk; the end of the sequence if not given.
 
     Raises:
-        ShapeError: the last rank would hold no row.
+        ShapeError: the last rank would hold no row, or the chunk leaves the sequence.
     """
 
     total_rows: int
     rows_per_rank: int
     num_ranks: int
+    start: int = 0
+    stop: int = -1
 
     def __post_init__(self) -> None:
-        last = self.total_rows - (self.num_ranks - 1) * self.rows_per_rank
+        if self.stop == -1:
+            object.__setattr__(self, "stop", self.total_rows)
+        if not 0 <= self.start < self.stop <= self.total_rows:
+            raise ShapeError(
+                f"a chunk must lie in its sequence and hold a row, but rows [{self.start}, {self.stop}) of "
+                f"{self.total_rows} do not"
+            )
+        rows = self.stop - self.start
+        last = rows - (self.num_ranks - 1) * self.rows_per_rank
         if not 1 <= last <= self.rows_per_rank:
             raise ShapeError(
-                f"every rank must hold the same number of rows and the last at least 1 and no more than the others, but "
-                f"{self.total_rows} rows over {self.num_ranks} ranks of {self.rows_per_rank} leave {last} for the last; "
+                f"every rank must hold the same number of rows and the last at least 1 and no more than the others, "
+                f"but {rows} rows over {self.num_ranks} ranks of {self.rows_per_rank} leave {last} for the last; "
                 f"use a longer sequence or fewer sequence ranks"
             )
 
     @classmethod
-    def even(cls, total_rows: int, num_ranks: int) -> Shards:
-        """The slices of ``ceil(total_rows / num_ranks)`` rows."""
-        return cls(total_rows, -(-total_rows // num_ranks), num_ranks)
+    def even(cls, total_rows: int, num_ranks: int, start: int = 0, stop: int = -1) -> Shards:
+        """The slices of ``ceil(rows / num_ranks)`` rows."""
+        rows = (total_rows if stop == -1 else stop) - start
+        return cls(total_rows, -(-rows // num_ranks), num_ranks, start, stop)
 
     def window(self, rank: int) -> tuple[int, int]:
         """Global rows ``[start, stop)`` of ``rank``."""
-        start = rank * self.rows_per_rank
-        return start, min(start + self.rows_per_rank, self.total_rows)
+        start = self.start + rank * self.rows_per_rank
+        return start, min(start + self.rows_per_rank, self.stop)
+
+    def rank_of(self, row: int) -> int:
+        """The rank that holds a global row of the chunk."""
+        return (row - self.start) // self.rows_per_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +94,8 @@ class Piece:
     ``compact`` false, keys stand in a buffer of the same rows as the queries; with ``compact`` true the piece lies in
     one segment and key ``i`` of a head stands at row ``i`` of that segment's compact buffer.
 
-    In segment ``s`` and for head offset ``o``, query and key ``j`` are both global row ``s·w + o + j·r``; a causal query
-    ``j`` sees the keys ``i <= j``.
+    In segment ``s`` and for head offset ``o``, query and key ``j`` are both global row ``s·w + o + j·r``; a causal
+    query ``j`` sees the keys ``i <= j``.
 
     Attributes:
         key_stop: end (exclusive) of the rows whose keys are given, at most the end of the last segment.
@@ -105,16 +129,14 @@ class Piece:
         return start + first * self.dilation_rate - self.window_start, max(0, stop - first), first
 
     def keys(self, segment: int, offset: int) -> tuple[int, int, int]:
-        """``(first_row, count, step)`` of a head's keys in ``segment``: buffer row, number, rows from one to the next."""
+        """``(first_row, count, step)`` of a head's keys in ``segment``: buffer row, number, rows between neighbours."""
         start = segment * self.segment_length
         count = kept_rows(min(self.key_stop, start + self.segment_length) - start, offset, self.dilation_rate)
         return (0, count, 1) if self.compact else (start + offset - self.window_start, count, self.dilation_rate)
 
 
 @lru_cache(maxsize=512)
-def dense_pieces(
-    pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool
-) -> tuple[Piece, ...]:
+def dense_pieces(pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool) -> tuple[Piece, ...]:
     """The pieces of window ``[start, stop)`` whose keys are all rows of the window itself, at most one a branch.
 
     These are the segments that lie inside the window; in a causal model also one that starts inside and ends behind it.
@@ -173,8 +195,11 @@ def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: i
     )
 
 
-def crosses_shards(pattern: DilatedPattern, shards: Shards) -> bool:
-    """Whether any segment touches more than one rank: the same answer on every rank."""
-    if shards.num_ranks == 1:
-        return False
-    return any(shards.rows_per_rank % branch.segment_length for branch in pattern)
+def needs_exchange(pattern: DilatedPattern, shards: Shards) -> bool:
+    """Whether any segment crosses an edge of a rank's slice inside the sequence: the same answer on every rank."""
+    edges = [shards.start, shards.stop]
+    if shards.num_ranks > 1:
+        edges.append(shards.start + shards.rows_per_rank)
+    if shards.num_ranks > 2:
+        edges.append(shards.start + 2 * shards.rows_per_rank)  # the others follow at the same distance
+    return any(edge < shards.total_rows and edge % branch.segment_length for edge in edges for branch in pattern)

@@ -23,9 +23,7 @@ def test_agrees_with_the_oracle(backend, seed):
     out, lse = dilated_attention(*inputs, case.pattern, causal=case.causal, backend=backend, return_lse=True)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-9)
-    for actual, wanted in zip(
-        gradients(out, inputs, case.dout), gradients(expected, inputs, case.dout), strict=True
-    ):
+    for actual, wanted in zip(gradients(out, inputs, case.dout), gradients(expected, inputs, case.dout), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9)
 
 

@@ -75,7 +75,11 @@ def messages(rows_by_rank, heads_by_rank):
 
 @pytest.mark.parametrize(
     ("rows", "heads", "message"),
-    [((4, 4, 5), (2, 2, 2), r"hold \[4, 4, 5\]"), ((4, 3, 3), (2, 2, 2), "same number"), ((4, 4, 4), (2, 1, 2), "rank 1")],
+    [
+        ((4, 4, 5), (2, 2, 2), r"hold \[4, 4, 5\]"),
+        ((4, 3, 3), (2, 2, 2), "same number"),
+        ((4, 4, 4), (2, 1, 2), "rank 1"),
+    ],
 )
 def test_ranks_that_differ_all_raise_and_none_hangs(rows, heads, message):
     found = run_distributed(messages, 3, rows, heads, timeout_seconds=20)

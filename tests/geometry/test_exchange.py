@@ -3,16 +3,20 @@ import pytest
 
 from longnet_dist.geometry.exchange import plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Shards
+from longnet_dist.geometry.window import Shards, shared_segments
 from tests.cases import random_case
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_slot_receives_exactly_its_record(ranks, seed):
+@pytest.mark.parametrize("in_a_stream", [False, True])
+def test_every_slot_receives_exactly_its_record(ranks, seed, in_a_stream):
     """Deliver (global row, head) labels by the plans: each slot must get the row that its place in the buffer means."""
     case = random_case(seed, ranks)
     shards, pattern, kv_heads, causal = case.shards, case.pattern, case.k.shape[2], case.causal
+    if in_a_stream:  # the same rows as a chunk in the middle of a longer causal sequence
+        start, total = 13, shards.total_rows
+        shards, causal = Shards(start + total + 17, shards.rows_per_rank, ranks, start, start + total), True
     plans = [plan_exchange(pattern, shards, rank, kv_heads, causal) for rank in range(ranks)]
     mail = {}
     for rank, plan in enumerate(plans):
@@ -23,16 +27,19 @@ def test_every_slot_receives_exactly_its_record(ranks, seed):
     for rank, plan in enumerate(plans):
         received = np.concatenate([mail[source, rank] for source in range(ranks)])
         assert [len(mail[source, rank]) for source in range(ranks)] == list(plan.receive_counts)
-        slots = np.full((plan.num_slots, 2), -1)
-        slots[plan.slots] = received
-        assert len(set(plan.slots.tolist())) == len(plan.slots)
-        for segment, first in zip(plan.segments, plan.first_slots, strict=True):
+        arrivals = list(zip(plan.receive_segments.tolist(), plan.receive_slots.tolist(), strict=True))
+        assert len(set(arrivals)) == len(arrivals)
+        buffers = dict(zip(arrivals, map(tuple, received.tolist()), strict=True))
+        for number, segment in enumerate(plan.segments):
             offsets = pattern.offsets(pattern.branches[segment.branch], kv_heads)
             for index in range(segment.compact_rows):
                 for head, offset in enumerate(offsets):
                     row = segment.start + offset + index * segment.dilation_rate
-                    expected = (row, head) if row < segment.stop else (-1, -1)
-                    assert tuple(slots[first + index * kv_heads + head]) == expected
+                    held = shards.start <= row < min(segment.stop, shards.stop)
+                    assert buffers.pop((number, index * kv_heads + head), None) == ((row, head) if held else None)
+        assert not buffers
+        needed = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal)
+        assert {(s.branch, s.index) for s in needed} <= {(s.branch, s.index) for s in plan.segments}
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 1024, 4096])
@@ -40,7 +47,7 @@ def test_received_bytes_do_not_grow_with_the_sequence(ranks):
     received = []
     for rows in (2**24, 2**27, 2**30):
         pattern = DilatedPattern.geometric(2048, rows)
-        received.append(len(plan_exchange(pattern, Shards.even(rows, ranks), ranks - 1, 12, True).slots))
+        received.append(len(plan_exchange(pattern, Shards.even(rows, ranks), ranks - 1, 12, True).receive_slots))
     assert len(set(received)) == 1
 
 

@@ -3,7 +3,14 @@ import torch
 
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Shards, compact_piece, crosses_shards, dense_pieces, shared_segments
+from longnet_dist.geometry.window import (
+    Shards,
+    compact_piece,
+    dense_pieces,
+    edge_segments,
+    needs_exchange,
+    shared_segments,
+)
 from longnet_dist.kernels.reference import attended_counts
 from tests.cases import random_case
 
@@ -62,8 +69,23 @@ def test_a_rank_without_rows_is_refused():
         Shards.even(5, 4)
 
 
-def test_crosses_shards():
-    assert not crosses_shards(DilatedPattern([4, 8], [1, 2]), Shards(32, 8, 4))
-    assert crosses_shards(DilatedPattern([4, 16], [1, 2]), Shards(32, 8, 4))
-    assert crosses_shards(DilatedPattern([6], [1]), Shards(32, 8, 4))
-    assert not crosses_shards(DilatedPattern([6], [1]), Shards(32, 32, 1))
+def test_needs_exchange():
+    assert not needs_exchange(DilatedPattern([4, 8], [1, 2]), Shards(32, 8, 4))
+    assert needs_exchange(DilatedPattern([4, 16], [1, 2]), Shards(32, 8, 4))
+    assert needs_exchange(DilatedPattern([6], [1]), Shards(32, 8, 4))
+    assert not needs_exchange(DilatedPattern([6], [1]), Shards(32, 32, 1))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_without_exchange_no_rank_shares_a_segment(seed):
+    case = random_case(seed, 1 + seed % 4)
+    for start, stop in ((0, case.shards.total_rows), (12, case.shards.total_rows + 12)):
+        shards = Shards(stop + 24 * (start > 0), case.shards.rows_per_rank, case.shards.num_ranks, start, stop)
+        windows = [shards.window(rank) for rank in range(shards.num_ranks)]
+        edges = [list(edge_segments(case.pattern, *window, shards.total_rows)) for window in windows]
+        assert needs_exchange(case.pattern, shards) == any(edges)
+
+
+def test_a_chunk_outside_its_sequence_is_refused():
+    with pytest.raises(ShapeError, match=r"rows \[8, 20\) of 16"):
+        Shards(16, 12, 1, 8, 20)
