@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
-    """Results of ``fn(*args)`` on ranks ``0 … world_size-1`` of a gloo world; raises what the first failing rank raised.
+    """Results of ``fn(*args)`` on ranks ``0 … world_size-1`` of a gloo world; raises if a rank did.
 
     Processes are forked, so that all imports are already done, and meet at a file: about 0.1 s a call.
     """

@@ -88,7 +88,7 @@ def dilated_attention(
         deterministic,
         cache,
     )
-    out, lse = _DilatedAttention.apply(q, k, v, spec)
+    out, lse = _DilatedAttention.apply(q, k, v, spec)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 

@@ -54,7 +54,9 @@ class CompactBuffers:
         views = []
         for segment in segments:
             first, rows = self._rooms[segment.branch, segment.index].start, segment.compact_rows
-            part = self.records[first : first + rows * self._kv_heads].unflatten(0, (rows, self._kv_heads))
+            part = self.records[first : first + rows * self._kv_heads].view(
+                rows, self._kv_heads, *self.records.shape[1:]
+            )
             key, value = part.permute(2, 0, 1, 3).chunk(2, dim=-1)
             views.append((key, value))
         return views

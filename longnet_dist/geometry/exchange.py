@@ -65,7 +65,8 @@ def plan_exchange(pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: 
     for number, segment in enumerate(segments):
         kept, kept_heads = kept_records(pattern, segment, kv_heads, *_overlap(segment, (shards.start, shards.stop)))
         slots = (kept - segment.start) // segment.dilation_rate * kv_heads + kept_heads
-        receive.append((shards.rank_of(kept), np.full(len(kept), number), slots))
+        sources = (kept - shards.start) // shards.rows_per_rank
+        receive.append((sources, np.full(len(kept), number, np.int64), slots))
     sources, numbers, all_slots = map(np.concatenate, zip(*receive, strict=True))
     arrival = np.argsort(sources, kind="stable")
     return ExchangePlan(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longnet_dist.kernels.contract import Call
@@ -73,4 +74,4 @@ def _heads(offsets: tuple[int, ...], offset: int) -> slice:
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads))
+    return torch.unflatten(x, 2, (kv_heads, x.shape[2] // kv_heads))
