@@ -63,7 +63,7 @@ class LaunchEnvironment:
         if self.local_world_size > torch.cuda.device_count():
             raise ConfigError(
                 f"every rank needs a GPU of its own, but {self.local_world_size} ranks share a machine with "
-                f"{torch.cuda.device_count()}; start fewer with --nproc_per_node, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+                f"{torch.cuda.device_count()}; use a smaller --nproc_per_node, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -82,7 +82,7 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore() if launch.world_size == 1 else None,
+        store=dist.HashStore() if launch.world_size == 1 else None,  # type: ignore[attr-defined]
         timeout=timeout,
         rank=launch.rank,
         world_size=launch.world_size,

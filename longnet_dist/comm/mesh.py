@@ -27,11 +27,9 @@ class MeshShape:
         Raises:
             ConfigError: it does not make up the world.
         """
-        data, sequence = parallel.data, parallel.sequence
-        if data == "auto":
-            data = 1 if sequence == "auto" else max(1, world_size // sequence)
-        if sequence == "auto":
-            sequence = max(1, world_size // data)
+        sequence = parallel.sequence if isinstance(parallel.sequence, int) else None
+        data = parallel.data if isinstance(parallel.data, int) else max(1, world_size // (sequence or world_size))
+        sequence = sequence or max(1, world_size // data)
         if data * sequence != world_size:
             raise ConfigError(
                 f"data × sequence ranks must make up the world, but parallel.data={parallel.data} and "
@@ -73,7 +71,9 @@ def _sequence_group(shape: MeshShape, data_rank: int) -> dist.ProcessGroup | Non
     if shape.sequence == 1:
         return None
     if shape.data == 1:
-        return dist.group.WORLD
+        world: dist.ProcessGroup | None = dist.group.WORLD
+        return world
     first_ranks = range(0, shape.data * shape.sequence, shape.sequence)
     groups = [dist.new_group(list(range(first, first + shape.sequence))) for first in first_ranks]
-    return groups[data_rank]
+    mine: dist.ProcessGroup = groups[data_rank]
+    return mine

@@ -10,8 +10,8 @@ from longnet_dist.config.schema import Config, Precision
 def deepspeed_config(config: Config, precision: Precision, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for a run.
 
-    DeepSpeed is told nothing of sequence parallelism: without an ``mpu`` it averages gradients and shards its state over
-    all ranks, which is exact for a loss that is scaled to the mean over all ranks (see ``train/step.py``).
+    DeepSpeed is told nothing of sequence parallelism: without an ``mpu`` it averages gradients and shards its state
+    over all ranks, which is exact for a loss that is scaled to the mean over all ranks (see ``train/step.py``).
 
     Args:
         config: the run.

@@ -23,7 +23,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         overrides: ``section.key=value`` words, each with a YAML value, which replace the file's.
 
     Raises:
-        ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value does not fit.
+        ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value does not
+            fit.
     """
     values = read_yaml(path)
     given: set[str] = set()
@@ -66,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text."""
-    return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a subclass of the safe loader)
+    return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

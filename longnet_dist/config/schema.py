@@ -56,7 +56,8 @@ class TrainConfig(Section):
         output_dir: folder of the run: configuration, metrics, checkpoints, loss curve, sample.
         steps: optimizer steps of the whole run; the learning rate decays over them.
         seed: seed of the initial weights and of the order of samples.
-        precision: ``fp32``, ``bf16`` (with fp32 master weights and gradient sums), or ``auto``: bf16 on a GPU, fp32 on a CPU.
+        precision: ``fp32``, ``bf16`` (with fp32 master weights and gradient sums), or ``auto``: bf16 on a GPU, fp32 on
+            a CPU.
         batch_size: sequences of one step, all data ranks together, so that a run on another mesh sees the same samples.
         micro_batch_size: sequences that a data rank holds at once; its whole share of the batch if not given.
         learning_rate: peak of the schedule.
@@ -71,8 +72,8 @@ class TrainConfig(Section):
         validation_tokens: tokens of the validation split that one validation reads.
         checkpoint_every: steps from one checkpoint to the next (and one at the end).
         keep_last: checkpoints kept; older ones are deleted. 0 keeps all.
-        resume: ``auto`` goes on from the newest checkpoint in ``output_dir`` if there is one, ``never`` refuses a folder
-            that holds a run, anything else is the path of a checkpoint or of a run's folder.
+        resume: ``auto`` goes on from the newest checkpoint in ``output_dir`` if there is one, ``never`` refuses a
+            folder that holds a run, anything else is the path of a checkpoint or of a run's folder.
         sample_prompt: text that the trained model continues into ``sample.txt`` at the end.
         sample_tokens: tokens of that sample; 0: none.
     """
@@ -116,7 +117,7 @@ class ParallelConfig(Section):
 
     Attributes:
         sequence: ranks that share a sequence; ``auto``: all that ``data`` leaves.
-        data: groups of ranks with different sequences; ``auto``: what ``sequence`` leaves, or 1 if that is ``auto`` too.
+        data: groups of ranks with different sequences; ``auto``: what ``sequence`` leaves, 1 if that is ``auto`` too.
         timeout_minutes: how long a rank waits for the others before it gives up.
     """
 
@@ -174,7 +175,7 @@ class Config(Section):
 
 
 def check_precision(precision: Precision, zero_stage: int) -> None:
-    """Refuse bf16 without sharding: DeepSpeed 0.19's optimizer for it takes one step with zero gradients at the start."""
+    """Refuse bf16 without sharding: DeepSpeed 0.19's optimizer for it starts with a step of zero gradients."""
     if precision == "bf16" and zero_stage == 0:
         raise ConfigError(
             "bf16 needs deepspeed.zero_stage 1, 2 or 3 (stage 0 trains inexactly in it); use deepspeed.zero_stage=1 "

@@ -125,8 +125,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 def restore(engine: Any, folder: Path, step: int) -> None:
     """Put master weights and optimizer states into an engine that has done at least one step. Every rank must call.
 
-    The step makes DeepSpeed allocate the optimizer states; with learning rate 0 it changes no weight, so the model's own
-    (for bf16 rounded) weights still are those of :func:`load_weights`.
+    The step makes DeepSpeed allocate the optimizer states; with learning rate 0 it changes no weight, so the model's
+    own (for bf16 rounded) weights still are those of :func:`load_weights`.
     """
     link_optimizer_states(engine)
     for state in (None, *OPTIMIZER_STATES):

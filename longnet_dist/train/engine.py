@@ -114,9 +114,7 @@ def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) 
     if engine.zero_optimization_stage() == 0:
         return parameter.detach() if state is None else engine.optimizer.state[parameter][state]
     tensor: Tensor = (
-        safe_get_full_fp32_param(parameter)
-        if state is None
-        else safe_get_full_optimizer_state(parameter, state)
+        safe_get_full_fp32_param(parameter) if state is None else safe_get_full_optimizer_state(parameter, state)
     )
     return tensor
 
@@ -162,9 +160,7 @@ def link_optimizer_states(engine: Any) -> None:
 
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        for parameters, shard in zip(
-            optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
-        ):
+        for parameters, shard in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
             lazy_init_hp_params_optimizer_state(parameters, shard, optimizer.state)
 
 

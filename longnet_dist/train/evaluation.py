@@ -72,10 +72,10 @@ def evaluate(
         for first in range(0, len(batches), mesh.shape.data):
             # With ZeRO stage 3 a forward is a collective of all ranks: one without a batch repeats the last.
             number = first + mesh.data_rank
-            output = _forward(forward, windows, batches[min(number, len(batches) - 1)], mesh, device)
+            sums = _loss_sum(forward, windows, batches[min(number, len(batches) - 1)], mesh, device)
             if number < len(batches):
-                loss_sum += output.loss_sum
-                num_labels += output.num_labels
+                loss_sum += sums[0]
+                num_labels += sums[1]
     # Each sequence rank adds its own rows, so the sum over the world counts every row once.
     labels = total_over_ranks(num_labels).item()
     loss = total_over_ranks(loss_sum).item() / labels
@@ -99,10 +99,14 @@ def _plan(windows: Windows, num_tokens: int, batch_size: int, sequence_ranks: in
         yield _Batch(range(whole, whole + 1), rest)
 
 
-def _forward(
+def _loss_sum(
     forward: Callable[..., LongNetOutput], windows: Windows, batch: _Batch, mesh: Mesh, device: torch.device
-) -> LongNetOutput:
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and number, of the labelled rows that this rank holds of a batch."""
     shards = Shards.even(batch.rows, mesh.shape.sequence)
     start, stop = shards.window(mesh.sequence_rank)
     tokens, labels = (part.to(device) for part in windows.local(batch.windows, (start, stop)))
-    return forward(tokens, labels, start=start, total_rows=batch.rows)
+    output = forward(tokens, labels, start=start, total_rows=batch.rows)
+    assert output.loss_sum is not None
+    assert output.num_labels is not None
+    return output.loss_sum, output.num_labels

@@ -21,18 +21,19 @@ from longnet_dist.model.longnet import LongNet
 from longnet_dist.train.checkpoint import checkpoint_folder, delete_old, load_weights, restore, save_checkpoint
 from longnet_dist.train.engine import build_engine, prepare_deepspeed
 from longnet_dist.train.evaluation import Evaluation, evaluate
-from longnet_dist.train.generation import Sampling, generate
-from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve
+from longnet_dist.train.generation import Sampling
+from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
 from longnet_dist.train.plan import RunPlan
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import MicroBatch, StepResult, train_step
+from longnet_dist.train.trained import continue_text
 
 
 def run_training(config: Config, launch: LaunchEnvironment) -> None:
     """Train as configured. Every rank of the launch must call.
 
     Raises:
-        LongNetError: a mistake in configuration, data or checkpoint, raised on all ranks before they meet; or divergence.
+        LongNetError: a mistake in configuration, data or checkpoint, on all ranks before they meet; or divergence.
     """
     device = launch.device()
     plan = RunPlan.make(config, launch.world_size, device.type)
@@ -64,7 +65,7 @@ class Trainer:
             self.step, self.tokens = plan.state.step, plan.state.tokens
 
     def run(self) -> None:
-        """Train to the last step; then draw the curve and write a sample."""
+        """Train to the last step."""
         train, folder = self.config.train, self.plan.folder
         bytes_per_token = self.token_file.bytes_per_token("train")
         with ExitStack() as stack:
@@ -83,8 +84,7 @@ class Trainer:
                 if last or metrics.step % train.checkpoint_every == 0:
                     self._save()
         if self.is_first:
-            draw_loss_curve(folder, bytes_per_token)
-            self._write_sample()
+            self._conclude(bytes_per_token)
         dist.barrier()
 
     def _engine(self) -> Any:
@@ -92,9 +92,7 @@ class Trainer:
         model = LongNet(self.config.model, group=self.mesh.sequence_group)
         if self.plan.checkpoint:
             load_weights(self.plan.checkpoint, model)
-        return build_engine(
-            model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.accumulation
-        )
+        return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.accumulation)
 
     def _steps(self, bytes_per_token: float) -> Iterator[StepMetrics]:
         """Do the steps that are left, and show them in a progress bar."""
@@ -111,7 +109,8 @@ class Trainer:
                 self.tokens += tokens_per_step
                 speed = tokens_per_step / seconds
                 bits = result.loss / math.log(2) / bytes_per_token
-                bar.set_postfix_str(f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed:,.0f} tokens/s", refresh=False)
+                shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed:,.0f} tokens/s"
+                bar.set_postfix_str(shown, refresh=False)
                 bar.update()
                 yield StepMetrics(self.step, result.loss, result.grad_norm, rate, self.tokens, seconds, speed)
 
@@ -144,14 +143,15 @@ class Trainer:
         if self.is_first:
             delete_old(self.plan.folder.path, self.config.train.keep_last)
 
-    def _write_sample(self) -> None:
-        """Let the trained model continue the prompt, from the checkpoint just written."""
-        train, tokenizer = self.config.train, self.token_file.tokenizer
-        if not train.sample_tokens or not self.config.model.causal:
-            return
-        model = LongNet(self.config.model).to(self.device).eval()
-        load_weights(checkpoint_folder(self.plan.folder.path, self.step), model)
-        prompt = tokenizer.encode(train.sample_prompt.encode()).tolist()
-        new = generate(model, prompt, train.sample_tokens, self.config.data.sequence_length, Sampling(seed=train.seed))
-        text = tokenizer.decode([*prompt, *new]).decode("utf-8", errors="replace")
-        self.plan.folder.sample_file.write_text(text, encoding="utf-8")
+    def _conclude(self, bytes_per_token: float) -> None:
+        """Draw the curve, let the trained model write a sample, and say where both are."""
+        train, folder = self.config.train, self.plan.folder
+        draw_loss_curve(folder, bytes_per_token)
+        for validation in read_jsonl(folder.validation_file)[-1:]:
+            print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
+        print(f"loss curve: {folder.curve_file}")
+        if train.sample_tokens and self.config.model.causal:
+            last = checkpoint_folder(folder.path, self.step)
+            text = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
+            folder.sample_file.write_text(text, encoding="utf-8")
+            print(f"sample ({folder.sample_file}):\n\n{text}")

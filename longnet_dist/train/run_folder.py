@@ -74,7 +74,7 @@ class RunFolder:
             ConfigError: this is no run's folder, or its file is damaged.
         """
         if not self.config_file.is_file():
-            raise ConfigError(f"{self.path} is no run's folder: it has no {self.config_file.name}; give train.output_dir")
+            raise ConfigError(f"{self.path} is no run's folder: it has no config.yaml; give a train.output_dir")
         return parse_config(read_yaml(self.config_file))
 
     def tokenizer(self) -> Tokenizer:

@@ -21,4 +21,4 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     if step <= train.warmup_steps:
         return peak * step / train.warmup_steps
     remaining = 1 - (step - 1 - train.warmup_steps) / (train.steps - train.warmup_steps)
-    return final + (peak - final) * remaining**train.decay_power
+    return final + (peak - final) * float(remaining**train.decay_power)

@@ -46,8 +46,7 @@ def train_step(
         LongNetError: loss or gradient is not finite (on all ranks alike).
     """
     set_learning_rate(engine, learning_rate)
-    num_labels = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
-    num_labels = total_over_ranks(num_labels)
+    num_labels = total_over_ranks(torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum())
     scale = dist.get_world_size() * len(micro_batches) / num_labels.clamp(min=1)
 
     loss_sum, grad_norm = torch.zeros((), dtype=torch.float64, device=num_labels.device), None

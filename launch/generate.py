@@ -1,0 +1,37 @@
+"""Let a trained model continue a text: launch/generate.py RUN_DIR --prompt TEXT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from longnet_dist.cli import run_cli
+from longnet_dist.train.generation import Sampling
+from longnet_dist.train.trained import continue_text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Generate as the command line says.
+
+    Args:
+        arguments: the command line without the program's name, by default that of the process.
+    """
+    options = _parser().parse_args(arguments)
+    sampling = Sampling(options.temperature, options.top_k, options.seed)
+    print(continue_text(options.run, options.prompt, options.tokens, sampling))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="generate.py", description="Let a trained model continue a text.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=40, help="of the likeliest tokens; 0: all (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_cli(main)
