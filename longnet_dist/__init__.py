@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longnet_dist.attention.functional import dilated_attention
     from longnet_dist.attention.module import DilatedAttention
     from longnet_dist.attention.positions import Positions
+    from longnet_dist.attention.stream import Stream
     from longnet_dist.config.model import LongNetConfig, named_model
     from longnet_dist.geometry.pattern import DilatedPattern
     from longnet_dist.model.longnet import LongNet
@@ -38,6 +39,7 @@ __all__ = [
     "LongNet",
     "LongNetConfig",
     "Positions",
+    "Stream",
     "dilated_attention",
     "named_model",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "LongNet": "model.longnet",
     "LongNetConfig": "config.model",
     "Positions": "attention.positions",
+    "Stream": "attention.stream",
     "dilated_attention": "attention.functional",
     "named_model": "config.model",
 }

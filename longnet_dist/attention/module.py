@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from longnet_dist.attention.agreement import agree_on_shards
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.attention.positions import Positions
+from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
 
@@ -77,7 +78,14 @@ class DilatedAttention(nn.Module):
             nn.init.xavier_normal_(layer.weight, factor)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, *, start: int | None = None, total_rows: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        start: int | None = None,
+        total_rows: int | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Attend; with a group, all its ranks must call.
 
         Args:
@@ -85,6 +93,7 @@ class DilatedAttention(nn.Module):
             start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
                 the group.
             total_rows: ``N``; if not given, one small collective finds it out.
+            cache: this layer's cache in a stream, whose present chunk the rows are.
 
         Returns:
             ``(B, n, E)``.
@@ -98,7 +107,7 @@ class DilatedAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        shards, rank = agree_on_shards(q, k, v, self.pattern, self.causal, self.group, total_rows)
+        shards, rank = agree_on_shards(q, k, v, self.pattern, self.causal, self.group, total_rows, cache)
         first_row, _ = shards.window(rank)
         if start not in (None, first_row):
             raise ShapeError(f"this rank's rows begin at global row {first_row} of its group, but start is {start}")
@@ -113,6 +122,7 @@ class DilatedAttention(nn.Module):
             group=self.group,
             backend=self.backend,
             total_rows=shards.total_rows,
+            cache=cache,
         )
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
         return result

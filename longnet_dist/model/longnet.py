@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longnet_dist.attention.positions import Positions
+from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ShapeError
 from longnet_dist.model.block import Block
@@ -56,7 +57,13 @@ class LongNet(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, *, start: int | None = None, total_rows: int | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        start: int | None = None,
+        total_rows: int | None = None,
+        stream: Stream | None = None,
     ) -> LongNetOutput:
         """The loss if labels are given, else the logits; with a group, all its ranks must call.
 
@@ -66,6 +73,7 @@ class LongNet(nn.Module):
             start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
                 the group.
             total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
+            stream: the stream whose present chunk the tokens are; its chunks must come in order.
 
         Raises:
             ShapeError: shapes, rows or ``start`` that do not fit.
@@ -75,8 +83,9 @@ class LongNet(nn.Module):
             given = "none" if labels is None else tuple(labels.shape)
             raise ShapeError(f"tokens and labels must both be (batch, rows), but are {tuple(tokens.shape)} and {given}")
         x = self.embedding(tokens) * self.embed_scale
-        for block in self.blocks:
-            x = block(x, start, total_rows)
+        caches = stream.layers if stream else [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, start, total_rows, cache)
         x = self.norm(x)
         if labels is None:
             return LongNetOutput(None, self.head(x), None, None)

@@ -1,0 +1,4 @@
+import torch
+
+# Small tensors gain nothing from threads, and forked ranks share the cores.
+torch.set_num_threads(1)
