@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,9 +46,8 @@ class CompactBuffers:
 
     def slots(self, plan: ExchangePlan) -> Tensor:
         """Slot in ``records`` of every record that the plan receives: ``(records,)`` int64."""
-        firsts = [self._rooms[segment.branch, segment.index].start for segment in plan.segments]
-        numbers, slots = _arrivals(plan, self.records.device)
-        return torch.tensor(firsts, dtype=torch.int64, device=slots.device)[numbers] + slots
+        firsts = tuple(self._rooms[segment.branch, segment.index].start for segment in plan.segments)
+        return _slots(plan, firsts, self.records.device)
 
     def views(self, segments: tuple[Segment, ...]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values ``(B, M, Hkv, D)`` of each segment, up to its ``stop``."""
@@ -126,6 +126,7 @@ def _departures(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, Tenso
 
 
 @lru_cache(maxsize=64)
-def _arrivals(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Segment number and slot of every record received."""
-    return torch.from_numpy(plan.receive_segments).to(device), torch.from_numpy(plan.receive_slots).to(device)
+def _slots(plan: ExchangePlan, first_slots: tuple[int, ...], device: torch.device) -> Tensor:
+    """Slot of every record received, where the buffers of the plan's segments begin at ``first_slots``."""
+    firsts = np.array(first_slots, np.int64)
+    return torch.from_numpy(firsts[plan.receive_segments] + plan.receive_slots).to(device)
