@@ -17,6 +17,12 @@ from longnet_dist.config.schema import Config, Precision, TrainConfig
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
+# What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
+_FOREIGN_WARNINGS = (
+    (r".?torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).? is deprecated", FutureWarning),
+    (r".?torch\.jit\.script_method.? is deprecated", DeprecationWarning),
+)
+
 
 def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
     """Set what DeepSpeed reads from the process around it; call before anything else imports ``deepspeed``.
@@ -26,9 +32,8 @@ def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        message = rf".?torch\.distributed\.{name}.? is deprecated"
-        warnings.filterwarnings("ignore", message, FutureWarning)
+    for message, category in _FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from longnet_dist.data.batches import Batches
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.model.longnet import LongNet
+from longnet_dist.train.checkpoint import newest_checkpoint
+from longnet_dist.train.engine import build_optimizer
+from longnet_dist.train.metrics import read_jsonl
+from longnet_dist.train.plan import objective
+from longnet_dist.train.schedule import learning_rate
+from tests.train.runs import run, tiny_config
+
+MASKED = ("model.causal=false", "model.positions=rope")
+UNEVEN = ("data.sequence_length=61", "model.segment_lengths=[16,40,64]")
+
+
+def plain_torch(config):
+    """The same training without DeepSpeed, ranks or shards: losses, gradient norms, weights."""
+    torch.manual_seed(config.train.seed)
+    model = LongNet(config.model)
+    optimizer = build_optimizer(model, config.train)
+    train, length = config.train, config.data.sequence_length
+    token_file = TokenFile.open(config.data.path)
+    batches = Batches(token_file, "train", length, train.batch_size, train.seed, **objective(config.model))
+    curve = []
+    for step in range(train.steps):
+        loss = model(*batches.local(step)).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, train)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, ("deepspeed.zero_stage=0",)),
+        (2, ("deepspeed.zero_stage=0", "parallel.data=2", "train.micro_batch_size=1")),
+        (3, ("deepspeed.zero_stage=0", *UNEVEN)),
+        (2, ("deepspeed.zero_stage=1",)),
+        (2, ("deepspeed.zero_stage=1", "train.micro_batch_size=1", *MASKED)),
+        (4, ("deepspeed.zero_stage=2", "parallel.sequence=2", "parallel.data=2", *UNEVEN)),
+        (3, ("deepspeed.zero_stage=3", *MASKED, *UNEVEN)),
+        (4, ("deepspeed.zero_stage=3", "parallel.data=2", "train.micro_batch_size=1")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_run_on_any_mesh_and_stage_is_plain_training(tmp_path, corpus, world_size, settings):
+    config = tiny_config(tmp_path / "run", corpus, "train.clip_norm=1", *settings)
+    metrics = run(world_size, config)
+    curve, weights = plain_torch(config)
+    assert len(metrics) == config.train.steps
+    for line, (loss, norm) in zip(metrics, curve, strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert max(norm for _, norm in curve) > config.train.clip_norm  # so that clipping is tested too
+    saved = load_file(newest_checkpoint(config.train.output_dir) / "model.safetensors")
+    assert saved.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(saved[name], weight.detach(), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_trains_like_fp32_to_its_rounding(tmp_path, corpus, stage):
+    settings = ("parallel.data=1", f"deepspeed.zero_stage={stage}")
+    exact = run(2, tiny_config(tmp_path / "fp32", corpus, *settings))
+    rounded = run(2, tiny_config(tmp_path / "bf16", corpus, "train.precision=bf16", *settings))
+    for line, rounded_line in zip(exact, rounded, strict=True):
+        assert rounded_line["loss"] == pytest.approx(line["loss"], rel=1e-2)
+        assert rounded_line["loss"] != line["loss"]
+        assert rounded_line["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-1)
+
+
+def test_what_a_run_leaves(tmp_path, corpus, capfd):
+    config = tiny_config(
+        tmp_path / "run",
+        corpus,
+        "train.steps=5",
+        "train.validate_every=2",
+        "train.checkpoint_every=2",
+        "train.keep_last=2",
+        "train.sample_tokens=3",
+        "train.sample_prompt=import",
+    )
+    metrics = run(2, config)
+    folder = config.train.output_dir
+    keys = ["step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second"]
+    assert [list(line) for line in metrics] == [keys] * 5
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
+    assert [line["tokens"] for line in metrics] == [256, 512, 768, 1024, 1280]
+    assert metrics[-1]["lr"] == learning_rate(5, config.train)
+    assert [line["step"] for line in read_jsonl(folder / "validation.jsonl")] == [2, 4, 5]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000005"]
+    assert (folder / "sample.txt").read_text().startswith("import")
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["parallel"]["sequence"] == 2
+    assert resolved["train"]["precision"] == "fp32"
+    out, err = capfd.readouterr()
+    assert "bits per byte after 5 steps" in out
+    assert "5/5" in err
+    assert "DeepSpeed" not in out + err
+
+
+def test_training_learns(tmp_path, corpus):
+    metrics = run(2, tiny_config(tmp_path / "run", corpus, "train.steps=30", "parallel.data=2"))
+    assert metrics[0]["loss"] > math.log(256) - 1
+    assert metrics[-1]["loss"] < 0.75 * metrics[0]["loss"]
