@@ -82,10 +82,11 @@ class RunFolder:
 
         Raises:
             CheckpointError: its file is missing or damaged.
+            DataError: it names a tokenizer that cannot be loaded.
         """
         try:
             return tokenizer_from_json(json.loads(self.tokenizer_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"cannot read {self.tokenizer_file}: {error}") from None
 
 

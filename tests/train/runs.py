@@ -19,9 +19,10 @@ from tests.distributed import run_distributed
 CPU = torch.device("cpu")
 TINY = """\
 model: {dim: 32, layers: 2, heads: 2, segment_lengths: [16, 32, 64], dilation_rates: [1, 2, 4]}
-data: {sequence_length: 64}
-train: {steps: 4, batch_size: 4, learning_rate: 1.0e-2, warmup_steps: 2, checkpoint_every: 100, validate_every: 0,
-  sample_tokens: 0}
+data: {sequence_length: 64, path: DATA}
+train:
+  {output_dir: RUN, steps: 4, batch_size: 4, learning_rate: 1.0e-2, warmup_steps: 2, checkpoint_every: 100,
+   validate_every: 0, sample_tokens: 0}
 """
 
 
@@ -44,8 +45,8 @@ def write_corpus(path):
 def tiny_config(output_dir, data, *settings):
     """A configuration that trains in a moment."""
     file = output_dir.with_suffix(".yaml")
-    file.write_text(TINY, encoding="utf-8")
-    return load_config(file, [f"train.output_dir={output_dir}", f"data.path={data}", *settings])
+    file.write_text(TINY.replace("RUN", str(output_dir)).replace("DATA", str(data)), encoding="utf-8")
+    return load_config(file, settings)
 
 
 def make_trainer(config):

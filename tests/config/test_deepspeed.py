@@ -1,0 +1,27 @@
+from longnet_dist.config.deepspeed import deepspeed_config
+from longnet_dist.config.loading import parse_config
+
+VALUES = {
+    "model": {"name": "tiny"},
+    "train": {"output_dir": "run", "steps": 10, "clip_norm": 0.5},
+    "deepspeed": {"zero_stage": 2, "extra": {"wall_clock_breakdown": True}},
+}
+
+
+def test_what_deepspeed_is_told():
+    written = deepspeed_config(parse_config(VALUES), "fp32", micro_batch_size=3, accumulation=2)
+    assert written.pop("steps_per_print") > 10**9
+    assert written == {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2},
+        "wall_clock_breakdown": True,
+    }
+
+
+def test_bf16_sums_in_float32():
+    written = deepspeed_config(parse_config(VALUES), "bf16", micro_batch_size=1, accumulation=1)
+    assert written["bf16"] == {"enabled": True}
+    assert written["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert written["communication_data_type"] == "fp32"

@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from longnet_dist.config.loading import known_keys, load_config, parse_yaml, read_yaml
+from longnet_dist.config.schema import Config
+from longnet_dist.errors import ConfigError
+
+TEXT = """\
+model: {name: tiny}
+train:
+  output_dir: run
+  steps: 10
+"""
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_settings_replace_the_files(file):
+    config = load_config(
+        file,
+        ["train.steps=20", "model.heads=2", "parallel.sequence=4", "train.learning_rate=6e-4", "data.path=a=b.tokens"],
+    )
+    assert (config.train.steps, config.model.heads, config.parallel.sequence) == (20, 2, 4)
+    assert config.model.dim == 64
+    assert config.train.learning_rate == 6e-4
+    assert str(config.data.path) == "a=b.tokens"
+
+
+def test_a_setting_may_be_a_list_or_nothing(file):
+    config = load_config(file, ["model.segment_lengths=[8,16]", "model.dilation_rates=[1,2]", "data.path="])
+    assert config.model.segment_lengths == (8, 16)
+    assert config.data.path is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.stepz=5"], "there is no key train.stepz; the nearest is train.steps"),
+        (["trian.steps=5"], "there is no key trian; the nearest is train"),
+        (["train.steps=1", "train.steps=2"], "train.steps is given twice"),
+        (["train.steps"], "must read section.key=value"),
+        (["=5"], "must read section.key=value"),
+        (["train.steps=[1"], "the value of train.steps is no valid YAML"),
+        (["train.steps.more=5"], "steps is 10 and no section"),
+        (["train=5"], "train=5"),
+        (["model.headz=5"], "the nearest is 'heads'"),
+    ],
+)
+def test_wrong_settings_are_refused(file, words, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, words)
+    assert message in str(caught.value)
+
+
+def test_all_faults_are_told_at_once(file):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["train.steps=0", "train.seed=-1", "data.file=x"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {steps: 1}\ntrain: {steps: 2}\n", "the key 'train' is given twice, the second time in line 2"),
+        ("train:\n  steps: 1\n  seed: 0\n  steps: 2\n", "the key 'steps' is given twice, the second time in line 4"),
+        ("train: [", "no valid YAML"),
+        ("- a\n- b\n", "must be a YAML mapping"),
+        ("", "must be a YAML mapping"),
+        ("train: !!python/object/apply:os.getcwd []\n", "no valid YAML"),
+        ("model: {name: tiny}\n", "train must be given"),
+        ("model: {name: tiny}\ntrain: {steps: 4}\n", "train.output_dir must be given"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_yaml(tmp_path / "binary.yaml")
+
+
+def test_a_merge_key_is_no_duplicate():
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_comes_with_the_package_loads(path):
+    assert load_config(path).train.output_dir == Path("runs") / path.stem
+
+
+def test_known_keys_are_dotted():
+    keys = set(known_keys(Config))
+    assert {"model.heads", "train.resume", "deepspeed.zero_stage", "parallel.data"} <= keys
+    assert "model" not in keys

@@ -1,0 +1,34 @@
+import json
+
+import pytest
+
+from launch.evaluate import main
+from tests.train.runs import run, tiny_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    corpus = write_corpus(folder / "source.tokens")
+    run(1, tiny_config(folder / "run", corpus))
+    return str(folder / "run"), str(corpus)
+
+
+def test_json_has_an_entry_for_each_context(files, capsys):
+    folder, corpus = files
+    main([folder, "--data", corpus, "--context", "16", "64", "--tokens", "128", "--json"])
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == ["16", "64"]
+    assert list(results["64"]) == ["loss", "tokens", "perplexity", "bits_per_byte"]
+    assert results["16"]["tokens"] == results["64"]["tokens"] == 128
+
+
+def test_the_table_says_the_same(files, capsys):
+    folder, corpus = files
+    main([folder, "--data", corpus, "--context", "64", "--tokens", "128", "--json"])
+    (result,) = json.loads(capsys.readouterr().out).values()
+    main([folder, "--data", corpus, "--context", "64", "--tokens", "128"])
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["context", "loss", "perplexity", "bits/byte", "tokens"]
+    numbers = [f"{result['loss']:.4f}", f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f}"]
+    assert line.split() == ["64", *numbers, "128"]

@@ -1,0 +1,26 @@
+import pytest
+
+from launch.generate import main
+from longnet_dist.errors import ConfigError
+from tests.train.runs import run, tiny_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    run(1, tiny_config(folder / "run", write_corpus(folder / "source.tokens")))
+    return str(folder / "run")
+
+
+def test_the_prompt_is_continued(folder, capsys):
+    outputs = []
+    for seed in ("1", "1", "2"):
+        main([folder, "--prompt", "import", "--tokens", "12", "--seed", seed, "--temperature", "1", "--top-k", "0"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("import")
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_an_empty_prompt_is_refused(folder):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        main([folder, "--prompt", ""])
