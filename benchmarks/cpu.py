@@ -1,6 +1,6 @@
 """Dilated attention on the CPU against dense attention, and its time a token from 8K to 128K rows.
 
-    python benchmarks/cpu.py [--rows 32768] [--repeats 3] [--output benchmarks/results/cpu.json]
+    python benchmarks/cpu.py [--rows 32768] [--repeats 5] [--output benchmarks/results/cpu.json]
 
 Forward and backward, float32, causal, the paper's pattern, 8 heads of 64; dense is torch's
 ``scaled_dot_product_attention`` on the same tensors in the same run. Medians; the JSON holds every repeat.
@@ -29,13 +29,14 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32768, help="rows of the comparison with dense attention")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu.json"))
     args = parser.parse_args()
 
     pattern = DilatedPattern.paper()
     calls = {f"dilated {rows}": (dilated(pattern), rows) for rows in sorted({*LENGTHS, args.rows})}
     calls[f"dense {args.rows}"] = (dense, args.rows)
+    measure({"warm-up": calls[f"dilated {LENGTHS[0]}"]}, 1)
     seconds = measure(calls, args.repeats)
 
     medians = {name: statistics.median(times) for name, times in seconds.items()}
