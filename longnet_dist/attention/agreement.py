@@ -75,10 +75,11 @@ def _chunk_of(
     """The present chunk of a stream, whose rows every rank knows."""
     check_inputs(q, k, v)
     stream = cache.stream
-    if stream.shards is None or not causal or pattern != stream.pattern:
+    if stream.shards is None or causal != stream.causal or pattern != stream.pattern:
         raise ShapeError(
-            f"a stream needs a causal model, its own pattern and a present chunk, but causal is {causal}, the pattern "
-            f"is {pattern} (the stream's: {stream.pattern}) and the chunk is {stream.shards}; enter a chunk first"
+            f"a stream needs its own pattern and mask and a present chunk, but the pattern is {pattern} (the stream's: "
+            f"{stream.pattern}), causal is {causal} ({stream.causal}) and the chunk is {stream.shards}; "
+            f"enter a chunk first"
         )
     start, stop = stream.shards.window(stream.rank)
     if q.shape[1] != stop - start:

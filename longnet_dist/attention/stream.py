@@ -8,18 +8,19 @@ from torch import Tensor
 
 from longnet_dist.comm.exchange import CompactBuffers
 from longnet_dist.errors import ConfigError, ShapeError
-from longnet_dist.geometry.exchange import held_segments
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Segment, Shards
+from longnet_dist.geometry.stream import chunks_of, recorded_segments
+from longnet_dist.geometry.window import Segment, Shards, open_segments
 from longnet_dist.kernels.contract import wide_dtype
 
 
 class Stream:
-    """The state of a causal sequence of ``total_rows`` rows that passes through a model in chunks.
+    """The state of a sequence of ``total_rows`` rows that passes through a model in chunks.
 
     A chunk needs, of all the past, only the sparse rows of the segments that are open where it begins: at most
-    ``Σ_i ceil(w_i / r_i)`` rows a head and layer, however long the sequence is. Each layer keeps them in a
-    :class:`LayerCache`. A training step keeps the rows of all segments, since backward visits the chunks in reverse.
+    ``Σ_i ceil(w_i / r_i)`` rows a head and layer, however long the sequence is (``geometry.stream.cache_rows``). Each
+    layer keeps them in a :class:`LayerCache`. A training step keeps the rows of all segments, since backward visits the
+    chunks in reverse.
 
     Args:
         pattern: the branches.
@@ -27,37 +28,51 @@ class Stream:
         num_layers: layers that keep a cache.
         num_ranks: ranks of the sequence group, which share every chunk.
         rank: this rank's place in the group.
+        causal: a bidirectional sequence can only pass as one chunk.
 
     Attributes:
         shards: the present chunk and its slices.
+        recording: whether the present chunk passes only to leave its rows for a replay.
     """
 
     def __init__(
-        self, pattern: DilatedPattern, total_rows: int, num_layers: int, *, num_ranks: int = 1, rank: int = 0
+        self,
+        pattern: DilatedPattern,
+        total_rows: int,
+        num_layers: int,
+        *,
+        num_ranks: int = 1,
+        rank: int = 0,
+        causal: bool = True,
     ) -> None:
         self.pattern, self.total_rows, self.num_ranks, self.rank = pattern, total_rows, num_ranks, rank
+        self.causal = causal
         self.shards: Shards | None = None
         self.recorded: tuple[Segment, ...] | None = None
-        self.replaying = False
+        self.recording = self.replaying = False
         self.layers = [LayerCache(self) for _ in range(num_layers)]
+        self._next_row = 0
 
     def chunks(self, length: int) -> list[Shards]:
         """The chunks of ``length`` rows, in order; the last holds what is left.
 
         Raises:
-            ConfigError: a length under 1.
+            ConfigError: a length under 1, or several chunks of a bidirectional sequence.
             ShapeError: a chunk too short to give every rank a row.
         """
-        if length < 1:
-            raise ConfigError(f"the chunk length must be at least 1 row, not {length}")
-        stops = [*range(length, self.total_rows, length), self.total_rows]
-        starts = [0, *stops[:-1]]
-        return [Shards.even(self.total_rows, self.num_ranks, *edges) for edges in zip(starts, stops, strict=True)]
+        chunks = chunks_of(self.total_rows, length, self.num_ranks)
+        if len(chunks) > 1 and not self.causal:
+            raise ConfigError(
+                f"rows of a bidirectional sequence see later ones, so its {self.total_rows} rows cannot pass in chunks "
+                f"of {length}; use chunks of the whole sequence"
+            )
+        return chunks
 
     def forward(self, length: int) -> Iterator[Shards]:
-        """Visit the chunks in order; the caller passes each through the model while it is the present one."""
+        """Visit the chunks that are left, in order; the caller passes each through the model while it is present."""
         for shards in self.chunks(length):
-            yield self.enter(shards)
+            if shards.start >= self._next_row:
+                yield self.enter(shards)
 
     def enter(self, shards: Shards) -> Shards:
         """Make ``shards`` the present chunk.
@@ -65,35 +80,57 @@ class Stream:
         Raises:
             ShapeError: it does not begin where the last chunk ended.
         """
-        expected = 0 if self.shards is None else self.shards.stop
-        if not self.replaying and shards.start != expected:
-            raise ShapeError(f"the next chunk of the stream must begin at row {expected}, not {shards.start}")
-        self.shards = shards
+        if not self.replaying and shards.start != self._next_row:
+            raise ShapeError(f"the next chunk of the stream must begin at row {self._next_row}, not {shards.start}")
+        self.shards, self._next_row = shards, shards.stop
         return shards
 
     def record(self, length: int) -> Iterator[Shards]:
-        """As :meth:`forward`, but keep the rows of all segments, for :meth:`replay`."""
-        held: dict[tuple[int, int], Segment] = {}
-        for shards in self.chunks(length):
-            for segment in held_segments(self.pattern, shards, self.rank, causal=True):
-                key = segment.branch, segment.index
-                if key not in held or held[key].stop < segment.stop:
-                    held[key] = segment
-        self.recorded = tuple(held[key] for key in sorted(held))
-        yield from self.forward(length)
+        """Visit all chunks but the last, to keep the rows that :meth:`replay` needs; run them without graph."""
+        chunks = self.chunks(length)
+        self.recorded = recorded_segments(self.pattern, chunks, self.rank, self.causal)
+        self.recording = True
+        for shards in chunks[:-1]:
+            yield self.enter(shards)
+        self.recording = False
 
     def replay(self, length: int) -> Iterator[Shards]:
         """Visit the chunks of a recorded stream in reverse; the caller runs forward and backward of each.
 
-        Rows that a chunk shared with later ones receive the gradients that those sent.
+        Rows that a chunk shared with later ones receive the gradients that those sent. The last chunk comes first and
+        was not recorded: its rows are exchanged now. So a sequence of one chunk is computed once.
         """
-        if self.recorded is None:
+        if self.recorded is None or self.recording:
             raise ConfigError("only a stream that was recorded can be replayed; pass it through Stream.record first")
         self.replaying = True
         for shards in reversed(self.chunks(length)):
             yield self.enter(shards)
         for layer in self.layers:
             layer.clear()
+
+    def carried(self) -> list[Tensor]:
+        """What the layers keep for the chunks to come: of each the records of the open segments, ``(slots, B, 2D)``.
+
+        The same on all ranks, and for any number of them: with these and the row, :meth:`resume` goes on.
+        """
+        segments = open_segments(self.pattern, self._next_row, self.total_rows)
+        return [layer.carried(segments) for layer in self.layers] if segments else []
+
+    def resume(self, row: int, carried: list[Tensor]) -> None:
+        """Let a fresh stream go on at ``row`` with what another :meth:`carried` there.
+
+        Raises:
+            ShapeError: the records are not those of the open segments at ``row``.
+        """
+        self._next_row = row
+        segments = open_segments(self.pattern, row, self.total_rows)
+        if len(carried) != (len(self.layers) if segments else 0):
+            raise ShapeError(
+                f"{len(segments)} segments are open at row {row}, which {len(self.layers)} layers keep, "
+                f"but rows of {len(carried)} layers came"
+            )
+        for layer, records in zip(self.layers, carried, strict=False):
+            layer.resume(segments, records)
 
 
 class LayerCache:
@@ -106,8 +143,9 @@ class LayerCache:
 
     @property
     def complete(self) -> bool:
-        """Whether all rows of the present chunk are already here, as in a replay."""
-        return self.stream.replaying
+        """Whether all rows of the present chunk are already here: in a replay, for all but the last chunk."""
+        shards = self.stream.shards
+        return self.stream.replaying and shards is not None and shards.stop < shards.total_rows
 
     def rows(self, segments: tuple[Segment, ...], k: Tensor) -> CompactBuffers:
         """Buffers with room for the ``segments`` of the present chunk, holding what earlier chunks left."""
@@ -123,6 +161,16 @@ class LayerCache:
             self._gradients = CompactBuffers((), k.shape[2], k, wide_dtype(k.dtype))
         self._gradients.hold(segments)
         return self._gradients
+
+    def carried(self, segments: tuple[Segment, ...]) -> Tensor:
+        """The records of ``segments``, of which some chunk left rows here."""
+        assert self._rows is not None
+        self._rows.hold(segments)
+        return self._rows.records
+
+    def resume(self, segments: tuple[Segment, ...], records: Tensor) -> None:
+        """Take the ``records`` of ``segments`` as what earlier chunks left."""
+        self._rows = CompactBuffers.of(segments, records)
 
     def clear(self) -> None:
         """Give the memory back."""

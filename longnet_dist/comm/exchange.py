@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.exchange import ExchangePlan
 from longnet_dist.geometry.window import Segment
 
@@ -29,6 +30,23 @@ class CompactBuffers:
         self._rooms: dict[tuple[int, int], slice] = {}
         self.records = like.new_zeros(0, like.shape[0], 2 * like.shape[3], dtype=dtype)
         self.hold(segments)
+
+    @classmethod
+    def of(cls, segments: tuple[Segment, ...], records: Tensor) -> CompactBuffers:
+        """Buffers of ``segments`` that hold the ``records`` ``(slots, B, 2D)`` of other buffers of just these.
+
+        Raises:
+            ShapeError: the slots are not a number of heads times the rows of the segments.
+        """
+        rows = sum(segment.compact_rows for segment in segments)
+        if records.dim() != 3 or len(records) == 0 or len(records) % rows:
+            raise ShapeError(
+                f"the {len(segments)} segments have {rows} rows a head, but the records are {tuple(records.shape)}"
+            )
+        like = records.new_empty(records.shape[1], 0, len(records) // rows, records.shape[2] // 2)
+        buffers = cls(segments, like.shape[2], like, records.dtype)
+        buffers.records.copy_(records)
+        return buffers
 
     def hold(self, segments: tuple[Segment, ...]) -> None:
         """Make room for just these segments; those already here keep their records."""

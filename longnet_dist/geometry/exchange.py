@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Segment, Shards, edge_segments, shared_segments
+from longnet_dist.geometry.window import Segment, Shards, edge_segments, open_segments, shared_segments
 
 Integers = npt.NDArray[np.int64]
 
@@ -83,8 +83,7 @@ def plan_exchange(pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: 
 def held_segments(pattern: DilatedPattern, shards: Shards, rank: int, causal: bool) -> tuple[Segment, ...]:
     """The segments whose rows ``rank`` holds: those its own window shares, and those that go on behind the chunk."""
     shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal)
-    last_window = shards.window(shards.num_ranks - 1)
-    open_ones = [s for s in edge_segments(pattern, *last_window, shards.total_rows) if s.stop > shards.stop]
+    open_ones = open_segments(pattern, shards.stop, shards.total_rows)
     held = {(s.branch, s.index): s for s in (*shared, *open_ones)}  # of an open segment, all of it
     return tuple(held[key] for key in sorted(held))
 

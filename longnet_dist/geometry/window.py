@@ -164,6 +164,18 @@ def edge_segments(pattern: DilatedPattern, start: int, stop: int, total_rows: in
                 yield Segment(number, index, first, last, branch.dilation_rate)
 
 
+def open_segments(pattern: DilatedPattern, row: int, total_rows: int) -> tuple[Segment, ...]:
+    """The segments that begin before ``row`` and go on with it, at most one a branch."""
+    segments = []
+    for number, branch in enumerate(pattern):
+        width = branch.segment_length
+        first = (row - 1) // width * width
+        last = min(first + width, total_rows)
+        if row > 0 and last > row:
+            segments.append(Segment(number, first // width, first, last, branch.dilation_rate))
+    return tuple(segments)
+
+
 @lru_cache(maxsize=512)
 def shared_segments(
     pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool

@@ -73,7 +73,8 @@ class LongNet(nn.Module):
             start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
                 the group.
             total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
-            stream: the stream whose present chunk the tokens are; its chunks must come in order.
+            stream: the stream whose present chunk the tokens are; its chunks must come in order. While it only records,
+                nothing is returned.
 
         Raises:
             ShapeError: shapes, rows or ``start`` that do not fit.
@@ -86,6 +87,8 @@ class LongNet(nn.Module):
         caches = stream.layers if stream else [None] * len(self.blocks)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, start, total_rows, cache)
+        if stream and stream.recording:
+            return LongNetOutput(None, None, None, None)
         x = self.norm(x)
         if labels is None:
             return LongNetOutput(None, self.head(x), None, None)

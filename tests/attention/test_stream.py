@@ -8,6 +8,7 @@ from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.attention.stream import Stream
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.stream import cache_bytes, cache_rows
 from longnet_dist.kernels.reference import oracle
 from tests.cases import random_case
 from tests.distributed import run_distributed
@@ -97,3 +98,66 @@ def test_a_stream_is_causal_and_of_one_pattern():
         dilated_attention(x, x, x, DilatedPattern([4], [1]), cache=stream.layers[0])
     with pytest.raises(ShapeError, match="4 rows on this rank, but 3"):
         dilated_attention(x[:, :3], x[:, :3], x[:, :3], pattern, cache=stream.layers[0])
+
+
+def test_the_cache_is_as_large_as_the_formula_says():
+    pattern, x = DilatedPattern.geometric(8, 256), torch.randn(3, 256, 2, 4)
+    stream, largest = Stream(pattern, 256, 1), 0
+    for shards in stream.forward(16):
+        part = x[:, shards.start : shards.stop]
+        dilated_attention(part, part, part, pattern, cache=stream.layers[0])
+        largest = max(largest, stream.layers[0]._rows.records.nbytes)
+    assert largest == cache_bytes(cache_rows(pattern, 256, 16), 2, 4, layers=1, itemsize=4, batch=3)
+
+
+def pass_on(case, length, handover):
+    """Output of a stream of which another one does the chunks from ``handover`` on."""
+    ranks, rank, rows = dist.get_world_size(), dist.get_rank(), case.shards.total_rows
+    group = dist.group.WORLD if ranks > 1 else None
+    stream, outs = Stream(case.pattern, rows, 1, num_ranks=ranks, rank=rank), []
+    for number, shards in enumerate(stream.chunks(length)):
+        if number == handover:
+            carried = stream.carried()
+            stream = Stream(case.pattern, rows, 1, num_ranks=ranks, rank=rank)
+            stream.resume(shards.start, [records.clone() for records in carried])
+        stream.enter(shards)
+        window = slice(*shards.window(rank))
+        local = [x[:, window].contiguous() for x in (case.q, case.k, case.v)]
+        outs.append((window, dilated_attention(*local, case.pattern, group=group, cache=stream.layers[0])))
+    return outs
+
+
+def worst_errors_of_resumed_streams(num_cases):
+    ranks, worst = dist.get_world_size(), 0.0
+    for seed in range(num_cases):
+        case, rng = random_case(seed, ranks), random.Random(seed)
+        rows = case.shards.total_rows
+        length = rng.choice([c for c in range(1, rows + 1) if usable(c, rows, ranks)])
+        expected, _ = oracle(case.q, case.k, case.v, case.pattern, causal=True)
+        for window, out in pass_on(case, length, rng.randrange(-(-rows // length))):
+            worst = max(worst, (out - expected[:, window]).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_another_stream_goes_on_with_what_one_carried(ranks):
+    assert max(run_distributed(worst_errors_of_resumed_streams, ranks, 40)) < 1e-9
+
+
+def test_what_is_carried_must_fit():
+    stream = Stream(DilatedPattern([8, 12], [1, 2]), 24, 2)
+    with pytest.raises(ShapeError, match="2 segments are open at row 4"):
+        stream.resume(4, [])
+    with pytest.raises(ShapeError, match="14 rows a head"):
+        stream.resume(4, [torch.zeros(13, 1, 8)] * 2)
+    stream.resume(0, [])
+
+
+def test_a_bidirectional_sequence_is_one_chunk():
+    pattern, x = DilatedPattern([8], [1]), torch.randn(1, 16, 1, 4, dtype=torch.float64)
+    stream = Stream(pattern, 16, 1, causal=False)
+    with pytest.raises(ConfigError, match="bidirectional"):
+        stream.chunks(8)
+    for _ in stream.forward(16):
+        out = dilated_attention(x, x, x, pattern, causal=False, cache=stream.layers[0])
+    torch.testing.assert_close(out, dilated_attention(x, x, x, pattern, causal=False))

@@ -52,9 +52,11 @@ def streamed_step(chunk, fields):
             logits.append((rows(shards), model(tokens[:, rows(shards)], stream=live).logits))
         live = stream()
         for shards in live.record(chunk):
-            total += model(tokens[:, rows(shards)], labels[:, rows(shards)], stream=live).loss_sum
+            model(tokens[:, rows(shards)], labels[:, rows(shards)], stream=live)
     for shards in live.replay(chunk):
-        model(tokens[:, rows(shards)], labels[:, rows(shards)], stream=live).loss_sum.backward()
+        loss_sum = model(tokens[:, rows(shards)], labels[:, rows(shards)], stream=live).loss_sum
+        loss_sum.backward()
+        total += loss_sum.detach()
     gradients = [p.grad for p in model.parameters()]
     if ranks > 1:
         dist.all_reduce(total)
