@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line without the program's name, by default that of the process.
     """
-    words = _parser().parse_args(arguments).words
+    options = _parser().parse_args(arguments)
+    words = options.words + ["train.resume=auto"] * options.resume
     path = Path(words.pop(0)) if words and "=" not in words[0] else QUICKSTART
     run_training(load_config(path, words), LaunchEnvironment.read(os.environ))
 
@@ -44,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="CONFIG.yaml | key=value",
         help="a configuration (by default configs/quickstart.yaml), then settings that replace its own",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint: train.resume=auto, the default"
     )
     return parser
 

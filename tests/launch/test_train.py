@@ -38,6 +38,9 @@ def test_one_process_and_torchrun_give_the_same_losses(config, tmp_path):
     both = launch(*torchrun, TRAIN, str(config), f"train.output_dir={tmp_path / 'both'}", cwd=tmp_path)
     assert both.returncode == 0, both.stderr
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    more = launch(TRAIN, "--resume", str(config), "train.steps=5", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert len(losses(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize(

@@ -62,5 +62,6 @@ def train(config):
 
 def run(world_size, config):
     """Train on ``world_size`` ranks; the metrics of every step."""
+    import_deepspeed()
     run_distributed(train, world_size, config)
     return read_jsonl(config.train.output_dir / "metrics.jsonl")
