@@ -70,7 +70,7 @@ def _segments_at_once(branch: Branch, total_rows: int, length: int, num_ranks: i
     """Segments of a branch of which a rank holds rows during a chunk, at most."""
     width, length = branch.segment_length, min(length, total_rows)
     slices = {-(-rows // num_ranks) for rows in (length, total_rows % length) if num_ranks > 1} | {length}
-    if length == total_rows and num_ranks == 1 or all(rows % width == 0 for rows in slices):
+    if (length == total_rows and num_ranks == 1) or all(rows % width == 0 for rows in slices):
         return 0
     return 1 if length % width == 0 or width % length == 0 or width >= total_rows else 2
 
