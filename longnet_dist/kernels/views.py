@@ -7,7 +7,7 @@ All segments of equal length and all key/value heads of equal offset form one ba
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ class View:
         row, _, step = self.call.piece.keys(self.first_segment, self.offset)
         stop = self.keys if stop is None else stop
         return self._rows(x, row + start * step, stop - start, step)
+
+    def split(self, most_segments: int) -> Iterator[View]:
+        """The same rows in views of at most ``most_segments`` segments."""
+        for done in range(0, self.segments, most_segments):
+            count = min(most_segments, self.segments - done)
+            yield replace(self, first_segment=self.first_segment + done, segments=count)
 
     def _rows(self, x: Tensor, row: int, count: int, step: int) -> Tensor:
         x = x[:, :, self.heads]
