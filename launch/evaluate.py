@@ -1,4 +1,4 @@
-"""Measure a trained model: launch/evaluate.py RUN_DIR --data TOKEN_FILE --context N [N ...]."""
+"""Measure a trained model: launch/evaluate.py RUN_DIR --data TOKEN_FILE (--context N [N ...] | --stream)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pathlib import Path
 from longnet_dist.cli import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.train.evaluation import Evaluation
-from longnet_dist.train.trained import evaluate_run
+from longnet_dist.train.trained import evaluate_run, evaluate_run_streamed
 
 EXAMPLES = """\
 examples:
   python launch/evaluate.py runs/quickstart --data book.tokens --context 512 2048
   torchrun --nproc_per_node=8 launch/evaluate.py runs/long --data book.tokens --context 1048576 --json
+  python launch/evaluate.py runs/long --data library.tokens --stream --chunk 262144
 
 With torchrun every sequence is split over all ranks, so that a context may be longer than one device can hold. All
-contexts predict the same tokens, the first of the file's validation split.
+contexts predict the same tokens, the first of the file's validation split. With --stream the whole file (or what
+--split and --tokens leave of it) is one sequence, which passes in chunks: memory does not depend on its length. An
+interrupted run goes on with --resume.
 """
 
 
@@ -32,7 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     launch = LaunchEnvironment.read(os.environ)
-    results = evaluate_run(options.run, options.data, options.context, options.tokens, options.split, launch)
+    run, data, num_tokens = options.run, options.data, options.tokens
+    if options.stream:
+        split, state, resume = options.split or "all", options.state, options.resume
+        result = evaluate_run_streamed(run, data, options.chunk, num_tokens, split, launch, state, resume)
+        results = {result.tokens: result}
+    else:
+        num_tokens = 262144 if num_tokens is None else num_tokens
+        results = evaluate_run(run, data, options.context, num_tokens, options.split or "validation", launch)
     if launch.rank == 0:
         print(json.dumps({n: asdict(result) for n, result in results.items()}) if options.json else _table(results))
 
@@ -56,11 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
     parser.add_argument("--data", type=Path, required=True, metavar="TOKEN_FILE", help="made by prepare_data.py")
-    parser.add_argument("--context", type=int, nargs="+", required=True, metavar="N", help="context lengths, tokens")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--context", type=int, nargs="+", metavar="N", help="context lengths, tokens")
+    how.add_argument("--stream", action="store_true", help="the whole text is one sequence, of any length")
     parser.add_argument(
-        "--tokens", type=int, default=262144, metavar="T", help="tokens to predict (default %(default)s)"
+        "--chunk", type=int, default=65536, metavar="C", help="rows of it at once (default %(default)s)"
     )
-    parser.add_argument("--split", choices=("validation", "train"), default="validation", help="of the token file")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="keeps the stream's state (default in RUN_DIR)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted stream")
+    parser.add_argument("--tokens", type=int, metavar="T", help="tokens to predict (default 262144; --stream: all)")
+    parser.add_argument(
+        "--split", choices=("validation", "train", "all"), help="of the token file (default validation; --stream: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object with one entry for each context")
     return parser
 

@@ -53,14 +53,14 @@ class Stream:
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self._next_row = 0
 
-    def chunks(self, length: int) -> list[Shards]:
-        """The chunks of ``length`` rows, in order; the last holds what is left.
+    def chunks(self, length: int, start: int = 0) -> list[Shards]:
+        """The chunks of ``length`` rows from row ``start`` on, in order; the last holds what is left.
 
         Raises:
             ConfigError: a length under 1, or several chunks of a bidirectional sequence.
             ShapeError: a chunk too short to give every rank a row.
         """
-        chunks = chunks_of(self.total_rows, length, self.num_ranks)
+        chunks = chunks_of(self.total_rows, length, self.num_ranks, start)
         if len(chunks) > 1 and not self.causal:
             raise ConfigError(
                 f"rows of a bidirectional sequence see later ones, so its {self.total_rows} rows cannot pass in chunks "
@@ -70,9 +70,8 @@ class Stream:
 
     def forward(self, length: int) -> Iterator[Shards]:
         """Visit the chunks that are left, in order; the caller passes each through the model while it is present."""
-        for shards in self.chunks(length):
-            if shards.start >= self._next_row:
-                yield self.enter(shards)
+        for shards in self.chunks(length, self._next_row):
+            yield self.enter(shards)
 
     def enter(self, shards: Shards) -> Shards:
         """Make ``shards`` the present chunk.

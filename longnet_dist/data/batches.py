@@ -32,7 +32,7 @@ class Windows:
 
     Args:
         token_file: the open token file.
-        split: ``"train"`` or ``"validation"``.
+        split: ``"train"``, ``"validation"`` or ``"all"``, the whole file.
         sequence_length: ``N``, rows of a window.
         vocab_size: of the model; refuses a file with ids beyond it. None trusts the file.
         objective: ``"causal"`` or ``"masked"``.

@@ -31,7 +31,7 @@ PREAMBLE = struct.Struct("<8sII32s")
 PAGE_BYTES = 4096
 READ_BYTES = 1 << 24
 
-SplitName = Literal["train", "validation"]
+SplitName = Literal["train", "validation", "all"]
 Count = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -138,9 +138,15 @@ class TokenFile:
         return split.num_bytes / (split.last - split.first)
 
     def _split(self, name: SplitName) -> Split:
-        if name not in ("train", "validation"):
-            raise DataError(f"a token file has the splits train and validation, not {name!r}")
-        return self.header.train if name == "train" else self.header.validation
+        header = self.header
+        splits = {
+            "train": header.train,
+            "validation": header.validation,
+            "all": Split(first=0, last=header.num_tokens, num_bytes=header.num_bytes),
+        }
+        if name not in splits:
+            raise DataError(f"a token file has the splits train, validation and all, not {name!r}")
+        return splits[name]
 
 
 def _read_header(path: Path, stream: BinaryIO) -> tuple[Header, int]:

@@ -10,8 +10,8 @@ from longnet_dist.geometry.pattern import Branch, DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards
 
 
-def chunks_of(total_rows: int, length: int, num_ranks: int = 1) -> list[Shards]:
-    """The chunks of ``length`` rows, in order, each cut into slices of ranks; the last holds what is left.
+def chunks_of(total_rows: int, length: int, num_ranks: int = 1, start: int = 0) -> list[Shards]:
+    """The chunks of ``length`` rows from row ``start`` on, each cut into slices of ranks; the last holds what is left.
 
     Raises:
         ConfigError: a length under 1.
@@ -19,9 +19,10 @@ def chunks_of(total_rows: int, length: int, num_ranks: int = 1) -> list[Shards]:
     """
     if length < 1:
         raise ConfigError(f"the chunk length must be at least 1 row, not {length}")
-    stops = [*range(length, total_rows, length), total_rows]
-    starts = [0, *stops[:-1]]
-    return [Shards.even(total_rows, num_ranks, *edges) for edges in zip(starts, stops, strict=True)]
+    return [
+        Shards.even(total_rows, num_ranks, first, min(first + length, total_rows))
+        for first in range(start, total_rows, length)
+    ]
 
 
 def recorded_segments(

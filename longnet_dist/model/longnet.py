@@ -43,7 +43,7 @@ class LongNet(nn.Module):
 
     def __init__(self, config: LongNetConfig, *, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.group = config, group
         self.positions = None
         if config.positions != "none":
             self.positions = Positions(config.rope_theta, config.xpos_base if config.positions == "xpos" else None)
@@ -55,6 +55,12 @@ class LongNet(nn.Module):
         self.head = LanguageModelHead(config.dim, config.vocab_size, config.loss_chunk)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    def stream(self, total_rows: int) -> Stream:
+        """The stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
+        ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
+        config = self.config
+        return Stream(config.pattern, total_rows, config.layers, num_ranks=ranks, rank=rank, causal=config.causal)
 
     def forward(
         self,

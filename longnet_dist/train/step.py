@@ -66,7 +66,7 @@ def train_step(
 
 
 def total_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a scalar over all ranks of the world, in float64."""
+    """The sum of a tensor over all ranks of the world, in float64."""
     total = value.detach().to(torch.float64)
     dist.all_reduce(total)
     return total

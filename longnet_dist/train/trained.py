@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
@@ -15,11 +18,13 @@ from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.train.checkpoint import load_weights, newest_checkpoint, read_state
+from longnet_dist.train.checkpoint import CheckpointState, load_weights, newest_checkpoint, read_state
 from longnet_dist.train.evaluation import Evaluation, evaluate
 from longnet_dist.train.generation import Sampling, generate
 from longnet_dist.train.plan import objective
 from longnet_dist.train.run_folder import RunFolder
+from longnet_dist.train.stream_state import StreamTask
+from longnet_dist.train.streamed_evaluation import StateFile, evaluate_stream
 
 
 def evaluate_run(
@@ -40,22 +45,52 @@ def evaluate_run(
     """
     if min(num_tokens, *contexts) < 1:
         raise ConfigError(f"contexts and tokens must be at least 1, but are {list(contexts)} and {num_tokens}")
-    folder, checkpoint, config = _open(path)
-    token_file = TokenFile.open(data)
-    if token_file.tokenizer.to_json() != folder.tokenizer().to_json():
-        raise DataError(
-            f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
-            f"({folder.tokenizer().name}); prepare it with the run's"
-        )
-    windows = {context: Windows(token_file, split, context, **objective(config.model)) for context in contexts}
-    device = launch.device()
-    launch.share_cores()
-    with process_group(launch, device, timedelta(minutes=config.parallel.timeout_minutes)):
-        mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size))
-        model = LongNet(config.model, group=mesh.sequence_group)
-        load_weights(checkpoint, model)
-        model.to(device, _dtype(config, device)).eval()
+    run = _Run.open(path)
+    windows = {context: run.windows(data, split, context) for context in contexts}
+    with run.model_on(launch) as (model, mesh, device):
         return {context: evaluate(model, part, num_tokens, 1, mesh, device) for context, part in windows.items()}
+
+
+def evaluate_run_streamed(
+    path: Path,
+    data: Path,
+    chunk_length: int,
+    num_tokens: int | None,
+    split: SplitName,
+    launch: LaunchEnvironment,
+    state_path: Path | None = None,
+    resume: bool = False,
+) -> Evaluation:
+    """Evaluate a run on a text as one sequence of any length, chunk by chunk. Every rank of the launch must call.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        data: a token file of the run's tokenizer.
+        chunk_length: rows that all ranks hold together at once, a multiple of the number of ranks.
+        num_tokens: rows to predict, the first of the split; all if not given, or as many as ranks can share evenly.
+        split: of the token file.
+        launch: this process.
+        state_path: file that keeps the state meanwhile, in the run's folder if not given.
+        resume: whether to go on from that file.
+
+    Raises:
+        LongNetError: as :func:`evaluate_run`; a state of another evaluation.
+        KeyboardInterrupt: on an interrupt, after the state has been saved.
+    """
+    ranks = launch.world_size
+    if chunk_length < 1 or chunk_length % ranks:
+        raise ConfigError(f"the chunk must be a positive multiple of the {ranks} ranks, but is {chunk_length} rows")
+    run = _Run.open(path)
+    rows = run.windows(data, split, 1).num_rows
+    rows = rows if num_tokens is None else min(rows, num_tokens)
+    if rows < ranks:
+        raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
+    windows = run.windows(data, split, rows - rows % ranks)
+    with run.model_on(launch) as (model, _, device):
+        sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
+        task = StreamTask(*sha256, split, windows.rows_of(0), str(next(model.parameters()).dtype))
+        file = StateFile(state_path or run.folder.path / f"{data.stem}.stream.safetensors", task, resume)
+        return evaluate_stream(model, windows, chunk_length, device, file)
 
 
 def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling) -> str:
@@ -70,25 +105,53 @@ def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling) 
     Raises:
         LongNetError: no such run, or one that cannot continue a text.
     """
-    folder, checkpoint, config = _open(path)
-    tokenizer = folder.tokenizer()
-    device = LaunchEnvironment().device()
-    model = LongNet(config.model)
-    load_weights(checkpoint, model)
-    model.to(device, _dtype(config, device)).eval()
+    run = _Run.open(path)
+    tokenizer = run.folder.tokenizer()
+    model = run.model(None, LaunchEnvironment().device())
     ids = [int(token) for token in tokenizer.encode(prompt.encode())]
-    new = generate(model, ids, num_tokens, config.data.sequence_length, sampling)
+    new = generate(model, ids, num_tokens, run.config.data.sequence_length, sampling)
     return tokenizer.decode([*ids, *new]).decode("utf-8", errors="replace")
 
 
-def _open(path: Path) -> tuple[RunFolder, Path, Config]:
-    """The run's folder, its checkpoint and its configuration."""
-    checkpoint = newest_checkpoint(path)
-    folder = RunFolder(checkpoint.parent.parent)
-    config = folder.config()
-    read_state(checkpoint, config.model)
-    return folder, checkpoint, config
+@dataclass(frozen=True)
+class _Run:
+    """A run's folder, its configuration, and one of its checkpoints."""
 
+    folder: RunFolder
+    config: Config
+    checkpoint: Path
+    state: CheckpointState
 
-def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if config.precision(device.type) == "bf16" else torch.float32
+    @classmethod
+    def open(cls, path: Path) -> _Run:
+        checkpoint = newest_checkpoint(path)
+        folder = RunFolder(checkpoint.parent.parent)
+        config = folder.config()
+        return cls(folder, config, checkpoint, read_state(checkpoint, config.model))
+
+    def windows(self, data: Path, split: SplitName, length: int) -> Windows:
+        """A text of the run's tokenizer, cut into windows."""
+        token_file = TokenFile.open(data)
+        tokenizer = self.folder.tokenizer()
+        if token_file.tokenizer.to_json() != tokenizer.to_json():
+            raise DataError(
+                f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
+                f"({tokenizer.name}); prepare it with the run's"
+            )
+        return Windows(token_file, split, length, **objective(self.config.model))
+
+    def model(self, group: dist.ProcessGroup | None, device: torch.device) -> LongNet:
+        """The trained model, in evaluation mode and the precision of its training."""
+        model = LongNet(self.config.model, group=group)
+        load_weights(self.checkpoint, model)
+        bf16 = self.config.precision(device.type) == "bf16"
+        return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+
+    @contextmanager
+    def model_on(self, launch: LaunchEnvironment) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
+        """The model on all ranks of a launch, which share every sequence."""
+        device = launch.device()
+        launch.share_cores()
+        with process_group(launch, device, timedelta(minutes=self.config.parallel.timeout_minutes)):
+            mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size))
+            yield self.model(mesh.sequence_group, device), mesh, device

@@ -3,6 +3,8 @@ import json
 import pytest
 
 from launch.evaluate import main
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.errors import ConfigError
 from tests.train.runs import run, tiny_config, write_corpus
 
 
@@ -32,3 +34,24 @@ def test_the_table_says_the_same(files, capsys):
     assert head.split() == ["context", "loss", "perplexity", "bits/byte", "tokens"]
     numbers = [f"{result['loss']:.4f}", f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f}"]
     assert line.split() == ["64", *numbers, "128"]
+
+
+def test_the_whole_file_as_one_stream(files, capsys):
+    folder, corpus = files
+    rows = TokenFile.open(corpus).header.num_tokens - 1
+    main([folder, "--data", corpus, "--stream", "--chunk", "1000", "--json"])
+    ((length, streamed),) = json.loads(capsys.readouterr().out).items()
+    assert int(length) == streamed["tokens"] == rows
+    main([folder, "--data", corpus, "--context", str(rows), "--tokens", str(rows), "--split", "all", "--json"])
+    (whole,) = json.loads(capsys.readouterr().out).values()
+    assert streamed == pytest.approx(whole, rel=1e-5)
+    main([folder, "--data", corpus, "--stream", "--tokens", "50", "--split", "validation"])
+    assert capsys.readouterr().out.split()[-1] == "50"
+
+
+def test_streams_that_cannot_be(files):
+    folder, corpus = files
+    with pytest.raises(ConfigError, match="positive multiple"):
+        main([folder, "--data", corpus, "--stream", "--chunk", "0"])
+    with pytest.raises(ConfigError, match="needs a row"):
+        main([folder, "--data", corpus, "--stream", "--tokens", "0"])

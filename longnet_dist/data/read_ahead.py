@@ -1,0 +1,23 @@
+"""Reading the next chunk of a text while the present one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """``(item, read(item))`` of every item in order; a thread reads one item ahead. What it raises is raised here."""
+    with ThreadPoolExecutor(1) as thread:
+        previous = None
+        for item in items:
+            following = item, thread.submit(read, item)
+            if previous:
+                yield previous[0], previous[1].result()
+            previous = following
+        if previous:
+            yield previous[0], previous[1].result()
