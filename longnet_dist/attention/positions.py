@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -106,12 +107,13 @@ def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
     return min(math.lcm(*pattern.segment_lengths), total_rows)
 
 
-def _turns(theta: float, head_dim: int) -> list[int]:
+@lru_cache(maxsize=8)
+def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
     """Angle between neighbouring rows for each pair of channels, in units of 2^-64 turns, rounded once."""
     with localcontext() as context:
         context.prec = 40
         base = Decimal(theta)
-        return [round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2)]
+        return tuple(round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

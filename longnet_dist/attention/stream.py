@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -32,7 +32,8 @@ class Stream:
 
     Attributes:
         shards: the present chunk and its slices.
-        recording: whether the present chunk passes only to leave its rows for a replay.
+        recording: whether the present chunk passes only to leave its rows for other chunks, so that the model may stop
+            behind its last attention.
     """
 
     def __init__(
@@ -73,6 +74,16 @@ class Stream:
         for shards in self.chunks(length, self._next_row):
             yield self.enter(shards)
 
+    def prefill(self, stop: int, length: int) -> Iterator[Shards]:
+        """Visit rows ``[0, stop)`` in chunks that only leave their rows for those behind."""
+        yield from self._leave_rows(chunks_of(self.total_rows, length, self.num_ranks, 0, stop))
+
+    def _leave_rows(self, chunks: Iterable[Shards]) -> Iterator[Shards]:
+        self.recording = True
+        for shards in chunks:
+            yield self.enter(shards)
+        self.recording = False
+
     def enter(self, shards: Shards) -> Shards:
         """Make ``shards`` the present chunk.
 
@@ -88,10 +99,7 @@ class Stream:
         """Visit all chunks but the last, to keep the rows that :meth:`replay` needs; run them without graph."""
         chunks = self.chunks(length)
         self.recorded = recorded_segments(self.pattern, chunks, self.rank, self.causal)
-        self.recording = True
-        for shards in chunks[:-1]:
-            yield self.enter(shards)
-        self.recording = False
+        yield from self._leave_rows(chunks[:-1])
 
     def replay(self, length: int) -> Iterator[Shards]:
         """Visit the chunks of a recorded stream in reverse; the caller runs forward and backward of each.

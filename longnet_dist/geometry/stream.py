@@ -10,8 +10,17 @@ from longnet_dist.geometry.pattern import Branch, DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards
 
 
-def chunks_of(total_rows: int, length: int, num_ranks: int = 1, start: int = 0) -> list[Shards]:
-    """The chunks of ``length`` rows from row ``start`` on, each cut into slices of ranks; the last holds what is left.
+def chunks_of(
+    total_rows: int, length: int, num_ranks: int = 1, start: int = 0, stop: int | None = None
+) -> list[Shards]:
+    """Rows ``[start, stop)`` in chunks of ``length``, each cut into slices of ranks; the last holds what is left.
+
+    Args:
+        total_rows: ``N``.
+        length: rows of a chunk.
+        num_ranks: ranks that share every chunk.
+        start: first row, 0 if not given.
+        stop: end (exclusive), ``N`` if not given.
 
     Raises:
         ConfigError: a length under 1.
@@ -19,9 +28,9 @@ def chunks_of(total_rows: int, length: int, num_ranks: int = 1, start: int = 0) 
     """
     if length < 1:
         raise ConfigError(f"the chunk length must be at least 1 row, not {length}")
+    stop = total_rows if stop is None else stop
     return [
-        Shards.even(total_rows, num_ranks, first, min(first + length, total_rows))
-        for first in range(start, total_rows, length)
+        Shards.even(total_rows, num_ranks, first, min(first + length, stop)) for first in range(start, stop, length)
     ]
 
 

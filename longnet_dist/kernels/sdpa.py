@@ -70,8 +70,10 @@ def _problems(
     """
     batch, heads_per_kv = query_buffers[0].shape[0], query_buffers[0].shape[2] // len(view.call.offsets)
     queries = [view.query_rows(x) for x in query_buffers]
-    if view.call.causal:
-        first = view.first_query
+    first = view.first_query
+    if view.call.causal and view.queries == 1:  # a decoded row
+        spans = [(0, min(first + 1, view.keys), False)]
+    elif view.call.causal:
         spans = [(0, min(first, view.keys), False), (first, min(first + view.queries, view.keys), True)]
     else:
         spans = [(0, view.keys, False)]

@@ -11,6 +11,8 @@ from torch import Tensor
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
 
+CHUNK_LENGTH = 16384
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,39 +40,68 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(model: LongNet, prompt: Sequence[int], num_tokens: int, context: int, sampling: Sampling) -> Iterator[int]:
-    """Yield ``num_tokens`` ids that continue ``prompt``.
+def generate(
+    model: LongNet,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    chunk_length: int = CHUNK_LENGTH,
+) -> Iterator[list[int]]:
+    """Yield ``num_tokens`` times the next id of every text that continues one of the ``prompts``.
 
-    Each token costs a forward over the last ``context`` ids, so it is drawn from exactly what training would compute
-    for a sequence of these ids.
+    The prompts pass in chunks; then each token passes alone. It attends to the rows that every layer caches, at most
+    ``Σ w/r`` a head, so that its time and memory do not grow with the text, whose length has no limit. It is drawn from
+    exactly what a forward over the whole text would compute.
 
     Args:
         model: a causal model of one device, in evaluation mode.
-        prompt: ids, at least one.
-        num_tokens: how many to add.
-        context: ids that the model sees at most.
+        prompts: texts of equally many ids, at least one.
+        num_tokens: how many to add to each.
         sampling: how to draw.
+        samples: texts that continue each prompt; they stand next to each other in what is yielded.
+        chunk_length: rows of the prompts that are computed at once.
 
     Raises:
-        ConfigError: a bidirectional model, or an empty prompt.
+        ConfigError: a bidirectional model, empty prompts or of different lengths, fewer than one sample, or a text
+            that xPos cannot span.
     """
-    if not model.config.causal:
-        raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
-    if not prompt:
-        raise ConfigError("the prompt is empty; give at least one character")
+    _check(model, prompts, samples)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    ids = list(prompt)
-    for _ in range(num_tokens):
-        tokens = torch.tensor([ids[-context:]], device=device)
-        ids.append(_draw(model(tokens).logits[0, -1].float(), sampling, generator))
-        yield ids[-1]
+    tokens = torch.tensor(prompts, device=device)
+    first = tokens.shape[1] - 1  # the last of the prompt is the first whose logits are needed
+    stream = model.stream(first + num_tokens)
+    for shards in stream.prefill(first, chunk_length):
+        model(tokens[:, shards.start : shards.stop], stream=stream)
+    if samples > 1:
+        prefilled, stream = stream, model.stream(first + num_tokens)
+        stream.resume(first, [records.repeat_interleave(samples, 1) for records in prefilled.carried()])
+    ids = tokens[:, -1].repeat_interleave(samples)
+    for _ in stream.forward(1):
+        logits = model(ids[:, None], stream=stream).logits
+        assert logits is not None
+        ids = _draw(logits[:, 0].float(), sampling, generator)
+        yield ids.tolist()
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from logits ``(V,)``."""
+def _check(model: LongNet, prompts: Sequence[Sequence[int]], samples: int) -> None:
+    if not model.config.causal:
+        raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
+    lengths = {len(prompt) for prompt in prompts}
+    if lengths in (set(), {0}):
+        raise ConfigError("the prompt is empty; give at least one character")
+    if len(lengths) > 1:
+        raise ConfigError(f"prompts of one batch must have equally many tokens, but have {sorted(lengths)}")
+    if samples < 1:
+        raise ConfigError(f"there must be at least 1 sample, not {samples}")
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One id ``(B,)`` from each row of logits ``(B, V)``."""
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    values, ids = logits.topk(min(sampling.top_k or len(logits), len(logits)))
+        return logits.argmax(-1)
+    values, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
     choice = torch.multinomial((values / sampling.temperature).softmax(-1), 1, generator=generator)
-    return int(ids[choice])
+    return ids.gather(1, choice)[:, 0]

@@ -152,6 +152,6 @@ class Trainer:
         print(f"loss curve: {folder.curve_file}")
         if train.sample_tokens and self.config.model.causal:
             last = checkpoint_folder(folder.path, self.step)
-            text = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
+            (text,) = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
             folder.sample_file.write_text(text, encoding="utf-8")
             print(f"sample ({folder.sample_file}):\n\n{text}")

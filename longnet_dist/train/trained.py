@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
@@ -93,14 +94,15 @@ def evaluate_run_streamed(
         return evaluate_stream(model, windows, chunk_length, device, file)
 
 
-def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling) -> str:
-    """The prompt and ``num_tokens`` tokens that the model adds to it.
+def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling, samples: int = 1) -> list[str]:
+    """Texts of the prompt and ``num_tokens`` tokens that the model adds to it.
 
     Args:
         path: folder of a run, or one of its checkpoints.
-        prompt: the text to continue.
+        prompt: the text to continue, of any length.
         num_tokens: how many tokens to add.
         sampling: how to draw them.
+        samples: how many texts, drawn independently.
 
     Raises:
         LongNetError: no such run, or one that cannot continue a text.
@@ -109,8 +111,10 @@ def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling) 
     tokenizer = run.folder.tokenizer()
     model = run.model(None, LaunchEnvironment().device())
     ids = [int(token) for token in tokenizer.encode(prompt.encode())]
-    new = generate(model, ids, num_tokens, run.config.data.sequence_length, sampling)
-    return tokenizer.decode([*ids, *new]).decode("utf-8", errors="replace")
+    steps = generate(model, [ids], num_tokens, sampling, samples=samples)
+    new = list(tqdm(steps, total=num_tokens, unit="token", disable=None, leave=False))
+    texts = [[*ids, *(step[sample] for step in new)] for sample in range(samples)]
+    return [tokenizer.decode(text).decode("utf-8", errors="replace") for text in texts]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 
-from launch.generate import main
-from longnet_dist.errors import ConfigError
+from launch.generate import SEPARATOR, main
+from longnet_dist.errors import ConfigError, DataError
 from tests.train.runs import run, tiny_config, write_corpus
 
 
@@ -19,6 +19,16 @@ def test_the_prompt_is_continued(folder, capsys):
         outputs.append(capsys.readouterr().out)
     assert outputs[0].startswith("import")
     assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_a_prompt_may_be_a_file_and_have_several_samples(folder, capsys, tmp_path):
+    (tmp_path / "prompt").write_text("import sys\n" * 100)  # longer than any segment, and than the training sequences
+    main([folder, "--prompt-file", str(tmp_path / "prompt"), "--tokens", "5", "--samples", "2"])
+    texts = capsys.readouterr().out.split(f"\n{SEPARATOR}\n")
+    assert len(texts) == 2
+    assert all(text.startswith("import sys\n" * 100) for text in texts)
+    with pytest.raises(DataError, match="cannot read the prompt file"):
+        main([folder, "--prompt-file", str(tmp_path / "none")])
 
 
 def test_an_empty_prompt_is_refused(folder):

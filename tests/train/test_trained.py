@@ -35,9 +35,10 @@ def test_an_earlier_checkpoint_can_be_named(trained, corpus):
 
 
 def test_a_text_is_continued(trained):
-    text = continue_text(trained, "def ", 10, Sampling())
-    assert text.startswith("def ")
-    assert text == continue_text(trained, "def ", 10, Sampling())
+    texts = continue_text(trained, "def ", 10, Sampling(), samples=3)
+    assert len(set(texts)) == 3
+    assert all(text.startswith("def ") for text in texts)
+    assert texts == continue_text(trained, "def ", 10, Sampling(), samples=3)
 
 
 @pytest.mark.parametrize(("contexts", "num_tokens"), [([0], 5), ([4, -1], 5), ([4], 0)])
