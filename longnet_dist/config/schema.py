@@ -60,6 +60,8 @@ class TrainConfig(Section):
             a CPU.
         batch_size: sequences of one step, all data ranks together, so that a run on another mesh sees the same samples.
         micro_batch_size: sequences that a data rank holds at once; its whole share of the batch if not given.
+        chunk_length: rows of a sequence, all its ranks together, that are computed and differentiated at once; the
+            whole sequence if not given. Shorter chunks hold less memory and cost a second forward. Causal models only.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up.
         decay_power: power of the polynomial decay after it; 1 is linear.
@@ -84,6 +86,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     batch_size: PositiveInt = 4
     micro_batch_size: PositiveInt | None = None
+    chunk_length: PositiveInt | None = None
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: int = Field(750, ge=0)
     decay_power: PositiveFloat = 1.0
@@ -160,6 +163,12 @@ class Config(Section):
     def _check(self) -> Self:
         if self.train.precision == "bf16":
             check_precision("bf16", self.deepspeed.zero_stage)
+        chunk_length, length = self.train.chunk_length, self.data.sequence_length
+        if chunk_length is not None and chunk_length < length and not self.model.causal:
+            raise ConfigError(
+                f"rows of a model with model.causal=false see later ones, so sequences of {length} rows cannot be "
+                f"trained in chunks of train.chunk_length={chunk_length}; leave chunk_length out"
+            )
         return self
 
     def precision(self, device_type: str) -> Precision:

@@ -25,7 +25,7 @@ from longnet_dist.train.generation import Sampling
 from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
 from longnet_dist.train.plan import RunPlan
 from longnet_dist.train.schedule import learning_rate
-from longnet_dist.train.step import MicroBatch, StepResult, train_step
+from longnet_dist.train.step import ReadRows, StepResult, train_step
 from longnet_dist.train.trained import continue_text
 
 
@@ -92,7 +92,7 @@ class Trainer:
         model = LongNet(self.config.model, group=self.mesh.sequence_group)
         if self.plan.checkpoint:
             load_weights(self.plan.checkpoint, model)
-        return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.accumulation)
+        return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
     def _steps(self, bytes_per_token: float) -> Iterator[StepMetrics]:
         """Do the steps that are left, and show them in a progress bar."""
@@ -116,24 +116,21 @@ class Trainer:
 
     def _train_step(self, step: int, learning_rate: float) -> StepResult:
         """Step ``step``, counted from 0."""
-        micro_batches = [self._micro_batch(step, number) for number in range(self.plan.accumulation)]
-        return train_step(self.engine, micro_batches, self.plan.shards, self.mesh.sequence_rank, learning_rate)
+        micro_batches = [self._reader(step, number) for number in range(self.plan.accumulation)]
+        sequence_length = self.config.data.sequence_length
+        return train_step(self.engine, micro_batches, sequence_length, self.plan.chunk_length, learning_rate)
 
-    def _micro_batch(self, step: int, number: int) -> MicroBatch:
-        tokens, labels = self.batches.local(
-            step,
-            self.mesh.data_rank,
-            self.mesh.shape.data,
-            self.plan.shards.window(self.mesh.sequence_rank),
-            number,
-            self.plan.accumulation,
-        )
-        return tokens.to(self.device), labels.to(self.device)
+    def _reader(self, step: int, number: int) -> ReadRows:
+        """Reads rows of micro-batch ``number`` of this data rank."""
+        data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
+        return lambda window: self.batches.local(step, data_rank, data_size, window, number, self.plan.accumulation)
 
     def _validate(self, windows: Windows) -> Evaluation:
         self.engine.eval()
-        num_tokens, batch_size = self.config.train.validation_tokens, self.plan.micro_batch_size
-        evaluation = evaluate(self.engine, windows, num_tokens, batch_size, self.mesh, self.device)
+        num_tokens, plan = self.config.train.validation_tokens, self.plan
+        evaluation = evaluate(
+            self.engine, windows, num_tokens, plan.micro_batch_size, self.mesh, self.device, plan.chunk_length
+        )
         self.engine.train()
         return evaluation
 

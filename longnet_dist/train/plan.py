@@ -15,7 +15,7 @@ from longnet_dist.data.batches import Batches, Objective, Windows
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError, LongNetError
-from longnet_dist.geometry.window import Shards
+from longnet_dist.geometry.stream import chunks_of
 from longnet_dist.train.checkpoint import CheckpointState, read_state
 from longnet_dist.train.run_folder import RunFolder, checkpoint_to_resume
 
@@ -30,7 +30,8 @@ class RunPlan:
         mesh: ranks along each axis.
         micro_batch_size: sequences that a data rank holds at once.
         accumulation: micro-batches of a step.
-        shards: the rows of each sequence rank.
+        chunk_length: rows of a sequence that its ranks hold together at once.
+        passes: chunks of all micro-batches of a step.
         folder: of the run.
         checkpoint: to go on from, None for a new run.
         state: of that checkpoint.
@@ -41,7 +42,8 @@ class RunPlan:
     mesh: MeshShape
     micro_batch_size: int
     accumulation: int
-    shards: Shards
+    chunk_length: int
+    passes: int
     folder: RunFolder
     checkpoint: Path | None
     state: CheckpointState | None
@@ -60,6 +62,7 @@ class RunPlan:
         """
         mesh = MeshShape.of(config.parallel, world_size)
         micro_batch_size, accumulation = _split_batch(config, mesh)
+        chunk_length = _chunk_length(config, mesh)
         folder = RunFolder(config.train.output_dir)
         checkpoint = checkpoint_to_resume(folder, config.train.resume)
         plan = cls(
@@ -68,7 +71,8 @@ class RunPlan:
             mesh=mesh,
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
-            shards=Shards.even(config.data.sequence_length, mesh.sequence),
+            chunk_length=chunk_length,
+            passes=accumulation * len(chunks_of(config.data.sequence_length, chunk_length, mesh.sequence)),
             folder=folder,
             checkpoint=checkpoint,
             state=read_state(checkpoint, config.model) if checkpoint else None,
@@ -133,3 +137,16 @@ def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:
             f"{-(-batch_size // (micro_batch_size * mesh.data)) * micro_batch_size * mesh.data} or another mesh"
         )
     return micro_batch_size, batch_size // (micro_batch_size * mesh.data)
+
+
+def _chunk_length(config: Config, mesh: MeshShape) -> int:
+    """Rows of a chunk, all sequence ranks together."""
+    length = config.train.chunk_length
+    if length is None or length >= config.data.sequence_length:
+        return config.data.sequence_length
+    if length % mesh.sequence:
+        raise ConfigError(
+            f"train.chunk_length must be a multiple of the sequence ranks, which share a chunk, but {length} is none "
+            f"of {mesh.sequence}; use {-(-length // mesh.sequence) * mesh.sequence}"
+        )
+    return length

@@ -37,6 +37,7 @@ def test_a_configuration_is_immutable():
         ({"deepspeed": {"extra": {"gradient_clipping": 1}}}, "use train.clip_norm"),
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
         ({"data": {"sequence_length": -5}}, "data.sequence_length=-5"),
+        ({"model": {"name": "tiny", "causal": False}, "train": {"chunk_length": 9}}, "leave chunk_length out"),
         ({"model": {"name": "tiny", "heads": 5}}, "heads must divide dim"),
         ({"model": {"name": "huge"}}, "model name must be one of"),
     ],

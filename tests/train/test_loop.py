@@ -80,6 +80,29 @@ def test_bf16_trains_like_fp32_to_its_rounding(tmp_path, corpus, stage):
         assert rounded_line["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-1)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_in_chunks_is_training(tmp_path, corpus, stage, world_size):
+    """Chunks aligned with no segment, several micro-batches, clipping: the losses and norms of whole sequences."""
+    settings = ("model.segment_lengths=[16,36,64]", "data.sequence_length=62", f"deepspeed.zero_stage={stage}")
+    settings = (*settings, "train.micro_batch_size=2", "train.clip_norm=1", "parallel.data=1", "train.steps=2")
+    whole = run(world_size, tiny_config(tmp_path / "whole", corpus, *settings))
+    chunks = run(world_size, tiny_config(tmp_path / "chunks", corpus, *settings, "train.chunk_length=26"))
+    for line, expected in zip(chunks, whole, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+
+
+def test_chunks_with_validation_on_data_ranks(tmp_path, corpus):
+    settings = ("parallel.data=2", "deepspeed.zero_stage=3", "train.validate_every=1", "train.validation_tokens=420")
+    for name, chunk in (("whole", 64), ("chunks", 24)):
+        run(4, tiny_config(tmp_path / name, corpus, *settings, "train.steps=1", f"train.chunk_length={chunk}"))
+    whole, chunks = (read_jsonl(tmp_path / name / "validation.jsonl") for name in ("whole", "chunks"))
+    for line, expected in zip(chunks, whole, strict=True):
+        assert line["tokens"] == expected["tokens"] == 420
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
 def test_what_a_run_leaves(tmp_path, corpus, capfd):
     config = tiny_config(
         tmp_path / "run",

@@ -2,7 +2,6 @@ import pytest
 
 from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.errors import CheckpointError, ConfigError, DataError, ShapeError
-from longnet_dist.geometry.window import Shards
 from longnet_dist.train.plan import RunPlan
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, run, tiny_config
@@ -11,7 +10,7 @@ from tests.train.runs import make_trainer, run, tiny_config
 def test_a_plan_fills_in_what_was_left_open(tmp_path, corpus):
     plan = RunPlan.make(tiny_config(tmp_path / "run", corpus, "parallel.data=2"), 4, "cpu")
     assert (plan.precision, plan.mesh, plan.micro_batch_size, plan.accumulation) == ("fp32", MeshShape(2, 2), 2, 1)
-    assert plan.shards == Shards(64, 32, 2)
+    assert (plan.chunk_length, plan.passes) == (64, 1)
     assert plan.checkpoint is plan.state is None
     resolved = plan.resolved(plan.open_token_file())
     assert resolved["parallel"] | resolved["train"] | resolved["data"] == resolved["parallel"] | resolved["train"] | {
@@ -31,6 +30,14 @@ def test_micro_batches_make_up_the_batch(tmp_path, corpus):
     assert RunPlan.make(config, 1, "cpu").accumulation == 6
 
 
+def test_chunks_make_up_the_sequence(tmp_path, corpus):
+    settings = ("train.batch_size=4", "train.micro_batch_size=2", "train.chunk_length=20")
+    plan = RunPlan.make(tiny_config(tmp_path / "run", corpus, *settings), 1, "cpu")
+    assert (plan.accumulation, plan.chunk_length, plan.passes) == (2, 20, 8)
+    plan = RunPlan.make(tiny_config(tmp_path / "run", corpus, "train.chunk_length=64"), 1, "cpu")
+    assert (plan.chunk_length, plan.passes) == (64, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "world_size", "error", "message"),
     [
@@ -38,6 +45,8 @@ def test_micro_batches_make_up_the_batch(tmp_path, corpus):
         (("parallel.data=3",), 3, ConfigError, r"use train\.batch_size=6"),
         (("train.micro_batch_size=3",), 1, ConfigError, r"micro-batches of 3 on 1 data ranks; use train\.batch_size=6"),
         (("data.sequence_length=5",), 4, ShapeError, "5 rows over 4 ranks"),
+        (("train.chunk_length=13",), 3, ConfigError, "but 13 is none of 3; use 15"),
+        (("data.sequence_length=61", "train.chunk_length=20"), 4, ShapeError, "1 rows over 4 ranks"),
         (("data.sequence_length=1000000",), 1, DataError, r"use at most data\.sequence_length="),
         (("data.path=nowhere.tokens",), 1, DataError, "there is no token file nowhere.tokens"),
         (("model.vocab_size=100",), 1, DataError, "vocabulary ends at 99"),

@@ -4,7 +4,6 @@ import torch.distributed as dist
 
 from longnet_dist.data.batches import IGNORE_INDEX
 from longnet_dist.errors import LongNetError
-from longnet_dist.geometry.window import Shards
 from longnet_dist.train.step import total_over_ranks, train_step
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
@@ -19,27 +18,24 @@ def test_total_over_ranks():
 
 
 def step_with_labels_on_one_rank(config):
+    """Only the last half of the rows has labels: those of the second of two sequence ranks."""
     trainer = make_trainer(config)
-    tokens, labels = trainer._micro_batch(0, 0)
-    if dist.get_rank() == 0:
-        labels = torch.full_like(labels, IGNORE_INDEX)
-    return train_step(trainer.engine, [(tokens, labels)], trainer.plan.shards, trainer.mesh.sequence_rank, 0.0)
+
+    def read(window):
+        tokens, labels = trainer._reader(0, 0)(window)
+        rows = torch.arange(*window)
+        return tokens, torch.where(rows < 32, IGNORE_INDEX, labels)
+
+    return train_step(trainer.engine, [read], 64, trainer.plan.chunk_length, 0.0)
 
 
 def test_the_mean_is_over_labelled_rows_wherever_they_are(tmp_path, corpus):
     """All labels on the last of two sequence ranks: the same loss as one rank that has these labels."""
     two = run_distributed(step_with_labels_on_one_rank, 2, tiny_config(tmp_path / "two", corpus))
-    one = run_distributed(step_of_the_last_half, 1, tiny_config(tmp_path / "one", corpus))
+    one = run_distributed(step_with_labels_on_one_rank, 1, tiny_config(tmp_path / "one", corpus))
     for result in two:
         assert result.loss == pytest.approx(one[0].loss, rel=1e-6)
         assert result.grad_norm == pytest.approx(one[0].grad_norm, rel=1e-5)
-
-
-def step_of_the_last_half(config):
-    trainer = make_trainer(config)
-    tokens, labels = trainer._micro_batch(0, 0)
-    labels[:, :32] = IGNORE_INDEX
-    return train_step(trainer.engine, [(tokens, labels)], Shards.even(64, 1), 0, 0.0)
 
 
 def diverge(config):
