@@ -37,9 +37,7 @@ class Positions:
 
     theta: float = 10000.0
     xpos_base: int | None = None
-    _cached: tuple[tuple[object, ...], tuple[Tensor, Tensor, Tensor | None]] | None = field(
-        default=None, init=False, repr=False
-    )
+    _cached: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
 
     def __call__(
         self, q: Tensor, k: Tensor, pattern: DilatedPattern, start: int, total_rows: int
@@ -55,10 +53,8 @@ class Positions:
             ConfigError: ``D`` is odd, or xPos leaves the range of the dtype (see :meth:`check`).
         """
         self.check(pattern, total_rows, q.shape[-1], q.dtype)
-        cos, sin, scale = self._tables(q, attending_span(pattern, total_rows), start)
-        if scale is None:
-            return _rotate(q, cos, sin), _rotate(k, cos, sin)
-        return _rotate(q, cos * scale, sin * scale), _rotate(k, cos / scale, sin / scale)
+        query_factors, key_factors = self._tables(q, attending_span(pattern, total_rows), start)
+        return _turned(q, query_factors), _turned(k, key_factors)
 
     def check(self, pattern: DilatedPattern, total_rows: int, head_dim: int, dtype: torch.dtype) -> None:
         """Raise ConfigError if these positions cannot serve ``total_rows`` rows of ``head_dim`` channels in ``dtype``.
@@ -80,10 +76,10 @@ class Positions:
                 f"lets rows attend; use xpos_base={math.ceil(exponent / largest)} or more, or rope"
             )
 
-    def _tables(self, like: Tensor, span: int, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """cos, sin and the scale of queries (keys: its inverse), each ``(n, 1, D/2)``, for the rows of ``like``."""
+    def _tables(self, like: Tensor, span: int, start: int) -> tuple[Tensor, Tensor]:
+        """Complex factors of queries and keys, each ``(n, 1, D/2)``, for the rows of ``like``."""
         rows, head_dim = like.shape[1], like.shape[-1]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         key = (start, rows, span, head_dim, dtype, like.device)
         if self._cached is None or self._cached[0] != key:
             self._cached = None  # so that the old tables' memory is free for the new
@@ -91,11 +87,14 @@ class Positions:
                 n = torch.arange(start, start + rows, device=like.device).view(-1, 1, 1)
                 turns = torch.tensor(_turns(self.theta, head_dim), device=like.device)
                 angle = (n * turns).double() * (2 * math.pi / 2**64)
-                scale = None
-                if self.xpos_base is not None:
+                if self.xpos_base is None:
+                    factors = torch.polar(torch.ones_like(angle), angle).to(dtype)
+                    self._cached = key, (factors, factors)
+                else:
                     zeta = (torch.arange(0, head_dim, 2, device=like.device).double() / head_dim + 0.4) / 1.4
-                    scale = zeta.pow((n % span - span / 2) / self.xpos_base).to(dtype)
-                self._cached = key, (angle.cos().to(dtype), angle.sin().to(dtype), scale)
+                    scale = zeta.pow((n % span - span / 2) / self.xpos_base)
+                    tables = torch.polar(scale, angle).to(dtype), torch.polar(1 / scale, angle).to(dtype)
+                    self._cached = key, tables
         return self._cached[1]
 
 
@@ -116,7 +115,7 @@ def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
         return tuple(round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels ``(2i, 2i+1)`` of ``x (B, n, heads, D)``, in the dtype of the tables."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+def _turned(x: Tensor, factors: Tensor) -> Tensor:
+    """Each pair of channels ``(2i, 2i+1)`` of ``x (B, n, heads, D)`` as a complex number times its factor."""
+    wide = torch.unflatten(x.to(factors.real.dtype).contiguous(), -1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(wide) * factors).flatten(-2).to(x.dtype)
