@@ -44,9 +44,7 @@ class Block(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim or 4 * config.dim, norm_eps=config.norm_eps, gain=gain)
 
-    def forward(
-        self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None) -> Tensor:
         """``x (B, n, E)`` to ``(B, n, E)``; rows as in :meth:`DilatedAttention.forward`."""
         x = x + self.self_attn(self.self_attn_layer_norm(x), start=start, total_rows=total_rows, cache=cache)
         out: Tensor = x + self.ffn(self.final_layer_norm(x))

@@ -44,9 +44,7 @@ class LongNet(nn.Module):
     def __init__(self, config: LongNetConfig, *, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.config, self.group = config, group
-        self.positions = None
-        if config.positions != "none":
-            self.positions = Positions(config.rope_theta, config.xpos_base if config.positions == "xpos" else None)
+        self.positions = positions_of(config)
         self.embed_scale = config.dim**0.5
         self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
@@ -100,3 +98,10 @@ class LongNet(nn.Module):
             return LongNetOutput(None, self.head(x), None, None)
         loss_sum, num_labels = self.head(x, labels), (labels != IGNORE_INDEX).sum()
         return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
+
+
+def positions_of(config: LongNetConfig) -> Positions | None:
+    """The positions that a model's queries and keys get; None for none."""
+    if config.positions == "none":
+        return None
+    return Positions(config.rope_theta, config.xpos_base if config.positions == "xpos" else None)

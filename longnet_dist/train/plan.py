@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from longnet_dist.comm.mesh import MeshShape
@@ -16,6 +17,7 @@ from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError, LongNetError
 from longnet_dist.geometry.stream import chunks_of
+from longnet_dist.model.longnet import positions_of
 from longnet_dist.train.checkpoint import CheckpointState, read_state
 from longnet_dist.train.run_folder import RunFolder, checkpoint_to_resume
 
@@ -63,11 +65,13 @@ class RunPlan:
         mesh = MeshShape.of(config.parallel, world_size)
         micro_batch_size, accumulation = _split_batch(config, mesh)
         chunk_length = _chunk_length(config, mesh)
+        precision = config.precision(device_type)
+        _check_positions(config, precision)
         folder = RunFolder(config.train.output_dir)
         checkpoint = checkpoint_to_resume(folder, config.train.resume)
         plan = cls(
             config=config,
-            precision=config.precision(device_type),
+            precision=precision,
             mesh=mesh,
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
@@ -124,6 +128,13 @@ def objective(model: LongNetConfig) -> dict[str, Any]:
     """The arguments of ``Windows`` and ``Batches`` that follow from the model: what it predicts, and its ids."""
     kind: Objective = "causal" if model.causal else "masked"
     return {"objective": kind, "mask_id": model.mask_id, "vocab_size": model.vocab_size}
+
+
+def _check_positions(config: Config, precision: Precision) -> None:
+    """Refuse positions that cannot span a sequence, which the model would notice in its first forward."""
+    if positions := positions_of(config.model):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        positions.check(config.model.pattern, config.data.sequence_length, config.model.head_dim, dtype)
 
 
 def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:

@@ -25,6 +25,13 @@ def test_bf16_is_the_precision_of_a_gpu(tmp_path, corpus):
     assert RunPlan.make(tiny_config(tmp_path / "run", corpus), 1, "cuda").precision == "bf16"
 
 
+def test_positions_that_cannot_span_the_sequence_are_refused(tmp_path, corpus):
+    settings = ("model.segment_lengths=[8,96]", "model.dilation_rates=[1,4]", "data.sequence_length=96")
+    config = tiny_config(tmp_path / "run", corpus, "model.positions=xpos", "model.xpos_base=1", *settings)
+    with pytest.raises(ConfigError, match="use xpos_base=2 or more, or rope"):
+        RunPlan.make(config, 1, "cpu")
+
+
 def test_micro_batches_make_up_the_batch(tmp_path, corpus):
     config = tiny_config(tmp_path / "run", corpus, "train.batch_size=12", "train.micro_batch_size=2")
     assert RunPlan.make(config, 1, "cpu").accumulation == 6
