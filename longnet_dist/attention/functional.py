@@ -61,7 +61,7 @@ def dilated_attention(
         group: the sequence-parallel group, its rank order the order of the slices; None for one device. All its ranks
             must call. All hold the same ``n``, the last may hold fewer. With ``total_rows`` the call makes one
             collective, or none where no segment crosses ranks; without, one more that compares all ranks' arguments.
-        backend: ``"auto"``, ``"reference"`` or ``"sdpa"``.
+        backend: ``"auto"``, ``"reference"``, ``"sdpa"`` (CPU), ``"triton"`` or ``"flash"`` (GPU).
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients bitwise equal from run to run.
         total_rows: ``N``, rows of all ranks together, if the caller vouches for them.
@@ -83,7 +83,7 @@ def dilated_attention(
         rank,
         causal,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
-        choose_kernel(backend, q.device, q.dtype),
+        choose_kernel(backend, q.device, q.dtype, deterministic),
         group if shards.num_ranks > 1 else None,
         deterministic,
         cache,
@@ -143,6 +143,11 @@ class _Spec:
         return Call(piece, offsets, self.causal, self.scale, self.deterministic)
 
 
+def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a number a row and head, ``(B, n, H)``, with the rows of a head side by side: kernels read it so."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype).transpose(1, 2)
+
+
 class _DilatedAttention(torch.autograd.Function):
     """Forward: start the gather, dense pieces, await it, shared pieces. Backward: shared pieces, start the
     reduce-scatter, dense pieces, await it."""
@@ -155,7 +160,7 @@ class _DilatedAttention(torch.autograd.Function):
             gather = Gather(spec.plan(kv_heads), spec.group, k, v)
         calls = spec.dense_calls(kv_heads)
         out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=wide_dtype(q.dtype), device=q.device)
+        lse = _per_head(q, wide_dtype(q.dtype))
         if spec.may_start_fresh(calls):
             calls[0] = replace(calls[0], fresh=True)
         else:
@@ -190,7 +195,7 @@ class _DilatedAttention(torch.autograd.Function):
         dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
         key_dtype = wide_dtype(k.dtype) if exchanges else key_dtype
         dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-        delta = kernel.start_backward(dout, out, dq, fresh)
+        statistics = kernel.start_backward(dout, out, lse, dq, fresh)
         if fresh:
             calls[0] = replace(calls[0], fresh=True)
         else:
@@ -206,10 +211,10 @@ class _DilatedAttention(torch.autograd.Function):
             )
             buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
             for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
-                kernel.backward(call, dout, q, key, value, out, lse, delta, dq, dkey, dvalue)
+                kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
             scatter = ReduceScatter(plan, spec.group, gradients)
         for call in calls:
-            kernel.backward(call, dout, q, k, v, out, lse, delta, dq, dk, dv)
+            kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
         if scatter:
             scatter.add_to(dk, dv)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+from functools import lru_cache
+
 import torch
 
 from longnet_dist.errors import ConfigError
@@ -9,19 +14,76 @@ from longnet_dist.kernels.contract import Kernel
 from longnet_dist.kernels.reference import ReferenceKernel
 from longnet_dist.kernels.sdpa import SdpaKernel
 
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "triton", "flash")
+_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_log = logging.getLogger(__name__)
 
 
-def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device.
+def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> Kernel:
+    """The kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device (benchmarks/README.md).
+
+    On a GPU that is ``triton``, then ``flash``, then ``reference``; why one is passed over is logged once.
 
     Raises:
-        ConfigError: an unknown backend, or one that cannot run on the device or in the dtype.
+        ConfigError: an unknown backend, or one that cannot run on the device, in the dtype or deterministically.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "auto":
-        backend = "sdpa" if device.type == "cpu" else "reference"
-    if backend == "sdpa" and device.type != "cpu":
-        raise ConfigError(f"backend 'sdpa' runs on the CPU, but the tensors are on {device}; use 'auto'")
+        return _fastest(device, dtype, deterministic)
+    reason = _obstacle(backend, device, dtype, deterministic)
+    if reason:
+        raise ConfigError(f"backend {backend!r} {reason}; use 'auto'")
+    return _kernel(backend)
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, deterministic: bool) -> Kernel:
+    for backend in ("sdpa",) if device.type == "cpu" else ("triton", "flash"):
+        reason = _obstacle(backend, device, dtype, deterministic)
+        if not reason:
+            return _kernel(backend)
+        _log_once(f"dilated attention passes over backend {backend!r}: it {reason}")
+    return _kernel("reference")
+
+
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
+    """Why ``backend`` cannot run, or an empty string."""
+    if backend == "reference":
+        return ""
+    if backend == "sdpa":
+        return "" if device.type == "cpu" else f"runs on the CPU, but the tensors are on {device}"
+    if backend == "triton" and device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32 and _has_triton():
+            return ""
+        return "runs on a CPU only in float32 in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"runs on a GPU, but the tensors are on {device}"
+    if backend == "triton":
+        if not _has_triton():
+            return "needs the package triton"
+        return "" if dtype in _GPU_DTYPES else f"takes bfloat16, float16 and float32, not {dtype}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    return "cannot promise deterministic gradients" if deterministic else ""
+
+
+@lru_cache(maxsize=len(BACKENDS))
+def _kernel(backend: str) -> Kernel:
+    if backend == "triton":
+        from longnet_dist.kernels.triton_kernel import TritonKernel  # triton is absent on most CPUs
+
+        return TritonKernel()
+    if backend == "flash":
+        from longnet_dist.kernels.flash import FlashKernel, find_engine
+
+        return FlashKernel(find_engine())
     return SdpaKernel() if backend == "sdpa" else ReferenceKernel()
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=64)
+def _log_once(message: str) -> None:
+    _log.warning(message)

@@ -2,10 +2,10 @@
 
 Buffers, with the shape legend of the package:
 
-* ``q``, ``dout``, ``dq``: ``(B, n, H, D)``, the rows of the window; ``lse``, ``delta``: ``(B, n, H)``.
+* ``q``, ``dout``, ``dq``: ``(B, n, H, D)``, the rows of the window; ``lse``: ``(B, n, H)``.
 * ``k``, ``v``, ``dk``, ``dv``: ``(B, rows, Hkv, D)``, the window's rows or a segment's compact buffer (``Piece.compact``).
 * All may be strided views; only ``D`` is contiguous.
-* The running ``out`` has the accumulator dtype that the kernel asks for, ``lse`` and ``delta`` are float32 (float64 for
+* The running ``out`` has the accumulator dtype that the kernel asks for, ``lse`` is float32 (float64 for
   float64 inputs), natural logarithm; a row and head without keys so far has ``out = 0`` and ``lse = -inf``.
 """
 
@@ -67,8 +67,11 @@ class Kernel(Protocol):
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
-    def start_backward(self, dout: Tensor, out: Tensor, dq: Tensor, fresh: bool) -> Tensor:
-        """``delta = rowsum(dO ∘ O)`` of the merged ``out``; clears ``dq``, unless ``fresh`` says that a call will write it."""
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+        """What ``backward`` is to know of the rows: ``delta = rowsum(dO ∘ O)`` of the merged ``out``, in a form of its own.
+
+        Clears ``dq``, unless ``fresh`` says that the first call can write it.
+        """
 
     def backward(
         self,
@@ -79,7 +82,7 @@ class Kernel(Protocol):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        delta: Tensor,
+        statistics: Tensor,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
@@ -102,6 +105,6 @@ class WideSums:
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         return wide_dtype(dtype), wide_dtype(dtype)
 
-    def start_backward(self, dout: Tensor, out: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, fresh: bool) -> Tensor:
         dq.zero_()
         return (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)

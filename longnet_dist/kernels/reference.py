@@ -81,7 +81,7 @@ class ReferenceKernel(WideSums):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        delta: Tensor,
+        statistics: Tensor,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
@@ -89,7 +89,7 @@ class ReferenceKernel(WideSums):
         for queries, keys, hidden in _blocks(call, q.shape[2]):
             wide = wide_dtype(q.dtype)
             weights = (self._scores(call, q[queries], k[keys], hidden) - lse[queries][..., None]).exp()
-            gradient = weights * (dout[queries].to(wide) @ v[keys].to(wide).mT - delta[queries][..., None])
+            gradient = weights * (dout[queries].to(wide) @ v[keys].to(wide).mT - statistics[queries][..., None])
             dv[keys] += weights.mT @ dout[queries].to(wide)
             dq[queries] += call.scale * gradient @ k[keys].to(wide)
             dk[keys] += call.scale * gradient.mT @ q[queries].to(wide)

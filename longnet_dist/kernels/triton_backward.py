@@ -1,0 +1,205 @@
+"""Backward of one piece: dK and dV with dQ added on the way, or dQ in a launch of its own.
+
+Symbols: ``weights`` = P = exp(scale·q·k − lse) with the *merged* lse, ``gradient`` = dS = P ∘ (dO Vᵀ − delta). The
+kernels take lse in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longnet_dist.kernels.triton_forward import LOG2_E
+from longnet_dist.kernels.triton_tiles import UNSPECIALIZED, load_tile, locate, pointers, row_pointers
+
+
+@triton.jit
+def statistics_kernel(
+    dout, out, lse, statistics, dq, dout_strides, out_strides, lse_strides, statistics_strides, dq_strides, rows, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``(lse / log 2, delta)`` of ``ROWS`` rows of a (batch, head), ``delta = rowsum(dO ∘ O)``; and ``dq = 0``."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(rows, ROWS)
+    head, batch, tile = program % heads, program // heads // tiles, program // heads % tiles
+    index = tile * ROWS + tl.arange(0, ROWS)
+    zero = tile.to(tl.int64) * 0
+    valid = index < rows
+    mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    a = tl.load(pointers(dout, dout_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
+    b = tl.load(pointers(out, out_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
+    delta = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, zero, 1, index), mask=valid, other=0.0)
+    place = row_pointers(statistics, statistics_strides, batch, head, zero, 1, index)
+    tl.store(place, row_lse * LOG2_E, mask=valid)
+    tl.store(place + 1, delta, mask=valid)
+    nothing = tl.zeros([ROWS, BLOCK_D], dq.dtype.element_ty)
+    tl.store(pointers(dq, dq_strides, batch, head, zero, 1, index, BLOCK_D), nothing, mask=mask)
+
+
+@triton.jit
+def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
+    """P of a tile whose shape ``key_index`` and ``index`` broadcast to."""
+    weights = tl.math.exp2(scores * factor - lse)
+    if MASKED:
+        seen = key_index < keys
+        if CAUSAL:
+            seen = seen & (key_index <= index)
+        weights = tl.where(seen, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def _add_queries(
+    key, value, dkey, dvalue, dout, q, lse, delta, dq, dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
+    batch, head, row, r, start, last, key_index, keys, factor, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part of ``QUERIES`` queries from ``start`` on in the gradients of a key tile, computed transposed."""
+    index = start + tl.arange(0, QUERIES)
+    valid = index < last
+    query = load_tile(q, q_strides, batch, head, row, r, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    # Queries behind the last have weight exp(-inf) = 0.
+    row_lse = tl.load(
+        row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf")
+    )
+    scores = tl.dot(key, query.T, input_precision=PRECISION)
+    weights = _weights(
+        scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL
+    )
+    doutput = load_tile(dout, dout_strides, batch, head, row, r, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
+    row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, row, r, index), mask=valid, other=0.0)
+    gradient = tl.dot(value, doutput.T, input_precision=PRECISION)
+    gradient = (weights * (gradient - row_delta[None, :])).to(query.dtype)
+    dkey = tl.dot(gradient, query, dkey, input_precision=PRECISION)
+    if ADD_DQ:
+        dquery = tl.dot(gradient.T, key, input_precision=PRECISION) * scale
+        if REDUCE:
+            origin = row + r * start
+            position = [batch, (origin // r).to(tl.int32), (origin % r).to(tl.int32), head, 0]
+            dq.atomic_add(position, dquery.reshape(1, QUERIES, 1, 1, BLOCK_D))
+        else:
+            mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+            dq_pointers = pointers(dq, dq_strides, batch, head, row, r, index, BLOCK_D)
+            tl.atomic_add(dq_pointers, dquery, mask=mask, sem="relaxed")
+    return dkey, dvalue
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("r", "heads", "kv_heads"))
+def key_gradient_kernel(
+    dout, q, k, v, lse, delta, dq, dk, dv,
+    dout_strides, q_strides, k_strides, v_strides, lse_strides, delta_strides, dq_strides, dk_strides, dv_strides,
+    tiles, segments, kv_heads, group, head_block, w, r,
+    first_segment, window_start, query_start, query_stop, key_stop, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to dK and dV of ``KEYS`` keys of a (batch, kv head, segment); with ``ADD_DQ`` also to dQ, atomically.
+
+    With ``REDUCE`` dQ is a descriptor, and the copy engine adds whole tiles. With ``FRESH`` dK and dV were not written yet.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    segment = first_segment + (program // tiles) % segments
+    batch_head = program // tiles // segments
+    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    row, first, last, keys = locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop)
+    first_key = tile * KEYS
+    if first_key >= keys:
+        return
+    key_row, step = row, r
+    if COMPACT:
+        key_row, step = row * 0, 1
+    key_index = first_key + tl.arange(0, KEYS)
+    key = load_tile(k, k_strides, batch, kv_head, key_row, step, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+    value = load_tile(v, v_strides, batch, kv_head, key_row, step, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+    dkey = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dvalue = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    factor = scale * LOG2_E
+    # Masked: tiles of queries that see only some of the keys.
+    masked = first
+    if CAUSAL:
+        first = tl.maximum(first, first_key)
+        masked = first + tl.cdiv(tl.maximum(first_key + KEYS - 1 - first, 0), QUERIES) * QUERIES
+    if first_key + KEYS > keys:
+        masked = first + tl.cdiv(tl.maximum(last - first, 0), QUERIES) * QUERIES
+    for member in range(group):
+        head = kv_head * group + member
+        for start in tl.range(first, tl.minimum(masked, last), QUERIES):
+            dkey, dvalue = _add_queries(
+                key, value, dkey, dvalue, dout, q, lse, delta, dq,
+                dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
+                batch, head, row, r, start, last, key_index, keys, factor, scale,
+                D, BLOCK_D, QUERIES, CAUSAL, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
+            )  # fmt: skip
+        for start in tl.range(masked, last, QUERIES):
+            dkey, dvalue = _add_queries(
+                key, value, dkey, dvalue, dout, q, lse, delta, dq,
+                dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
+                batch, head, row, r, start, last, key_index, keys, factor, scale,
+                D, BLOCK_D, QUERIES, CAUSAL, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
+            )  # fmt: skip
+    dkey *= scale
+    mask = (key_index < keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    dk_pointers = pointers(dk, dk_strides, batch, kv_head, key_row, step, key_index, BLOCK_D)
+    dv_pointers = pointers(dv, dv_strides, batch, kv_head, key_row, step, key_index, BLOCK_D)
+    if not FRESH:
+        dkey += tl.load(dk_pointers, mask=mask, other=0.0).to(tl.float32)
+        dvalue += tl.load(dv_pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dk_pointers, dkey.to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv_pointers, dvalue.to(dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("r", "heads", "kv_heads"))
+def query_gradient_kernel(
+    dout, q, k, v, lse, delta, dq,
+    dout_strides, q_strides, k_strides, v_strides, lse_strides, delta_strides, dq_strides,
+    tiles, segments, heads, group, head_block, w, r,
+    first_segment, window_start, query_start, query_stop, key_stop, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to dQ of ``QUERIES`` queries of a (batch, head, segment), in an order that never changes."""
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles
+    segment = first_segment + (program // tiles) % segments
+    batch_head = program // tiles // segments
+    batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // group
+    row, first, last, keys = locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop)
+    first += tile * QUERIES
+    if first >= last:
+        return
+    key_row, step = row, r
+    if COMPACT:
+        key_row, step = row * 0, 1
+    index = first + tl.arange(0, QUERIES)
+    valid = index < last
+    query = load_tile(q, q_strides, batch, head, row, r, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    doutput = load_tile(dout, dout_strides, batch, head, row, r, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf"))
+    row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, row, r, index), mask=valid, other=0.0)
+    dquery = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    factor = scale * LOG2_E
+    stop = keys
+    if CAUSAL:
+        stop = tl.minimum(keys, first + QUERIES)
+    for start in tl.range(0, stop, KEYS):
+        key = load_tile(k, k_strides, batch, kv_head, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+        value = load_tile(v, v_strides, batch, kv_head, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+        scores = tl.dot(query, key.T, input_precision=PRECISION)
+        key_index = start + tl.arange(0, KEYS)
+        weights = _weights(
+            scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL
+        )
+        gradient = tl.dot(doutput, value.T, input_precision=PRECISION)
+        gradient = (weights * (gradient - row_delta[:, None])).to(key.dtype)
+        dquery = tl.dot(gradient, key, dquery, input_precision=PRECISION)
+    dquery *= scale
+    mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    dq_pointers = pointers(dq, dq_strides, batch, head, row, r, index, BLOCK_D)
+    dquery += tl.load(dq_pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dq_pointers, dquery.to(dq.dtype.element_ty), mask=mask)

@@ -1,0 +1,75 @@
+"""Where the rows of a (segment, head) stand, and tiles of them: device functions of the Triton kernels.
+
+Query and key ``j`` of a (segment, head) are ``r`` rows apart, so a tile is a strided block of the sequence. It is read
+where it stands: through a tensor descriptor (the copy engine of Hopper; view ``(B, n / r, r, H, D)``, in which row
+``r·i + c`` is ``[i, c]``) where the buffer allows one, else through pointers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Integers that differ from call to call and gain nothing from a kernel compiled for their value.
+UNSPECIALIZED = (
+    "tiles", "segments", "w", "first_segment", "window_start", "query_start", "query_stop", "key_stop",
+)  # fmt: skip
+
+
+@triton.jit
+def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop):
+    """``(row, first, stop, keys)``: buffer row of index 0 (may be negative), indices of the queries, number of keys.
+
+    The integers of ``Piece.queries`` and ``Piece.keys``. The offset ``(kv_head // head_block) % r`` is that of both
+    rules of ``DilatedPattern``.
+    """
+    offset = (kv_head // head_block) % r
+    start = segment.to(tl.int64) * w + offset
+    stop = start + (w - offset)
+    first = _count(query_start - start, w, r)
+    last = _count(tl.minimum(query_stop, stop) - start, w, r)
+    keys = _count(tl.minimum(key_stop, stop) - start, w, r)
+    return start - window_start, first, last, keys
+
+
+@triton.jit
+def _count(length, w, r):
+    """How many of the rows ``0 … length-1`` of a segment a head keeps, as int32."""
+    return (tl.minimum(tl.maximum(length, 0), w).to(tl.int32) + r - 1) // r
+
+
+@triton.jit
+def pointers(base, strides, batch, head, row, step, index, BLOCK_D: tl.constexpr):
+    """Pointers ``(len(index), BLOCK_D)`` to the rows ``row + step·index`` of a head of a ``(B, rows, H, D)`` buffer."""
+    rows = (row + step * index.to(tl.int64)) * strides[1]
+    start = base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+    return start + rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def row_pointers(base, strides, batch, head, row, step, index):
+    """Pointers ``(len(index),)`` to the same rows of a ``(B, rows, H)`` buffer."""
+    start = base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+    return start + (row + step * index.to(tl.int64)) * strides[1]
+
+
+@triton.jit
+def load_tile(
+    source, strides, batch, head, row, step, first, stop,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first … first+ROWS-1`` as a ``(ROWS, BLOCK_D)`` tile; columns from ``D`` on are 0.
+
+    Rows from ``stop`` on hold 0 or, through a descriptor, rows of the next segment.
+    """
+    if DESCRIPTORS:
+        origin = row + step * first
+        position = [batch, (origin // step).to(tl.int32), (origin % step).to(tl.int32), head, 0]
+        tile = source.load(position).reshape(ROWS, BLOCK_D)
+    else:
+        index = first + tl.arange(0, ROWS)
+        mask = (index < stop)[:, None]
+        if D < BLOCK_D:
+            mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
+        tile = tl.load(pointers(source, strides, batch, head, row, step, index, BLOCK_D), mask=mask, other=0.0)
+    return tile
