@@ -23,7 +23,7 @@ def test_text_files_in_a_fixed_order_each_once(tmp_path, folder):
 
 def test_too_little_text_is_repeated_and_counted(tmp_path, folder):
     assert write_text(tmp_path / "text.tokens", 20, [folder]) == 8
-    assert TokenFile.open(tmp_path / "text.tokens").tokens.tobytes() == b"two!\0one\0two!\0one\0tw"
+    assert TokenFile.open(tmp_path / "text.tokens").tokens.tobytes() == b"two!\0one\0two!\0one\0two"
 
 
 def test_no_text_is_an_error(tmp_path, folder):
