@@ -3,7 +3,7 @@
 Buffers, with the shape legend of the package:
 
 * ``q``, ``dout``, ``dq``: ``(B, n, H, D)``, the rows of the window; ``lse``: ``(B, n, H)``.
-* ``k``, ``v``, ``dk``, ``dv``: ``(B, rows, Hkv, D)``, the window's rows or a segment's compact buffer (``Piece.compact``).
+* ``k``, ``v``, ``dk``, ``dv``: ``(B, rows, Hkv, D)``, the window's rows, or a segment's compact buffer.
 * All may be strided views; only ``D`` is contiguous.
 * The running ``out`` has the accumulator dtype that the kernel asks for, ``lse`` is float32 (float64 for
   float64 inputs), natural logarithm; a row and head without keys so far has ``out = 0`` and ``lse = -inf``.
@@ -62,13 +62,13 @@ class Kernel(Protocol):
         """Dtype in which the running ``out`` is kept for inputs of ``dtype``."""
 
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes in which ``dq``, and ``dk`` and ``dv``, are summed for inputs of ``dtype``; ``dk, dv`` may come wider."""
+        """Dtypes of ``dq``, and of ``dk`` and ``dv``, for inputs of ``dtype``; ``dk, dv`` may come wider."""
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
     def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, fresh: bool) -> Tensor:
-        """What ``backward`` is to know of the rows: ``delta = rowsum(dO ∘ O)`` of the merged ``out``, in a form of its own.
+        """What ``backward`` is to know of the rows: ``delta = rowsum(dO ∘ O)`` of the merged ``out``, in its own form.
 
         Clears ``dq``, unless ``fresh`` says that the first call can write it.
         """
@@ -95,7 +95,7 @@ class Kernel(Protocol):
 
 
 class WideSums:
-    """The part of the contract that is plain tensor algebra: all sums in float32 or wider, buffers cleared beforehand."""
+    """The part of the contract that is plain tensor algebra: sums in float32 or wider, in cleared buffers."""
 
     starts_fresh = False
 

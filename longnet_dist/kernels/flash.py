@@ -1,6 +1,6 @@
-"""Dense attention kernels of others on strided views: flash-attn 4 where it is installed, else those that torch carries.
+"""Dense attention kernels of others on strided views: flash-attn 4 where it is installed, else the one of torch.
 
-A view is one batch of dense problems whose rows stand ``r`` apart (``views.py``). Their backward kernels take the merged
+A view is one batch of dense problems whose rows stand ``r`` apart (``views.py``). The backward kernels take the merged
 output and LSE, which makes the gradient of the mixture exact.
 """
 

@@ -141,7 +141,7 @@ def _consume(
     step = 0
     mbarrier.wait(key_ready, 0)
     for member in range(group):
-        for x in range(0, num_diagonal + tail):
+        for x in range(num_diagonal + tail):
             dkey, dvalue = _step(
                 x, step, dkey, dvalue, key, value, q_tiles, dout_tiles, lse_tiles, delta_tiles, gradients, dq_tile,
                 ready, free, dq, row, dq_column + member * dq_head, first, first_key, keys, num_diagonal, tail,
@@ -173,8 +173,8 @@ def hopper_backward_kernel(
 ):  # fmt: skip
     """Adds to dK and dV of ``KEYS`` keys of a (batch, kv head, segment), and to dQ through the copy engine.
 
-    ``q, k, v, dout, dq`` are descriptors of the view ``(B·rows / r, r·row_stride)``. ``statistics`` ``(B, n, H, 2)`` holds
-    lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet.
+    ``q, k, v, dout, dq`` are descriptors of the view ``(B·rows / r, r·row_stride)``. ``statistics`` ``(B, n, H, 2)``
+    holds lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet.
     """
     program = gl.program_id(0)
     first_key = program % tiles * KEYS

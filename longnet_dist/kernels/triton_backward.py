@@ -61,13 +61,9 @@ def _add_queries(
     valid = index < last
     query = load_tile(q, q_strides, batch, head, row, r, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     # Queries behind the last have weight exp(-inf) = 0.
-    row_lse = tl.load(
-        row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf")
-    )
+    row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf"))
     scores = tl.dot(key, query.T, input_precision=PRECISION)
-    weights = _weights(
-        scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL
-    )
+    weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, row, r, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
     row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, row, r, index), mask=valid, other=0.0)
@@ -99,7 +95,8 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Adds to dK and dV of ``KEYS`` keys of a (batch, kv head, segment); with ``ADD_DQ`` also to dQ, atomically.
 
-    With ``REDUCE`` dQ is a descriptor, and the copy engine adds whole tiles. With ``FRESH`` dK and dV were not written yet.
+    With ``REDUCE`` dQ is a descriptor, and the copy engine adds whole tiles. With ``FRESH`` dK and dV were not written
+    yet.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -192,9 +189,7 @@ def query_gradient_kernel(
         value = load_tile(v, v_strides, batch, kv_head, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         scores = tl.dot(query, key.T, input_precision=PRECISION)
         key_index = start + tl.arange(0, KEYS)
-        weights = _weights(
-            scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL
-        )
+        weights = _weights(scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL)
         gradient = tl.dot(doutput, value.T, input_precision=PRECISION)
         gradient = (weights * (gradient - row_delta[:, None])).to(key.dtype)
         dquery = tl.dot(gradient, key, dquery, input_precision=PRECISION)

@@ -279,5 +279,5 @@ def _block_dim(dim: int) -> int:
 
 
 def _head_block(offsets: tuple[int, ...]) -> int:
-    """The ``b`` for which head ``h`` has offset ``(h // b) % r``: 1 under the rule "modulo", ``ceil(H / r)`` under "blocked"."""
+    """The ``b`` for which head ``h`` has offset ``(h // b) % r``: 1 under "modulo", ``ceil(H / r)`` under "blocked"."""
     return next((head for head, offset in enumerate(offsets) if offset), len(offsets))

@@ -1,7 +1,7 @@
 """Strided views of a piece: the problems of a dense attention kernel, without copying a row.
 
-All segments of equal length and all key/value heads of equal, or of evenly rising, offset form one batch of attention problems whose rows are
-``r`` apart in the sequence. A kernel that takes strides computes them where they stand.
+All segments of equal length and all key/value heads of equal, or of evenly rising, offset form one batch of attention
+problems whose rows are ``r`` apart in the sequence. A kernel that takes strides computes them where they stand.
 """
 
 from __future__ import annotations
