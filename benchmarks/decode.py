@@ -1,0 +1,101 @@
+"""Time of a decoded token at some positions of a text: it should not grow with the position.
+
+    python -m benchmarks.decode [--powers 14 20] [--tokens 128] [--rounds 9]
+
+The text before each position passes as a stream, then tokens are decoded one at a time. The positions take turns, so
+that a drift of the machine hits all. Position ``2^p`` means the tokens just before row ``2^p``, where all segments that
+are no longer than ``2^p`` are full: the dearest place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.record import environment
+from longnet_dist import DilatedPattern, LongNet, LongNetConfig
+from longnet_dist.attention.stream import Stream
+
+CHUNK = 16384
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure as the command line says."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    pattern = DilatedPattern.geometric(options.base, 2 ** max(options.powers), 4)
+    config = LongNetConfig(
+        dim=options.dim,
+        layers=options.layers,
+        heads=options.heads,
+        segment_lengths=pattern.segment_lengths,
+        dilation_rates=pattern.dilation_rates,
+        positions="rope",
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = LongNet(config).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    streams = {power: prefilled(model, 2**power, options.tokens * (1 + options.rounds)) for power in options.powers}
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for stream in streams.values():
+        decode(model, stream, token, options.tokens)
+    seconds: dict[int, list[float]] = {power: [] for power in options.powers}
+    for _ in tqdm(range(options.rounds), unit="round"):
+        for power, stream in streams.items():
+            start = time.perf_counter()
+            decode(model, stream, token, options.tokens)
+            seconds[power].append((time.perf_counter() - start) / options.tokens)
+    result = {
+        "command": "python -m benchmarks.decode",
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "environment": environment(),
+        "model": config.model_dump(mode="json"),
+        "milliseconds_per_token": {power: [1e3 * second for second in seconds[power]] for power in seconds},
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    for power, values in seconds.items():
+        print(f"position 2^{power}: {1e3 * statistics.median(values):.3f} ms a token (fastest {1e3 * min(values):.3f})")
+
+
+def prefilled(model: LongNet, end: int, num_tokens: int) -> Stream:
+    """A stream of ``end`` rows, ready for its last ``num_tokens``."""
+    stream = model.stream(end)
+    device = next(model.parameters()).device
+    chunks = -(-(end - num_tokens) // CHUNK)
+    for shards in tqdm(stream.prefill(end - num_tokens, CHUNK), total=chunks, desc=f"{end} rows", leave=False):
+        model(torch.randint(256, (1, shards.stop - shards.start), device=device), stream=stream)
+    return stream
+
+
+def decode(model: LongNet, stream: Stream, token: Tensor, num_tokens: int) -> None:
+    """Decode the next tokens; reading each waits for the device, as sampling would."""
+    for _, _ in zip(range(num_tokens), stream.forward(1), strict=False):
+        logits = model(token, stream=stream).logits
+        assert logits is not None
+        int(logits.argmax())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--powers", type=int, nargs="+", default=[14, 17, 20], help="positions 2^p")
+    add("--tokens", type=int, default=128, help="decoded in a round")
+    add("--rounds", type=int, default=9)
+    add("--layers", type=int, default=2)
+    add("--dim", type=int, default=64)
+    add("--heads", type=int, default=4)
+    add("--base", type=int, default=512, help="shortest segment")
+    add("--threads", type=int, default=1)
+    add("--output", type=Path, default=Path("benchmarks/results/decode.json"))
+    return parser
+
+
+if __name__ == "__main__":
+    main()
