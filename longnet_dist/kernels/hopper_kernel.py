@@ -83,8 +83,8 @@ def _flat(x: Tensor, rate: int) -> bool:
     batch, rows, _, dim = x.shape
     return (
         x.stride(2) == dim
-        and rows % rate == 0
-        and (batch == 1 or x.stride(0) == rows * x.stride(1))
+        and rows >= rate
+        and (batch == 1 or (x.stride(0) == rows * x.stride(1) and rows % rate == 0))
         and x.stride(1) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         and rate * x.stride(1) < 2**31

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from longnet_dist.geometry.window import Piece
 from longnet_dist.kernels.contract import Call, wide_dtype
 from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.kernels.triton_forward import forward_kernel
@@ -80,6 +82,10 @@ class TritonKernel:
         return wide_dtype(dtype), dtype
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        for part in _parts(call, q.shape[1]):
+            self._forward(part, q, k, v, out, lse)
+
+    def _forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         launch = _Launch(call, q, k)
         tiles = forward_tiles(launch.block_dim, q.element_size() > 2, call.causal)
         described = launch.describable((q, out), (k, v))
@@ -129,11 +135,26 @@ class TritonKernel:
         dk: Tensor,
         dv: Tensor,
     ) -> None:
+        for part in _parts(call, q.shape[1]):
+            self._backward(part, dout, q, k, v, statistics, dq, dk, dv)
+
+    def _backward(
+        self,
+        call: Call,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        statistics: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
         lse, delta = statistics.unbind(-1)
         launch = _Launch(call, q, k)
         wide = q.element_size() > 2
         hopper = _hopper() if q.is_cuda else None
-        if hopper and hopper.takes_backward(call, (dout, q, dq), (k, v)):
+        if hopper and fits(call.piece, q.shape[1]) and hopper.takes_backward(call, (dout, q, dq), (k, v)):
             rows = hopper.TILES[launch.dim][1]
             (programs,) = launch.grid(launch.keys, rows, k.shape[2])
             arguments = launch.arguments(launch.keys, rows, k.shape[2])
@@ -241,8 +262,11 @@ class _Launch:
 
     def describable(self, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> bool:
         """Whether the copy engine can see all these buffers as ``(B, rows / r, r, H, D)``."""
-        return all(_describable(x, self.piece.dilation_rate) for x in queries) and all(
-            _describable(x, self._key_rate) for x in keys
+        rate = self.piece.dilation_rate
+        return (
+            fits(self.piece, queries[0].shape[1])
+            and all(_describable(x, rate) for x in queries)
+            and all(_describable(x, self._key_rate) for x in keys)
         )
 
     def query_source(self, x: Tensor, rows: int, described: bool) -> Tensor | TensorDescriptor:
@@ -258,9 +282,31 @@ class _Launch:
         return 1 if self.piece.compact else self.piece.dilation_rate
 
 
+def fits(piece: Piece, rows: int) -> bool:
+    """Whether all rows of the piece stand in ``rows // r`` whole rows of the view ``(rows / r, r, ...)``.
+
+    A last row that is not whole would let the copy engine read behind the buffer.
+    """
+    whole = rows // piece.dilation_rate * piece.dilation_rate
+    return max(piece.query_stop, 0 if piece.compact else piece.key_stop) - piece.window_start <= whole
+
+
+def _parts(call: Call, rows: int) -> Iterator[Call]:
+    """The call, cut before its last segment where that reaches rows that the copy engine cannot see (``fits``)."""
+    piece = call.piece
+    if fits(piece, rows) or piece.num_segments == 1:
+        yield call
+        return
+    cut = (piece.first_segment + piece.num_segments - 1) * piece.segment_length
+    most = replace(piece, num_segments=piece.num_segments - 1, query_stop=cut, key_stop=cut)
+    last = replace(piece, first_segment=piece.first_segment + piece.num_segments - 1, num_segments=1, query_start=cut)
+    for part in (most, last):
+        yield replace(call, piece=part)
+
+
 def _describable(x: Tensor, rate: int) -> bool:
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-    return aligned and x.shape[1] % rate == 0  # the last row of the view would end behind the buffer
+    return aligned and x.shape[1] >= rate
 
 
 def _descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor:

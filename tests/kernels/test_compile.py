@@ -1,0 +1,68 @@
+"""The kernels compile for Ampere and Hopper on a machine without a GPU, and do not spill where that matters."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+capability, dim = int(sys.argv[1]), int(sys.argv[2])
+
+
+class NoDevice:
+    def get_current_target(self): return GPUTarget("cuda", capability, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=0): return 0
+    def map_python_to_cpp_type(self, kind): return kind
+
+
+driver.set_active(NoDevice())
+launch, names = JITFunction.run, []
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    assert kernel.asm["cubin"]
+    names.append(self.__name__)
+
+
+JITFunction.run = compile_only
+torch.Tensor.is_cuda = property(lambda self: True)
+torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.window import dense_pieces
+from longnet_dist.kernels.contract import Call
+from longnet_dist.kernels.triton_kernel import TritonKernel
+
+q, k, v, out, dout, dk, dv = (torch.empty(1, 4096, 2, dim, dtype=torch.bfloat16) for _ in range(7))
+lse, dq = torch.empty(1, 2, 4096).transpose(1, 2), torch.empty(1, 4096, 2, dim)
+pattern, kernel = DilatedPattern([4096], [2]), TritonKernel()
+for deterministic in (False, True):
+    call = Call(dense_pieces(pattern, 0, 4096, 4096, True)[0], (0, 1), True, 0.1, deterministic)
+    kernel.forward(call, q, k, v, out, lse)
+    statistics = kernel.start_backward(dout, out, lse, dq, False)
+    kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
+print(" ".join(names))
+"""
+
+
+@pytest.mark.parametrize(("capability", "dim"), [(80, 64), (90, 64), (90, 128)])
+def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    answer = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(capability), str(dim)], env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert ("hopper_backward_kernel" in answer.stdout) == (capability == 90)
+    assert "query_gradient_kernel" in answer.stdout
