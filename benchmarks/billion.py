@@ -158,11 +158,13 @@ class Benchmark:
 
     def _text(self) -> tuple[TokenFile, int]:
         """The token file, made by rank 0 if need be, and how many of its bytes are no repetition."""
-        path, facts = self.options.data, [0]
+        path, facts, needed = self.options.data, [0], 2 ** max(self.options.powers) + 1
         if self.rank == 0 and not path.exists():
-            facts = [write_text(path, 2 ** max(self.options.powers) + 1, self.options.text or DEFAULT_FOLDERS)]
+            facts = [write_text(path, needed, self.options.text or DEFAULT_FOLDERS)]
         dist.broadcast_object_list(facts, 0)
         file = TokenFile.open(path)
+        if file.header.num_tokens < needed:
+            raise ConfigError(f"{path} has {file.header.num_tokens} tokens, {needed} are needed; use another --data")
         return file, facts[0] or file.header.num_bytes
 
     def _head(self) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def test_a_cut_run_goes_on_and_another_is_refused(arguments):
     assert [point["tokens"] for point in after] == [64, 128]
     with pytest.raises(ConfigError, match="is of another model"):
         main([*words, "--powers", "6", "--dim", "16"])
+    with pytest.raises(ConfigError, match="1048577 are needed"):
+        main([*words, "--powers", "20"])
 
 
 def test_a_budget_keeps_what_would_take_too_long_from_beginning(arguments):
