@@ -1,6 +1,6 @@
 """Time and memory of dilated attention on one GPU, beside dense kernels at the same segment shape.
 
-    python benchmarks/attention.py [--output benchmarks/results] [--backend auto] [--only NAME ...]
+    python -m benchmarks.attention [--output benchmarks/results] [--backend auto] [--only NAME ...]
 
 Prints a table and writes ``attention.json`` and ``attention.png``. A rate counts the attended (query, key) pairs alone:
 4·D FLOPs a pair forward, 10·D backward. The dense rate is that of the fastest kernel found (cuDNN and
@@ -14,11 +14,9 @@ import importlib.util
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.record import environment
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.geometry.pattern import DilatedPattern
 
@@ -162,20 +161,6 @@ def compile_kernels(case: Case, backend: str) -> None:
     torch.autograd.grad(out, (q, k, v), dout)
 
 
-def environment() -> dict[str, str]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """The rate of each case as bars, the dense rate as a line on each."""
     import matplotlib
@@ -224,7 +209,9 @@ def main() -> None:
             f"{result['backward_extra_share_of_float32_dq']:9.3f}",
             flush=True,
         )
-        document = {"environment": environment(), "results": results}
+        command = " ".join(["python -m benchmarks.attention", *sys.argv[1:]])
+        facts = {**environment(), "triton": triton.__version__, "command": command}
+        document = {"environment": facts, "results": results}
         (options.output / "attention.json").write_text(json.dumps(document, indent=1) + "\n")
     draw(results, options.output / "attention.png")
 

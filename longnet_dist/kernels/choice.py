@@ -20,9 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> Kernel:
-    """The kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device (benchmarks/README.md).
+    """The kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device.
 
-    On a GPU that is ``triton``, then ``flash``, then ``reference``; why one is passed over is logged once.
+    On a GPU (benchmarks/results/attention_kernels.md) that is ``triton``, then ``flash``, then ``reference``; why
+    one is passed over is logged once.
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run on the device, in the dtype or deterministically.

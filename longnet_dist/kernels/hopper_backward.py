@@ -1,3 +1,5 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """dK, dV and dQ of one piece in one launch on Hopper: the asynchronous matrix units and the copy engine, by hand.
 
 The arithmetic is that of ``triton_backward.key_gradient_kernel``; what differs is the order. The compiler's own

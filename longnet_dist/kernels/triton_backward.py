@@ -1,3 +1,5 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Backward of one piece: dK and dV with dQ added on the way, or dQ in a launch of its own.
 
 Symbols: ``weights`` = P = exp(scale·q·k − lse) with the *merged* lse, ``gradient`` = dS = P ∘ (dO Vᵀ − delta). The

@@ -1,3 +1,5 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Forward of one piece in one launch: all segments, heads and offsets, starting from the running ``(out, lse)``."""
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Tiles:
 
 
 def forward_tiles(dim: int, wide: bool, causal: bool) -> Tiles:
-    """Tiles of the forward kernel, the fastest of benchmarks/README.md; ``wide`` inputs take 4 bytes or more."""
+    """Tiles of the forward kernel, the fastest of benchmarks/results/attention_kernels.md; ``wide``: float32."""
     if wide:
         return Tiles(32, 32, 4, 2)
     if dim <= 64:  # 128 registers: four programs a multiprocessor
@@ -321,7 +321,7 @@ def _descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor:
 
 
 def _block_dim(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _head_block(offsets: tuple[int, ...]) -> int:

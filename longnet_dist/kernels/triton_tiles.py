@@ -1,3 +1,5 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Where the rows of a (segment, head) stand, and tiles of them: device functions of the Triton kernels.
 
 Query and key ``j`` of a (segment, head) are ``r`` rows apart, so a tile is a strided block of the sequence. It is read
