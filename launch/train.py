@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from longnet_dist.cli import run_cli
+from longnet_dist.cli import REQUEUE_STATUS, run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.loading import load_config
 from longnet_dist.train.loop import run_training
@@ -18,6 +18,9 @@ examples:
   python launch/train.py                                            the quick start in one process
   torchrun --nproc_per_node=2 launch/train.py                       the same, every sequence split over two ranks
   torchrun --nproc_per_node=8 launch/train.py configs/paper.yaml parallel.sequence=4 deepspeed.zero_stage=2
+
+On SIGTERM or SIGUSR1 the ranks finish their step, write a checkpoint and exit with status 75; the same command goes on.
+A mistake or a fault that a person must look at ends with one message and status 2.
 """
 
 
@@ -30,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     words = options.words + ["train.resume=auto"] * options.resume
     path = Path(words.pop(0)) if words and "=" not in words[0] else QUICKSTART
-    run_training(load_config(path, words), LaunchEnvironment.read(os.environ))
+    if not run_training(load_config(path, words), LaunchEnvironment.read(os.environ)):
+        raise SystemExit(REQUEUE_STATUS)
 
 
 def _parser() -> argparse.ArgumentParser:

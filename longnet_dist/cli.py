@@ -8,19 +8,24 @@ from collections.abc import Callable
 from longnet_dist.errors import LongNetError
 
 USER_ERROR_STATUS = 2
+REQUEUE_STATUS = 75  # EX_TEMPFAIL: asked to stop, a checkpoint is written, start again to go on
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run ``main()`` and exit with status 2 and the bare message if it raises a ``LongNetError``.
+    """Run ``main()`` and exit with status 2 and the bare message if it raises a ``LongNetError`` or an ``OSError``.
 
-    Any other exception is a fault of this package and keeps its traceback. An interrupt (Ctrl-C) exits with 130.
+    An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. Any
+    other exception is a fault of this package and keeps its traceback. An interrupt (Ctrl-C) exits with 130.
     """
     try:
         main()
     except LongNetError as error:
         # One write, so that the messages of several ranks do not run into each other.
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(USER_ERROR_STATUS)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -73,7 +73,12 @@ class TrainConfig(Section):
         validate_every: steps from one validation to the next (and one at the end); 0: never.
         validation_tokens: tokens of the validation split that one validation reads.
         checkpoint_every: steps from one checkpoint to the next (and one at the end).
+        checkpoint_async: write checkpoints beside the training, from a copy in the memory of rank 0 (12 bytes a
+            parameter); else training waits for the disk.
         keep_last: checkpoints kept; older ones are deleted. 0 keeps all.
+        keep_every: checkpoints of every so many steps are kept for good, beside the last; 0: none.
+        max_skipped: consecutive steps whose loss or gradient is not finite that end the run. Such a step changes
+            nothing and is counted.
         resume: ``auto`` goes on from the newest checkpoint in ``output_dir`` if there is one, ``never`` refuses a
             folder that holds a run, anything else is the path of a checkpoint or of a run's folder.
         sample_prompt: text that the trained model continues into ``sample.txt`` at the end.
@@ -98,7 +103,10 @@ class TrainConfig(Section):
     validate_every: int = Field(500, ge=0)
     validation_tokens: PositiveInt = 262144
     checkpoint_every: PositiveInt = 1000
+    checkpoint_async: bool = True
     keep_last: int = Field(3, ge=0)
+    keep_every: int = Field(0, ge=0)
+    max_skipped: PositiveInt = 10
     resume: str = "auto"
     sample_prompt: str = "def "
     sample_tokens: int = Field(200, ge=0)
@@ -121,7 +129,8 @@ class ParallelConfig(Section):
     Attributes:
         sequence: ranks that share a sequence; ``auto``: all that ``data`` leaves.
         data: groups of ranks with different sequences; ``auto``: what ``sequence`` leaves, 1 if that is ``auto`` too.
-        timeout_minutes: how long a rank waits for the others before it gives up.
+        timeout_minutes: how long a rank that does not answer is waited for, with a fraction if need be; then the run
+            ends with its number.
     """
 
     sequence: PositiveInt | Literal["auto"] = "auto"

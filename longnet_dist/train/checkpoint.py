@@ -8,81 +8,68 @@ A checkpoint is a folder, complete as soon as it has its name::
         exp_avg_sq.safetensors
         state.json               step, tokens, model configuration, SHA-256 of the files, versions
 
-Any number of ranks, mesh and ZeRO stage can go on from it, and reading it runs no code (no pickle).
+Any number of ranks, mesh and ZeRO stage can go on from it, and reading it runs no code (no pickle). Nothing in training
+is random but the initial weights, and the order of samples is a function of seed and step (there is no dropout): so
+there is no state of a random generator to keep. ``train/checkpoint_writer.py`` writes checkpoints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
 from longnet_dist.train.engine import (
     OPTIMIZER_STATES,
-    full_tensor,
     link_optimizer_states,
     set_full_tensor,
     set_optimizer_steps,
+    whole_shape,
 )
 
 FORMAT = 1
 WEIGHTS = "model"
+TENSOR_FILES = tuple(f"{name}.safetensors" for name in (WEIGHTS, *OPTIMIZER_STATES))
 STATE_FILE = "state.json"
 MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk"}  # memory only, not mathematics
 
 
-@dataclass(frozen=True)
-class CheckpointState:
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what was written: torn by a crash, or changed since."""
+
+
+class CheckpointState(BaseModel):
     """What ``state.json`` holds.
 
     Attributes:
-        step: optimizer steps done.
+        step: training steps done.
         tokens: rows trained on, all ranks together.
+        skipped: steps among them whose gradient was not finite, so that they changed nothing.
         model: the fields of the model's configuration.
         sha256: of each tensor file.
         versions: of the packages that wrote it, for the reader's information.
         format: of the checkpoint.
     """
 
-    step: int
-    tokens: int
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    step: PositiveInt
+    tokens: NonNegativeInt
+    skipped: NonNegativeInt = 0
     model: dict[str, Any]
     sha256: dict[str, str]
     versions: dict[str, str]
     format: int = FORMAT
-
-
-def save_checkpoint(engine: Any, folder: Path, model: LongNetConfig, step: int, tokens: int) -> None:
-    """Write ``folder``; it appears with its name when all of it is on the disk. Every rank must call, after a step.
-
-    Each tensor is gathered on all ranks in turn; rank 0 keeps the float32 copy of one file's tensors and writes it.
-    """
-    link_optimizer_states(engine)
-    partial = folder.with_name(f".{folder.name}.partial")
-    sha256 = {}
-    for state in (None, *OPTIMIZER_STATES):
-        tensors = _gather(engine, state)
-        if dist.get_rank() == 0:
-            partial.mkdir(parents=True, exist_ok=True)
-            file = partial / f"{state or WEIGHTS}.safetensors"
-            save_file(tensors, file)
-            sha256[file.name] = _sha256(file)
-    if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "deepspeed")}
-        content = CheckpointState(step, tokens, model.model_dump(mode="json"), sha256, versions)
-        (partial / STATE_FILE).write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder)
 
 
 def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointState:
@@ -93,19 +80,17 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
         model: if given, the model that is to go on from it.
 
     Raises:
-        CheckpointError: missing, damaged, of another format, or of another model.
+        DamagedCheckpointError: a file is missing or not what was written.
+        CheckpointError: of another format, or of another model.
     """
-    try:
-        state = CheckpointState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {error.strerror} ({STATE_FILE})") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE} is damaged or of another version: {error}") from None
-    if state.format != FORMAT:
-        raise CheckpointError(f"{folder} has format {state.format}, and this version reads {FORMAT}")
-    for name, expected in state.sha256.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            raise CheckpointError(
+    state = _parse_state(folder)
+    for name in TENSOR_FILES:
+        try:
+            intact = sha256_of(folder / name) == state.sha256.get(name)
+        except OSError:
+            intact = False
+        if not intact:
+            raise DamagedCheckpointError(
                 f"{folder / name} is missing or damaged: its checksum is not that of {STATE_FILE}; "
                 f"remove {folder} to go on from the checkpoint before it"
             )
@@ -116,24 +101,48 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put the checkpoint's weights into a model that is not sharded."""
-    tensors = load_file(folder / f"{WEIGHTS}.safetensors")
+    parameters = dict(model.named_parameters())
+    tensors = read_tensors(folder / f"{WEIGHTS}.safetensors", {name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
 
-def restore(engine: Any, folder: Path, step: int) -> None:
+def restore(engine: Any, folder: Path, optimizer_steps: int) -> None:
     """Put master weights and optimizer states into an engine that has done at least one step. Every rank must call.
 
     The step makes DeepSpeed allocate the optimizer states; with learning rate 0 it changes no weight, so the model's
     own (for bf16 rounded) weights still are those of :func:`load_weights`.
     """
     link_optimizer_states(engine)
+    parameters = dict(engine.module.named_parameters())
+    shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
     for state in (None, *OPTIMIZER_STATES):
-        tensors = load_file(folder / f"{state or WEIGHTS}.safetensors")
-        for name, parameter in engine.module.named_parameters():
+        tensors = read_tensors(folder / f"{state or WEIGHTS}.safetensors", shapes)
+        for name, parameter in parameters.items():
             set_full_tensor(engine, parameter, tensors[name].to(engine.device), state)
-    set_optimizer_steps(engine, step)
+    set_optimizer_steps(engine, optimizer_steps)
+
+
+def read_tensors(file: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must have these names and shapes.
+
+    Raises:
+        CheckpointError: another kind of file (a pickle, say, which is not read), or other tensors.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the tensors of {file}: {error}") from None
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(found.keys() | shapes.keys()):
+        if found.get(name) != shapes.get(name):
+            here, there = (list(part[name]) if name in part else "missing" for part in (shapes, found))
+            raise CheckpointError(
+                f"{file} does not fit the model: the shape of {name} is {there} there and {here} here; "
+                f"use the configuration and the checkpoint of one run"
+            )
+    return tensors
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -142,8 +151,14 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"))
+    """The checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; −1 for another name."""
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -159,25 +174,28 @@ def newest_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} is neither a checkpoint nor a run's folder with checkpoints/step_* in it")
 
 
-def delete_old(run: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints; 0 keeps all."""
-    for folder in checkpoints(run)[:-keep_last] if keep_last else []:
-        shutil.rmtree(folder)
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _gather(engine: Any, state: str | None) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        whole = full_tensor(engine, parameter, state)
-        if dist.get_rank() == 0:
-            tensors[name] = whole.float().reshape(_shape(parameter)).cpu().contiguous()
-    return tensors
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole shape; ZeRO stage 3 leaves an empty tensor in a parameter's place."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
+def _parse_state(folder: Path) -> CheckpointState:
+    try:
+        fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = CheckpointState.model_validate(fields)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{folder} is no checkpoint: {error.strerror} ({STATE_FILE})") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        message = f"{folder / STATE_FILE} is damaged or of another version: {where}: {fault['msg']}"
+        raise DamagedCheckpointError(message) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged or of another version: {error}") from None
+    if state.format != FORMAT:
+        raise CheckpointError(f"{folder} has format {state.format}, and this version reads {FORMAT}")
+    return state
 
 
 def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig) -> None:
@@ -188,8 +206,3 @@ def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig)
                 f"{folder} is a checkpoint of another model: model.{field} is {saved.get(field)!r} there and "
                 f"{ours.get(field)!r} here; use the same value, or another train.output_dir"
             )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -94,19 +95,28 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 def optimizer_step(engine: Any) -> float | None:
     """Tell DeepSpeed that a micro-batch is done; after the last one of a step it updates the weights.
 
+    A gradient that is not finite changes nothing: neither weights nor the optimizer's states and its count of steps.
+
     Returns:
-        After the last micro-batch the norm of the whole gradient, averaged over ranks and before clipping; else None.
+        After the last micro-batch the norm of the whole gradient, averaged over ranks and before clipping, not finite
+        if nothing was changed; else None.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
     if engine.zero_optimization_stage() > 0:
-        engine.step()
+        engine.step()  # which discards a gradient that is not finite, and then gives inf as its norm
         return float(engine.get_global_grad_norm())
     # Without ZeRO DeepSpeed keeps no norm, but every rank holds the averaged gradient until the step.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.step()
-    return float(norm)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        engine.module.zero_grad()
+        engine.set_gradient_accumulation_boundary(False)  # count the micro-batch, but do not update
+        engine.step()
+        engine.set_gradient_accumulation_boundary(None)  # from its count again
+    return norm
 
 
 def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) -> Tensor:
@@ -122,6 +132,12 @@ def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) 
         safe_get_full_fp32_param(parameter) if state is None else safe_get_full_optimizer_state(parameter, state)
     )
     return tensor
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole shape of a parameter; ZeRO stage 3 leaves an empty tensor in its place."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def set_full_tensor(engine: Any, parameter: nn.Parameter, value: Tensor, state: str | None = None) -> None:

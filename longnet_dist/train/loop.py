@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,30 +18,59 @@ from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
+from longnet_dist.errors import CheckpointError, LongNetError
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.train.checkpoint import checkpoint_folder, delete_old, load_weights, restore, save_checkpoint
+from longnet_dist.train.checkpoint import CheckpointState, checkpoint_folder, load_weights, restore
+from longnet_dist.train.checkpoint_writer import CheckpointWriter, remove_partial
 from longnet_dist.train.engine import build_engine, prepare_deepspeed
 from longnet_dist.train.evaluation import Evaluation, evaluate
 from longnet_dist.train.generation import Sampling
 from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
+from longnet_dist.train.out_of_memory import remedies
 from longnet_dist.train.plan import RunPlan
+from longnet_dist.train.run_folder import set_aside
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import ReadRows, StepResult, train_step
+from longnet_dist.train.stop_signals import stop_requests
 from longnet_dist.train.trained import continue_text
+from longnet_dist.train.watchdog import Watchdog
 
 
-def run_training(config: Config, launch: LaunchEnvironment) -> None:
+def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """Train as configured. Every rank of the launch must call.
 
+    Returns:
+        True after the last step, False if the run was asked to stop (SIGTERM, SIGUSR1) and has left a checkpoint.
+
     Raises:
-        LongNetError: a mistake in configuration, data or checkpoint, on all ranks before they meet; or divergence.
+        LongNetError: a mistake in configuration, data or checkpoint, on all ranks before they meet; divergence; a full
+            disk or memory; another rank that failed or does not answer.
     """
     device = launch.device()
     plan = RunPlan.make(config, launch.world_size, device.type)
     launch.share_cores()
     prepare_deepspeed(launch, device)
-    with process_group(launch, device, timedelta(minutes=config.parallel.timeout_minutes)):
-        Trainer(plan, device).run()
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    with process_group(launch, device, timeout), _watchdog(launch, timeout), remedies(launch.rank, _sizes(plan)):
+        return Trainer(plan, device).run()
+
+
+def _watchdog(launch: LaunchEnvironment, timeout: timedelta) -> AbstractContextManager[object]:
+    if launch.world_size == 1:
+        return nullcontext()
+    store = dist.distributed_c10d._get_default_store()
+    return Watchdog(store, launch.rank, launch.world_size, timeout.total_seconds())
+
+
+def _sizes(plan: RunPlan) -> str:
+    """What decides how much memory a rank needs."""
+    config = plan.config
+    return (
+        f"model.dim={config.model.dim}, model.layers={config.model.layers}, "
+        f"data.sequence_length={config.data.sequence_length} over {plan.mesh.sequence} sequence ranks, "
+        f"train.micro_batch_size={plan.micro_batch_size}, train.chunk_length={plan.chunk_length} and "
+        f"deepspeed.zero_stage={config.deepspeed.zero_stage}"
+    )
 
 
 class Trainer:
@@ -49,6 +79,11 @@ class Trainer:
     Args:
         plan: the same on every rank.
         device: of this rank.
+
+    Attributes:
+        step: training steps done.
+        tokens: rows trained on, all ranks together.
+        skipped: steps among them that changed nothing, because loss or gradient was not finite.
     """
 
     def __init__(self, plan: RunPlan, device: torch.device) -> None:
@@ -58,67 +93,102 @@ class Trainer:
         self.batches = plan.training_data(self.token_file)
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh)
-        self.engine, self.step, self.tokens = self._engine(), 0, 0
-        if plan.checkpoint and plan.state:
-            self._train_step(0, learning_rate=0.0)  # see restore
-            restore(self.engine, plan.checkpoint, plan.state.step)
-            self.step, self.tokens = plan.state.step, plan.state.tokens
+        self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
+        if plan.resume.checkpoint and plan.resume.state:
+            self._resume(plan.resume.checkpoint, plan.resume.state)
 
-    def run(self) -> None:
-        """Train to the last step."""
+    def run(self) -> bool:
+        """Train to the last step, or until one at which a rank was asked to stop; whether it was the last."""
         train, folder = self.config.train, self.plan.folder
         bytes_per_token = self.token_file.bytes_per_token("train")
         with ExitStack() as stack:
-            log = None
-            if self.is_first:
-                folder.describe(self.plan.resolved(self.token_file), self.token_file.tokenizer)
-                log = stack.enter_context(MetricsLog(folder, self.step))
-            for metrics in self._steps(bytes_per_token):
+            stop_requested = stack.enter_context(stop_requests())
+            log = self._open_folder(stack) if self.is_first else None
+            writer = stack.enter_context(CheckpointWriter(folder.path, train, self.config.model))
+            for metrics, stop in self._steps(bytes_per_token, stop_requested):
                 last = metrics.step == train.steps
                 if log:
                     log.step(metrics)
-                if self.validation and (last or metrics.step % train.validate_every == 0):
+                if self.validation and (last or (metrics.step % train.validate_every == 0 and not stop)):
                     evaluation = self._validate(self.validation)
                     if log:
                         log.validation(metrics.step, evaluation)
-                if last or metrics.step % train.checkpoint_every == 0:
-                    self._save()
+                if last or stop or metrics.step % train.checkpoint_every == 0:
+                    writer.save(self.engine, self.step, self.tokens, self.skipped)
+                writer.check()
+                if stop:
+                    break
+            # No rank may end, and its launcher stop the others, before the last checkpoint is on the disk.
+            writer.finish()
+            dist.barrier()
         if self.is_first:
             self._conclude(bytes_per_token)
         dist.barrier()
+        return self.step == train.steps
+
+    def _open_folder(self, stack: ExitStack) -> MetricsLog:
+        """Put the run's folder in order and write what describes the run."""
+        folder = self.plan.folder
+        set_aside(self.plan.resume.damaged)
+        remove_partial(folder.path)
+        folder.describe(self.plan.resolved(self.token_file), self.token_file.tokenizer)
+        return stack.enter_context(MetricsLog(folder, self.step))
 
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)
         model = LongNet(self.config.model, group=self.mesh.sequence_group)
-        if self.plan.checkpoint:
-            load_weights(self.plan.checkpoint, model)
+        if self.plan.resume.checkpoint:
+            load_weights(self.plan.resume.checkpoint, model)
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
-    def _steps(self, bytes_per_token: float) -> Iterator[StepMetrics]:
-        """Do the steps that are left, and show them in a progress bar."""
+    def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
+        if self._train_step(0, learning_rate=0.0).skipped:  # see restore
+            raise CheckpointError(f"the model of {checkpoint} gives no finite loss; resume from an earlier checkpoint")
+        restore(self.engine, checkpoint, state.step - state.skipped)
+        self.step, self.tokens, self.skipped = state.step, state.tokens, state.skipped
+
+    def _steps(self, bytes_per_token: float, stop_requested: Callable[[], bool]) -> Iterator[tuple[StepMetrics, bool]]:
+        """Do the steps that are left, and show them in a progress bar; say of each whether it must be the last."""
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.data.sequence_length
+        skipped_in_a_row = 0
         bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=not self.is_first, dynamic_ncols=True)
         with bar:
             while self.step < train.steps:
                 began = time.perf_counter()
                 rate = learning_rate(self.step + 1, train)
-                result = self._train_step(self.step, rate)
+                result = self._train_step(self.step, rate, stop_requested)
                 seconds = time.perf_counter() - began
                 self.step += 1
                 self.tokens += tokens_per_step
+                self.skipped += result.skipped
+                skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+                self._refuse_divergence(skipped_in_a_row, result)
                 speed = tokens_per_step / seconds
                 bits = result.loss / math.log(2) / bytes_per_token
                 shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed:,.0f} tokens/s"
-                bar.set_postfix_str(shown, refresh=False)
+                bar.set_postfix_str(shown + f", {self.skipped} skipped" * bool(self.skipped), refresh=False)
                 bar.update()
-                yield StepMetrics(self.step, result.loss, result.grad_norm, rate, self.tokens, seconds, speed)
+                metrics = StepMetrics(
+                    self.step, result.loss, result.grad_norm, rate, self.tokens, seconds, speed, self.skipped
+                )
+                yield metrics, result.stop
 
-    def _train_step(self, step: int, learning_rate: float) -> StepResult:
+    def _refuse_divergence(self, skipped_in_a_row: int, result: StepResult) -> None:
+        if skipped_in_a_row >= self.config.train.max_skipped:
+            raise LongNetError(
+                f"training diverged: loss or gradient was not finite in the last {skipped_in_a_row} steps "
+                f"(train.max_skipped), in step {self.step} the loss was {result.loss}; resume from an earlier "
+                f"checkpoint with a smaller train.learning_rate or train.clip_norm"
+            )
+
+    def _train_step(
+        self, step: int, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> StepResult:
         """Step ``step``, counted from 0."""
         micro_batches = [self._reader(step, number) for number in range(self.plan.accumulation)]
-        sequence_length = self.config.data.sequence_length
-        return train_step(self.engine, micro_batches, sequence_length, self.plan.chunk_length, learning_rate)
+        sequence_length, chunk_length = self.config.data.sequence_length, self.plan.chunk_length
+        return train_step(self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested)
 
     def _reader(self, step: int, number: int) -> ReadRows:
         """Reads rows of micro-batch ``number`` of this data rank."""
@@ -134,15 +204,13 @@ class Trainer:
         self.engine.train()
         return evaluation
 
-    def _save(self) -> None:
-        folder = checkpoint_folder(self.plan.folder.path, self.step)
-        save_checkpoint(self.engine, folder, self.config.model, self.step, self.tokens)
-        if self.is_first:
-            delete_old(self.plan.folder.path, self.config.train.keep_last)
-
     def _conclude(self, bytes_per_token: float) -> None:
-        """Draw the curve, let the trained model write a sample, and say where both are."""
+        """Draw the curve, let the trained model write a sample, and say where both are; or say where to go on."""
         train, folder = self.config.train, self.plan.folder
+        if self.step < train.steps:
+            checkpoint = checkpoint_folder(folder.path, self.step)
+            print(f"asked to stop: step {self.step} of {train.steps} is in {checkpoint}; go on with train.resume=auto")
+            return
         draw_loss_curve(folder, bytes_per_token)
         for validation in read_jsonl(folder.validation_file)[-1:]:
             print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")

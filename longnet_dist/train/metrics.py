@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from longnet_dist.errors import CheckpointError
 from longnet_dist.train.evaluation import Evaluation
-from longnet_dist.train.run_folder import RunFolder
+from longnet_dist.train.run_folder import RunFolder, write_text
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,13 @@ class StepMetrics:
 
     Attributes:
         step: counted from 1.
-        loss: nats a labelled token, all ranks.
-        grad_norm: of the whole gradient, before clipping.
+        loss: nats a labelled token, all ranks; null in the file if it is not finite.
+        grad_norm: of the whole gradient, before clipping; null in the file if it is not finite.
         lr: learning rate of this step.
         tokens: rows trained on since the start of the run, all ranks.
         step_seconds: wall-clock time of the step.
         tokens_per_second: of this step, all ranks.
+        skipped: steps of the run until now that changed nothing, because loss or gradient was not finite.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepMetrics:
     tokens: int
     step_seconds: float
     tokens_per_second: float
+    skipped: int
 
 
 class MetricsLog:
@@ -50,7 +52,7 @@ class MetricsLog:
 
         for file in (folder.metrics_file, folder.validation_file):
             kept = [line for line in read_jsonl(file) if line["step"] <= last_step]
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._validation = folder.validation_file.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=last_step + 1)
@@ -65,11 +67,12 @@ class MetricsLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Write one step."""
-        fields = asdict(metrics)
+        fields = {name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()}
         self._metrics.write(json.dumps(fields) + "\n")
         step = fields.pop("step")
         for name, value in fields.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            if value is not None:
+                self._board.add_scalar(f"train/{name}", value, step)
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
         """Write one validation."""
@@ -102,7 +105,7 @@ def draw_loss_curve(folder: RunFolder, bytes_per_token: float) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    steps = read_jsonl(folder.metrics_file)
+    steps = [line for line in read_jsonl(folder.metrics_file) if line["loss"] is not None]
     bits = 1 / (math.log(2) * bytes_per_token)
     axes.plot([line["step"] for line in steps], [line["loss"] * bits for line in steps], lw=1, label="training")
     if validations := read_jsonl(folder.validation_file):

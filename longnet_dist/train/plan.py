@@ -18,8 +18,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError, LongNetError
 from longnet_dist.geometry.stream import chunks_of
 from longnet_dist.model.longnet import positions_of
-from longnet_dist.train.checkpoint import CheckpointState, read_state
-from longnet_dist.train.run_folder import RunFolder, checkpoint_to_resume
+from longnet_dist.train.run_folder import ResumePoint, RunFolder, resume_point
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class RunPlan:
         chunk_length: rows of a sequence that its ranks hold together at once.
         passes: chunks of all micro-batches of a step.
         folder: of the run.
-        checkpoint: to go on from, None for a new run.
-        state: of that checkpoint.
+        resume: the checkpoint to go on from, if any.
     """
 
     config: Config
@@ -47,8 +45,7 @@ class RunPlan:
     chunk_length: int
     passes: int
     folder: RunFolder
-    checkpoint: Path | None
-    state: CheckpointState | None
+    resume: ResumePoint
 
     @classmethod
     def make(cls, config: Config, world_size: int, device_type: str) -> RunPlan:
@@ -68,7 +65,7 @@ class RunPlan:
         precision = config.precision(device_type)
         _check_positions(config, precision)
         folder = RunFolder(config.train.output_dir)
-        checkpoint = checkpoint_to_resume(folder, config.train.resume)
+        folder.check_writable()
         plan = cls(
             config=config,
             precision=precision,
@@ -78,8 +75,7 @@ class RunPlan:
             chunk_length=chunk_length,
             passes=accumulation * len(chunks_of(config.data.sequence_length, chunk_length, mesh.sequence)),
             folder=folder,
-            checkpoint=checkpoint,
-            state=read_state(checkpoint, config.model) if checkpoint else None,
+            resume=resume_point(folder, config.train.resume, config.model),
         )
         if config.data.path is not None:
             token_file = TokenFile.open(config.data.path)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from longnet_dist.attention.stream import Stream
 from longnet_dist.data.batches import IGNORE_INDEX
-from longnet_dist.errors import LongNetError
 from longnet_dist.geometry.window import Shards
 from longnet_dist.train.engine import optimizer_step, set_learning_rate
 
@@ -28,14 +27,26 @@ class StepResult:
     Attributes:
         loss: mean cross-entropy over all labelled rows of all ranks, nats.
         grad_norm: norm of the gradient of ``loss``, before clipping.
+        stop: whether a rank has been asked to stop.
     """
 
     loss: float
     grad_norm: float
+    stop: bool
+
+    @property
+    def skipped(self) -> bool:
+        """Whether loss or gradient was not finite, so that the step changed nothing."""
+        return not math.isfinite(self.grad_norm)
 
 
 def train_step(
-    engine: Any, micro_batches: Sequence[ReadRows], sequence_length: int, chunk_length: int, learning_rate: float
+    engine: Any,
+    micro_batches: Sequence[ReadRows],
+    sequence_length: int,
+    chunk_length: int,
+    learning_rate: float,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward, backward and update, over all micro-batches of a step. Every rank of the world must call.
 
@@ -46,15 +57,16 @@ def train_step(
     DeepSpeed, which sees a micro-batch in every chunk, divides gradients by ``world · passes``; multiplying the local
     sum by that gives exactly this mean, however the labels are spread over ranks.
 
+    A loss that is not finite makes the whole gradient so, on all ranks, and such a step changes nothing: neither
+    weights nor the optimizer's states.
+
     Args:
         engine: set up to accumulate over the chunks of all micro-batches.
         micro_batches: read the rows of this rank's sequences.
         sequence_length: rows ``N`` of a sequence, all sequence ranks together.
         chunk_length: rows of a chunk, all sequence ranks together.
         learning_rate: of this step.
-
-    Raises:
-        LongNetError: loss or gradient is not finite (on all ranks alike).
+        stop_requested: whether this rank has been asked to stop; the ranks agree on it at the end of the step.
     """
     set_learning_rate(engine, learning_rate)
     stream: Stream = engine.module.stream(sequence_length)
@@ -71,17 +83,15 @@ def train_step(
                 _forward(engine, read, stream, shards)
         for shards in stream.replay(chunk_length):
             chunk_loss = _forward(engine, read, stream, shards).loss_sum
-            engine.backward(chunk_loss * scale)
+            # A loss that is not finite may have a finite gradient; the factor is NaN then, and else 1.
+            engine.backward(chunk_loss * scale * (1 + 0 * chunk_loss.detach()))
             grad_norm = optimizer_step(engine)
             loss_sum += chunk_loss.detach()
 
-    loss = float(total_over_ranks(loss_sum) / num_labels)
-    if grad_norm is None or not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise LongNetError(
-            f"training diverged: the loss is {loss} and the gradient's norm {grad_norm}; "
-            "resume from the last checkpoint with a smaller train.learning_rate or train.clip_norm"
-        )
-    return StepResult(loss, grad_norm)
+    assert grad_norm is not None
+    stop = loss_sum.new_tensor(float(stop_requested()))
+    total, num_stops = total_over_ranks(torch.stack([loss_sum, stop])).tolist()
+    return StepResult(total / max(1.0, float(num_labels)), grad_norm, num_stops > 0)
 
 
 def _forward(engine: Any, read: ReadRows, stream: Stream, shards: Shards) -> Any:

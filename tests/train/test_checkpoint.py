@@ -10,7 +10,6 @@ from longnet_dist.errors import CheckpointError
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.train.checkpoint import (
     checkpoint_folder,
-    delete_old,
     load_weights,
     newest_checkpoint,
     read_state,
@@ -148,11 +147,3 @@ def test_newest_counts_complete_checkpoints_only(trained, tmp_path):
     assert newest_checkpoint(tmp_path / "copy").name == "step_00000001"
     with pytest.raises(CheckpointError, match="neither a checkpoint nor"):
         newest_checkpoint(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(("keep_last", "left"), [(0, 3), (1, 1), (2, 2), (5, 3)])
-def test_old_checkpoints_are_deleted(tmp_path, keep_last, left):
-    for step in (2, 9, 10):
-        checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    delete_old(tmp_path, keep_last)
-    assert [path.name[-2:] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["02", "09", "10"][-left:]

@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +16,7 @@ def folder(tmp_path):
 
 
 def line(step):
-    return StepMetrics(step, 1.5 / step, 0.5, 1e-3, 10 * step, 0.1, 100.0)
+    return StepMetrics(step, 1.5 / step, 0.5, 1e-3, 10 * step, 0.1, 100.0, 0)
 
 
 def write(folder, last_step, steps):
@@ -34,6 +36,7 @@ def test_every_step_is_one_object(folder):
         "tokens": 20,
         "step_seconds": 0.1,
         "tokens_per_second": 100.0,
+        "skipped": 0,
     }
     assert read_jsonl(folder.validation_file)[0]["bits_per_byte"] == 1.4
 
@@ -43,6 +46,18 @@ def test_steps_after_the_checkpoint_are_dropped_on_resume(folder):
     write(folder, 2, [3, 4])
     for file in (folder.metrics_file, folder.validation_file):
         assert [entry["step"] for entry in read_jsonl(file)] == [1, 2, 3, 4]
+
+
+def test_what_is_not_finite_is_null_and_left_out_of_the_curve(folder):
+    with MetricsLog(folder, 0) as log:
+        log.step(line(1))
+        log.step(replace(line(2), loss=math.nan, grad_norm=math.inf, skipped=1))
+    text = folder.metrics_file.read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    last = read_jsonl(folder.metrics_file)[1]
+    assert (last["loss"], last["grad_norm"], last["skipped"]) == (None, None, 1)
+    draw_loss_curve(folder, bytes_per_token=1.0)
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(folder):

@@ -3,6 +3,7 @@ import pytest
 from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.errors import CheckpointError, ConfigError, DataError, ShapeError
 from longnet_dist.train.plan import RunPlan
+from longnet_dist.train.run_folder import ResumePoint
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, run, tiny_config
 
@@ -11,7 +12,7 @@ def test_a_plan_fills_in_what_was_left_open(tmp_path, corpus):
     plan = RunPlan.make(tiny_config(tmp_path / "run", corpus, "parallel.data=2"), 4, "cpu")
     assert (plan.precision, plan.mesh, plan.micro_batch_size, plan.accumulation) == ("fp32", MeshShape(2, 2), 2, 1)
     assert (plan.chunk_length, plan.passes) == (64, 1)
-    assert plan.checkpoint is plan.state is None
+    assert plan.resume == ResumePoint()
     resolved = plan.resolved(plan.open_token_file())
     assert resolved["parallel"] | resolved["train"] | resolved["data"] == resolved["parallel"] | resolved["train"] | {
         "path": str(corpus),

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from longnet_dist.data.batches import IGNORE_INDEX
-from longnet_dist.errors import LongNetError
+from longnet_dist.train.checkpoint_writer import take_snapshot
 from longnet_dist.train.step import total_over_ranks, train_step
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
@@ -38,21 +40,64 @@ def test_the_mean_is_over_labelled_rows_wherever_they_are(tmp_path, corpus):
         assert result.grad_norm == pytest.approx(one[0].grad_norm, rel=1e-5)
 
 
-def diverge(config):
+def nan_loss(output):
+    return output._replace(loss_sum=output.loss_sum * math.nan)
+
+
+def infinite_loss_of_finite_gradient(output):
+    return output._replace(loss_sum=output.loss_sum + math.inf)
+
+
+class InfiniteBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def infinite_gradient_of_finite_loss(output):
+    return output._replace(loss_sum=InfiniteBackward.apply(output.loss_sum))
+
+
+FAULTS = (None, nan_loss, infinite_loss_of_finite_gradient, infinite_gradient_of_finite_loss, None)
+
+
+def train_with_faults(config):
+    """What each step gave, and the training state after it; rank 1 has the faults."""
     trainer = make_trainer(config)
-    if dist.get_rank() == 1:
-        with torch.no_grad():
-            next(trainer.engine.module.parameters()).fill_(float("nan"))
-    try:
-        trainer._train_step(0, 1e-3)
-    except LongNetError as error:
-        return str(error)
-    return None
+    forward, results, states = trainer.engine.forward, [], []
+    for step, fault in enumerate(FAULTS):
+        if fault and dist.get_rank() == 1:
+            trainer.engine.forward = lambda *given, fault=fault, **named: fault(forward(*given, **named))
+        results.append(trainer._train_step(step, 1e-2))
+        trainer.engine.forward = forward
+        states.append(take_snapshot(trainer.engine))
+    return results, states
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, corpus, stage):
-    config = tiny_config(tmp_path / "run", corpus, "parallel.data=2", f"deepspeed.zero_stage={stage}")
-    messages = run_distributed(diverge, 2, config)
-    assert messages[0] == messages[1]
-    assert "training diverged: the loss is nan" in messages[0]
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "1 bf16", "3 bf16"])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, corpus, stage):
+    stage, *bf16 = stage.split()
+    settings = (f"deepspeed.zero_stage={stage}", *(f"train.precision={name}" for name in bf16))
+    config = tiny_config(tmp_path / "run", corpus, "parallel.data=2", "train.micro_batch_size=1", *settings)
+    (results, states), (others, _) = run_distributed(train_with_faults, 2, config)
+    assert [result.skipped for result in results] == [False, True, True, True, False]
+    assert [result.skipped for result in others] == [result.skipped for result in results]
+    assert [math.isfinite(result.loss) for result in results] == [True, False, False, True, True]
+    for name, tensors in states[0].items():
+        for key, tensor in tensors.items():
+            assert all(torch.equal(state[name][key], tensor) for state in states[1:4])
+            assert not torch.equal(states[4][name][key], tensor)
+
+
+def steps_until_all_stop(config):
+    trainer, asked = make_trainer(config), dist.get_rank() == 1
+    return [trainer._train_step(step, 1e-3, lambda step=step: asked and step == 1).stop for step in range(3)]
+
+
+def test_all_ranks_stop_if_one_is_asked_to(tmp_path, corpus):
+    config = tiny_config(tmp_path / "run", corpus)
+    assert run_distributed(steps_until_all_stop, 3, config) == [[False, True, False]] * 3
