@@ -149,8 +149,8 @@ def _from_mpi(environ: Mapping[str, str]) -> LaunchEnvironment:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"ranks that mpirun started find each other through mpi4py, which does not load ({error}); install it with "
-            "its extra, pip install 'longnet-dist[mpi]', beside the MPI of this mpirun, or start the ranks with torchrun"
+            f"ranks that mpirun started find each other through mpi4py, which does not load ({error}); install it "
+            "with its extra, pip install 'longnet-dist[mpi]', beside this mpirun's MPI, or start them with torchrun"
         ) from None
     mine = not MPI.Is_initialized()
     if mine:

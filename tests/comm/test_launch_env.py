@@ -1,10 +1,14 @@
 import os
+import socket
+import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from longnet_dist.comm import launch_env
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.errors import ConfigError
 
@@ -16,6 +20,43 @@ TORCHRUN = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "29500",
 }
+# The last of five tasks on two nodes, as srun 22.05 sets it.
+SRUN = {
+    "SLURM_JOB_ID": "70000",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4"}
+MPICH = {"PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}
+
+
+def fake_mpi(monkeypatch, size=4, rank=2, machine_size=2, machine_rank=0):
+    """Put an mpi4py in place that says this, and whose broadcast gives what rank 0 sent; returns what was called."""
+    calls = []
+    machine = SimpleNamespace(size=machine_size, rank=machine_rank, Free=lambda: calls.append("free"))
+    world = SimpleNamespace(
+        size=size, rank=rank, bcast=lambda mine: mine or "tcp://head:1", Split_type=lambda kind, key: machine
+    )
+    mpi = SimpleNamespace(
+        COMM_WORLD=world,
+        COMM_TYPE_SHARED=1,
+        Is_initialized=lambda: False,
+        Init=lambda: calls.append("init"),
+        Finalize=lambda: calls.append("finalize"),
+        Get_library_version=lambda: "Some MPI 1.0\nbuilt somewhere",
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi, rc=lambda **_: calls.append("rc")))
+    return calls
+
+
+@pytest.fixture
+def no_scontrol(monkeypatch):
+    monkeypatch.setattr(launch_env.shutil, "which", lambda _: None)
 
 
 def test_nothing_set_is_a_run_of_one_process():
@@ -27,18 +68,128 @@ def test_a_leftover_local_rank_is_still_one_process():
 
 
 def test_torchrun():
-    assert LaunchEnvironment.read(TORCHRUN) == LaunchEnvironment(5, 8, 1, 4)
+    assert LaunchEnvironment.read(TORCHRUN) == LaunchEnvironment(5, 8, 1, 4, "tcp://localhost:29500")
 
 
-@pytest.mark.parametrize("name", [name for name in TORCHRUN if name not in ("RANK", "WORLD_SIZE")])
+def test_an_ipv6_address_is_bracketed():
+    launch = LaunchEnvironment.read(TORCHRUN | {"MASTER_ADDR": "fd00::2"})
+    assert launch.meeting_point == "tcp://[fd00::2]:29500"
+
+
+def test_deepspeeds_launcher():
+    variables = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_WORLD_SIZE"} | {"LOCAL_SIZE": "2"}
+    assert LaunchEnvironment.read(variables).local_world_size == 2
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
 def test_half_an_environment_is_refused(name):
-    with pytest.raises(ConfigError, match=f"but not {name}; start the ranks with torchrun, or unset RANK"):
+    with pytest.raises(ConfigError, match=f"but not {name}; start the ranks with torchrun, mpirun or srun, or unset "):
         LaunchEnvironment.read({key: value for key, value in TORCHRUN.items() if key != name})
 
 
 def test_ranks_are_numbers():
-    with pytest.raises(ConfigError, match="must be numbers"):
+    with pytest.raises(ConfigError, match="must set RANK to a number, but it is 'first'"):
         LaunchEnvironment.read(TORCHRUN | {"RANK": "first"})
+
+
+def test_srun(no_scontrol):
+    assert LaunchEnvironment.read(SRUN) == LaunchEnvironment(4, 5, 1, 2, "tcp://gpu07:22274")
+
+
+def test_all_tasks_of_srun_meet_at_the_same_point_and_steps_at_different_ones(no_scontrol):
+    first = LaunchEnvironment.read(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+    assert first == LaunchEnvironment(0, 5, 0, 3, LaunchEnvironment.read(SRUN).meeting_point)
+    assert LaunchEnvironment.read(SRUN | {"SLURM_STEP_ID": "3"}).meeting_point != first.meeting_point
+
+
+def test_the_meeting_point_can_be_said(no_scontrol):
+    launch = LaunchEnvironment.read(SRUN | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"})
+    assert launch.meeting_point == "tcp://10.0.0.7:4000"
+
+
+def test_scontrol_knows_the_address(monkeypatch, tmp_path):
+    program = tmp_path / "scontrol"
+    program.write_text('#!/bin/sh\necho "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.42 NodeHostName=$4"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert LaunchEnvironment.read(SRUN).meeting_point.startswith("tcp://10.0.0.42:")
+    program.write_text("#!/bin/sh\necho 'slurm_load_node error' >&2\nexit 1\n")
+    assert LaunchEnvironment.read(SRUN).meeting_point.startswith("tcp://gpu07:")
+
+
+def test_a_batch_script_is_no_rank():
+    batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    assert LaunchEnvironment.read(batch) == LaunchEnvironment()
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"])
+def test_srun_must_say_where_tasks_are(name, no_scontrol):
+    for rest in (SRUN | {name: ""}, {key: value for key, value in SRUN.items() if key != name}):
+        with pytest.raises(ConfigError, match="srun must set SLURM_STEP_TASKS_PER_NODE and SLURM_STEP_NODELIST"):
+            LaunchEnvironment.read(rest)
+
+
+@pytest.mark.parametrize(("text", "tasks"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,8(x2)", [1, 8, 8])])
+def test_tasks_of_nodes(text, tasks):
+    assert launch_env._tasks_of_nodes(text) == tasks
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,m[2-3]", "n1"),
+        ("gpu[03-07,9]-ib,login", "gpu03-ib"),
+        ("rack[1-2]node[08,11]", "rack1node08"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert launch_env._first_host(nodes) == first
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, MPICH])
+def test_mpi(monkeypatch, environ):
+    calls = fake_mpi(monkeypatch)
+    assert LaunchEnvironment.read(environ | SRUN) == LaunchEnvironment(2, 4, 0, 2, "tcp://head:1")
+    assert calls == ["rc", "init", "free", "finalize"]
+
+
+def test_rank_0_of_mpi_says_where_to_meet(monkeypatch):
+    fake_mpi(monkeypatch, rank=0, machine_size=4)
+    address, port = LaunchEnvironment.read(OPEN_MPI).meeting_point.removeprefix("tcp://").rsplit(":", 1)
+    assert address == "127.0.0.1"
+    with socket.create_server(("", int(port))):
+        pass
+    fake_mpi(monkeypatch, rank=0, machine_size=2)
+    monkeypatch.setattr(launch_env, "_own_address", lambda: "10.1.2.3")
+    assert LaunchEnvironment.read(OPEN_MPI | {"MASTER_PORT": "77"}).meeting_point == "tcp://10.1.2.3:77"
+    assert LaunchEnvironment.read(OPEN_MPI | {"MASTER_ADDR": "h", "MASTER_PORT": "7"}).meeting_point == "tcp://h:7"
+
+
+def test_an_address_of_others_is_no_loopback(monkeypatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: "10.5.5.5")
+    assert launch_env._own_address() == "10.5.5.5"
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
+    assert not launch_env._own_address().startswith("127.")
+
+
+def test_mpi_needs_mpi4py(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"through mpi4py.*pip install 'longnet-dist\[mpi\]'"):
+        LaunchEnvironment.read(OPEN_MPI)
+
+
+def test_an_mpi4py_of_another_mpi_is_noticed(monkeypatch):
+    fake_mpi(monkeypatch, size=1, rank=0)
+    with pytest.raises(ConfigError, match=r"mpirun started 4 ranks, but mpi4py sees 1: .* \(Some MPI 1\.0\)"):
+        LaunchEnvironment.read(OPEN_MPI)
+
+
+def test_torchrun_comes_before_mpi_and_mpi_before_srun(monkeypatch, no_scontrol):
+    fake_mpi(monkeypatch)
+    assert LaunchEnvironment.read(TORCHRUN | OPEN_MPI | SRUN).world_size == 8
+    assert LaunchEnvironment.read(OPEN_MPI | SRUN).world_size == 4
+    assert LaunchEnvironment.read(SRUN | {"PMI_SIZE": "5"}).world_size == 5
 
 
 def test_the_device_is_the_ranks_own(monkeypatch):
@@ -52,6 +203,14 @@ def test_the_device_is_the_ranks_own(monkeypatch):
         LaunchEnvironment(5, 8, 1, 4).device()
 
 
+def test_srun_can_show_a_rank_its_gpu_alone(monkeypatch, no_scontrol):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert LaunchEnvironment.read(SRUN | {"SLURM_GPUS_PER_TASK": "1"}).device() == torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match="2 ranks share a machine with 1"):
+        LaunchEnvironment.read(SRUN).device()
+
+
 def test_cores_are_shared(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
@@ -62,9 +221,22 @@ def test_cores_are_shared(monkeypatch):
     assert chosen == [1, 3, 1]
 
 
-def test_one_process_needs_no_address(monkeypatch):
+@pytest.mark.parametrize("meeting_point", [None, "tcp://nowhere.invalid:1"])
+def test_one_process_needs_no_address(monkeypatch, meeting_point):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    with process_group(LaunchEnvironment(), torch.device("cpu"), timedelta(seconds=10)):
+    with process_group(LaunchEnvironment(meeting_point=meeting_point), torch.device("cpu"), timedelta(seconds=10)):
         assert dist.get_world_size() == 1
     assert not dist.is_initialized()
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        point = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        launch = LaunchEnvironment(0, 2, 0, 2, point)
+        with (
+            pytest.raises(ConfigError, match=f"rank 0 of 2 cannot meet the others at {point}: .*set MASTER_PORT"),
+            process_group(launch, torch.device("cpu"), timedelta(seconds=2)),
+        ):
+            pass

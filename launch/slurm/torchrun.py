@@ -1,0 +1,49 @@
+"""torchrun on every node of a SLURM job: ``srun python launch/slurm/torchrun.py`` and torchrun's arguments.
+
+It differs from torchrun in four things:
+
+* the number of nodes, and which one this is, are SLURM's; every node has a folder of its own in ``--log-dir``;
+* the exit status is that of the first rank that failed, where torchrun always says 1, so that the batch script can tell
+  a run that asks to be queued again from one that broke;
+* SIGUSR1 passes it by: SLURM sends the signal to all processes of a task, but means the ranks;
+* a failure prints a few lines instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+KILLED = 128  # plus the number of the signal, as shells count
+USER_ERROR_STATUS = 2
+
+
+def main() -> int:
+    """Start the ranks of this node, wait for them, and return the exit status."""
+    try:
+        nodes, node = os.environ["SLURM_STEP_NUM_NODES"], os.environ["SLURM_NODEID"]
+    except KeyError as error:
+        print(f"error: srun sets {error}, but it is not there; use srun, or torchrun itself", file=sys.stderr)
+        return USER_ERROR_STATUS
+    options = parse_args([f"--nnodes={nodes}", f"--node-rank={node}", *sys.argv[1:]])
+    if options.log_dir:
+        options.log_dir = os.path.join(options.log_dir, f"node{node}")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        run(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} was the first to end, with status {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else KILLED - failure.exitcode
+    except SignalException as error:
+        return KILLED + int(error.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Training under mpirun, for real."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import TINY, write_corpus
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("ompi_info"), reason="no Open MPI (Debian: openmpi-bin)"),
+    pytest.mark.skipif(not importlib.util.find_spec("mpi4py"), reason="no mpi4py (pip install '.[mpi]')"),
+]
+
+
+def train(tmp_path, *settings):
+    """Two ranks; the run's folder and how mpirun ended."""
+    data = write_corpus(tmp_path / "source.tokens")
+    file = tmp_path / "config.yaml"
+    file.write_text(TINY.replace("RUN", str(tmp_path / "run")).replace("DATA", str(data)))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+        "PYTHON": sys.executable,
+        "RANKS": "2",
+        "MPIRUN_OPTIONS": "--oversubscribe",
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    words = [ROOT / "launch" / "mpi" / "train.sh", file, *settings]
+    return tmp_path / "run", subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_two_ranks_share_every_sequence(tmp_path):
+    run, result = train(tmp_path, "parallel.sequence=2")
+    assert result.returncode == 0, result.stderr
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_mistake_ends_all_ranks_with_status_2(tmp_path):
+    run, result = train(tmp_path, "parallel.sequence=3")
+    assert result.returncode == 2, result.stderr
+    assert "error: data × sequence ranks must make up the world" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not run.exists()
