@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -59,7 +60,8 @@ def _watchdog(launch: LaunchEnvironment, timeout: timedelta) -> AbstractContextM
     if launch.world_size == 1:
         return nullcontext()
     store = dist.distributed_c10d._get_default_store()
-    return Watchdog(store, launch.rank, launch.world_size, timeout.total_seconds())
+    keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    return Watchdog(store, keeper, launch.rank, launch.world_size, timeout.total_seconds())
 
 
 def _sizes(plan: RunPlan) -> str:

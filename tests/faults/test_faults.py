@@ -1,0 +1,145 @@
+"""What a run does when it is stopped, killed, frozen, or when the disk, the memory or the numbers give out."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longnet_dist.train.checkpoint import TENSOR_FILES, checkpoints
+from longnet_dist.train.metrics import read_jsonl
+from tests.faults.ranks import Ranks, wait_for_step
+
+FOREVER = "train.steps=100000"
+
+
+def train(folder, world_size, *arguments):
+    with Ranks(folder, world_size, *arguments) as ranks:
+        return ranks.wait(), ranks
+
+
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 3)])
+def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(config, tmp_path, number, stage):
+    settings = (f"deepspeed.zero_stage={stage}", "train.warmup_steps=0", "train.decay_power=1.0e-9")
+    with Ranks(tmp_path / "logs", 2, config, FOREVER, *settings) as ranks:
+        wait_for_step(tmp_path / "run", 2)
+        ranks.send(1, number)
+        ranks.send(1, number)
+        assert ranks.wait() == [75, 75]
+        (checkpoint,) = checkpoints(tmp_path / "run")
+        done = len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+        assert f"asked to stop: step {done} of 100000 is in {checkpoint}" in ranks.output(0)
+        assert not ranks.errors(0) + ranks.errors(1)
+    steps = f"train.steps={done + 3}"
+    assert train(tmp_path / "logs", 2, config, steps, *settings)[0] == [0, 0]
+    whole = f"train.output_dir={tmp_path / 'whole'}"
+    assert train(tmp_path / "logs", 2, config, steps, whole, *settings)[0] == [0, 0]
+    ends = [checkpoints(tmp_path / name)[-1] for name in ("run", "whole")]
+    for name in TENSOR_FILES:
+        resumed, expected = (load_file(end / name) for end in ends)
+        assert all(torch.allclose(resumed[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected)
+
+
+@pytest.mark.parametrize("frozen", [1, 0], ids=["a rank", "the keeper of the store"])
+def test_a_frozen_rank_is_named_and_ends_the_run_in_time(config, tmp_path, frozen):
+    timeout_seconds = 6
+    settings = ("parallel.data=3", "train.batch_size=3", f"parallel.timeout_minutes={timeout_seconds / 60}")
+    with Ranks(tmp_path / "logs", 3, config, FOREVER, *settings) as ranks:
+        wait_for_step(tmp_path / "run", 2)
+        ranks.send(frozen, signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        others = [rank for rank in range(3) if rank != frozen]
+        assert ranks.wait(others) == [2, 2]
+        assert time.monotonic() - frozen_at < timeout_seconds + 1
+        for rank in others:
+            (error,) = ranks.errors(rank)
+            assert f"rank {frozen}" in error.partition("ends the run: ")[2]
+            assert "did not answer for" in error
+        assert "Traceback" not in "".join(map(ranks.output, others))
+
+
+def test_a_killed_rank_ends_the_others_with_one_message(config, tmp_path):
+    with Ranks(tmp_path / "logs", 3, config, FOREVER, "parallel.data=3", "train.batch_size=3") as ranks:
+        wait_for_step(tmp_path / "run", 2)
+        ranks.send(1, signal.SIGKILL)
+        assert ranks.wait() == [2, -9, 2]
+        for rank in (0, 2):
+            assert len(ranks.errors(rank)) == 1
+            assert "lost another rank" in ranks.errors(rank)[0]
+            assert "Traceback" not in ranks.output(rank)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 1 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a small file system needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_one_message_and_keeps_the_checkpoint_before(config, small_disk, tmp_path):
+    settings = (f"train.output_dir={small_disk / 'run'}", "train.checkpoint_every=1", "train.keep_last=0")
+    status, ranks = train(tmp_path / "logs", 2, config, "train.steps=60", *settings)
+    assert status == [2, 2]
+    assert "cannot write the checkpoint" in ranks.errors(0)[0]
+    assert "No space left on device" in ranks.errors(0)[0]
+    assert "rank 0 failed: cannot write" in ranks.errors(1)[0] or "lost another rank" in ranks.errors(1)[0]
+    assert "Traceback" not in ranks.output(0) + ranks.output(1)
+    before = [folder.name for folder in checkpoints(small_disk / "run")]
+    assert before
+    subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
+    steps = f"train.steps={len(before) + 2}"
+    assert train(tmp_path / "logs", 2, config, steps, *settings)[0] == [0, 0]
+    assert [folder.name for folder in checkpoints(small_disk / "run")][:-2] == before
+    assert len(read_jsonl(small_disk / "run" / "metrics.jsonl")) == len(before) + 2
+
+
+def test_a_vanished_token_file(config, corpus, tmp_path):
+    """A run that has it open goes on; one that begins says what is missing."""
+    data = shutil.copy(corpus, tmp_path / "copy.tokens")
+    with Ranks(tmp_path / "logs", 1, config, FOREVER, f"data.path={data}") as ranks:
+        wait_for_step(tmp_path / "run", 2)
+        os.unlink(data)
+        wait_for_step(tmp_path / "run", 5)
+        ranks.send(0, signal.SIGTERM)
+        assert ranks.wait() == [75]
+    status, ranks = train(tmp_path / "logs", 1, config, FOREVER, f"data.path={data}")
+    assert status == [2]
+    assert ranks.output(0).startswith(f"error: there is no token file {data}; make it with")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("train.learning_rate=1e30", "train.max_skipped=3"), "not finite in the last 3 steps (train.max_skipped)"),
+        (("model.dim=1048576",), "rank 0 is out of memory with model.dim=1048576"),
+        (("train.output_dir=/dev/null/run",), "/dev/null is no folder; use another folder"),
+    ],
+    ids=["divergence", "memory", "folder"],
+)
+def test_one_message_and_status_2(config, tmp_path, settings, message):
+    status, ranks = train(tmp_path / "logs", 2, config, FOREVER, "parallel.data=2", *settings)
+    assert status == [2, 2]
+    assert message in ranks.errors(0)[0]
+    for rank in range(2):
+        assert "Traceback" not in ranks.output(rank)
+        assert len(ranks.errors(rank)) == 1
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_skipped_steps_are_counted(config, tmp_path):
+    """A learning rate that ends the numbers at once: every later step is skipped, counted and shown."""
+    settings = ("train.learning_rate=1e30", "train.warmup_steps=0", "train.max_skipped=99", "train.checkpoint_every=4")
+    status, ranks = train(tmp_path / "logs", 1, config, "train.steps=6", *settings)
+    assert status == [0]
+    assert "skipped" in ranks.output(0)
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert [line["loss"] is None for line in lines] == [False, *[True] * 5]

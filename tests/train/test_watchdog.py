@@ -1,0 +1,76 @@
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from longnet_dist.errors import LongNetError
+from longnet_dist.train import watchdog
+from longnet_dist.train.watchdog import Watchdog
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The statuses with which watchdogs would have ended the process."""
+    statuses = []
+    monkeypatch.setattr(watchdog.os, "_exit", statuses.append)
+    return statuses
+
+
+def make(store, rank, world_size=2, timeout_seconds=2.0):
+    return Watchdog(store, "rank 0", rank, world_size, timeout_seconds)
+
+
+def test_ranks_that_answer_are_left_alone(ends):
+    store, wait = dist.HashStore(), threading.Event()
+    with make(store, 0, timeout_seconds=0.5), make(store, 1, timeout_seconds=0.5):
+        wait.wait(1.5)
+    assert ends == []
+
+
+def test_a_silent_rank_is_named_to_all(ends, capfd):
+    store = dist.HashStore()
+    with make(store, 0, 3), make(store, 1, 3):
+        make(store, 2, 3)._beat()
+        threading.Event().wait(2.5)
+    assert set(ends) == {2}
+    errors = set(capfd.readouterr().err.splitlines())
+    assert {error.partition(" (process")[0] for error in errors} == {
+        f"error: rank {rank} ends the run: rank 2" for rank in (0, 1)
+    }
+    assert all("parallel.timeout_minutes=0.0333333" in error for error in errors)
+
+
+def test_the_failure_of_a_rank_reaches_the_others(ends, capfd):
+    store = dist.HashStore()
+    with make(store, 1):
+        with pytest.raises(LongNetError, match="disk is full"), make(store, 0):
+            raise LongNetError("disk is full")
+        threading.Event().wait(1.0)
+    assert set(ends) == {2}
+    assert "error: rank 1 ends the run: rank 0 failed: disk is full" in capfd.readouterr().err
+
+
+def test_a_failed_collective_is_explained_by_the_rank_that_failed():
+    store = dist.HashStore()
+    with pytest.raises(LongNetError, match="disk is full"), make(store, 0):
+        raise LongNetError("disk is full")
+    with pytest.raises(LongNetError, match="rank 1 ends the run: rank 0 failed: disk is full"), make(store, 1):
+        raise RuntimeError("[gloo/pair.cc:1] Connection closed by peer [1.2.3.4]:5. This is typical")
+
+
+def test_a_lost_rank():
+    message = r"lost another rank.*\(Connection closed by peer \[1\.2\.3\.4\]:5\)"
+    with pytest.raises(LongNetError, match=message), make(dist.HashStore(), 1):
+        raise RuntimeError("[gloo/pair.cc:1] Connection closed by peer [1.2.3.4]:5. This is typical")
+
+
+def test_ranks_that_answer_but_do_not_meet_are_placed():
+    store = dist.HashStore()
+    make(store, 0)._beat()
+    with pytest.raises(LongNetError, match=r"did not meet within .*: rank 0 at .*, rank 1 at "), make(store, 1):
+        raise RuntimeError("[gloo/context.cc:1] Timed out waiting 2000ms for recv")
+
+
+def test_an_error_of_ours_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), make(dist.HashStore(), 0):
+        raise RuntimeError("shapes differ")
