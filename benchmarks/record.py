@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -30,11 +31,12 @@ def environment() -> dict[str, str | int]:
 
 
 def _commit() -> str:
+    """Of the checkout, or what COMMIT says where the code was copied without its history."""
     root = Path(__file__).parents[1]
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
-    return answer.stdout.strip() or "unknown"
+    return answer.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def _cpu_name() -> str:
