@@ -133,12 +133,17 @@ start() {
 }
 
 stop() {
-    local file name
+    local file name pids=()
     for file in "$folder"/slurmd.*.pid "$folder"/slurmctld.pid "$folder"/munged.pid; do
-        if [[ -s $file ]]; then kill "$(cat "$file")" 2> /dev/null || true; fi
+        if [[ -s $file ]]; then pids+=("$(cat "$file")"); fi
+    done
+    kill ${pids[@]+"${pids[@]}"} 2> /dev/null || true
+    # The next cluster needs their ports.
+    for _ in $(seq 100); do
+        kill -0 ${pids[@]+"${pids[@]}"} 2> /dev/null || break
+        sleep 0.1
     done
     if [[ $namespaces = 1 ]]; then
-        sleep 1
         for name in $(ip netns list | grep -o '^longnet-node[0-9]*'); do ip netns del "$name"; done
         ip link del "$BRIDGE"
         rm -f "$folder/namespaces"
