@@ -21,6 +21,7 @@ from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_grad
 from longnet_dist.kernels.triton_forward import forward_kernel
 
 _log = logging.getLogger(__name__)
+HOPPER_TRITON = "3.6."
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +203,15 @@ class TritonKernel:
 
 @lru_cache(maxsize=1)
 def _hopper() -> ModuleType | None:
-    """The kernels in Gluon, an experimental part of Triton: another Triton may lack what they need."""
-    try:
+    """The kernels in Gluon, an experimental part of Triton that changes with every release."""
+    if triton.__version__.startswith(HOPPER_TRITON):
         return importlib.import_module("longnet_dist.kernels.hopper_kernel")
-    except (ImportError, AttributeError) as error:
-        _log.warning("dilated attention runs its portable backward kernel: this Triton's Gluon has no %s", error)
-        return None
+    _log.warning(
+        "dilated attention runs its portable backward kernel: the one for Hopper needs Triton %s, not %s",
+        HOPPER_TRITON,
+        triton.__version__,
+    )
+    return None
 
 
 class _Launch:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 PROGRAM = """
 import sys
@@ -64,5 +64,6 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
         [sys.executable, "-c", PROGRAM, str(capability), str(dim)], env=environment, capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
-    assert ("hopper_backward_kernel" in answer.stdout) == (capability == 90)
+    hopper = capability == 90 and triton.__version__.startswith("3.6.")
+    assert ("hopper_backward_kernel" in answer.stdout) == hopper
     assert "query_gradient_kernel" in answer.stdout
