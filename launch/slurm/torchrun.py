@@ -6,7 +6,7 @@ It differs from torchrun in four things:
 * the exit status is that of the first rank that failed, where torchrun always says 1, so that the batch script can tell
   a run that asks to be queued again from one that broke;
 * SIGUSR1 passes it by: SLURM sends the signal to all processes of a task, but means the ranks;
-* a failure prints a few lines instead of a traceback.
+* a failure prints a line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -21,6 +22,7 @@ from torch.distributed.run import parse_args, run
 
 KILLED = 128  # plus the number of the signal, as shells count
 USER_ERROR_STATUS = 2
+LAST_QUESTIONS_SECONDS = 2.0
 
 
 def main() -> int:
@@ -42,6 +44,9 @@ def main() -> int:
         return failure.exitcode if failure.exitcode > 0 else KILLED - failure.exitcode
     except SignalException as error:
         return KILLED + int(error.sigval)
+    if node == "0" and nodes != "1":
+        # This process keeps the store, which the others still ask whether all have finished; or they log tracebacks.
+        time.sleep(LAST_QUESTIONS_SECONDS)
     return 0
 
 

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous
 
 from longnet_dist.errors import ConfigError
 
@@ -38,6 +41,7 @@ class LaunchEnvironment:
         local_world_size: how many there are on its machine.
         meeting_point: where rank 0 waits for the others, ``tcp://address:port``; None for a run of one process.
         sees_one_gpu: the launcher hides from each rank the GPUs of the others.
+        attempt: how often torchrun has started the ranks anew.
     """
 
     rank: int = 0
@@ -46,6 +50,7 @@ class LaunchEnvironment:
     local_world_size: int = 1
     meeting_point: str | None = None
     sees_one_gpu: bool = False
+    attempt: int = 0
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
@@ -106,8 +111,7 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=launch.meeting_point if launch.world_size > 1 else None,
-            store=dist.HashStore() if launch.world_size == 1 else None,  # type: ignore[attr-defined]
+            store=_store(launch, timeout),
             timeout=timeout,
             rank=launch.rank,
             world_size=launch.world_size,
@@ -125,6 +129,21 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
         dist.destroy_process_group()
 
 
+def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:  # type: ignore[name-defined]
+    """Where the ranks leave their addresses. A run of one process needs none but its own memory.
+
+    torchrun keeps one store over all restarts of the ranks (torch 2.13), in which those of an earlier attempt have left
+    addresses that answer no more; hence each attempt has names of its own.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    meeting_point = (
+        launch.meeting_point or "env://"
+    )  # the latter only where a caller made the launch environment itself
+    store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
+    return dist.PrefixStore(f"attempt_{launch.attempt}", store)  # type: ignore[attr-defined]
+
+
 def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
     """What torchrun says, or DeepSpeed's launcher, which calls the ranks of a machine ``LOCAL_SIZE``."""
     if "LOCAL_SIZE" in environ:
@@ -137,7 +156,8 @@ def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
         )
     rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in TORCHRUN_VARIABLES[:4])
     meeting_point = _meeting_point(environ["MASTER_ADDR"], _number(environ, "MASTER_PORT"))
-    return LaunchEnvironment(rank, world_size, local_rank, local_world_size, meeting_point)
+    attempt = _number(environ, "TORCHELASTIC_RESTART_COUNT", lambda: 0)
+    return LaunchEnvironment(rank, world_size, local_rank, local_world_size, meeting_point, attempt=attempt)
 
 
 def _from_mpi(environ: Mapping[str, str]) -> LaunchEnvironment:

