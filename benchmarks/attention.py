@@ -1,6 +1,6 @@
 """Time and memory of dilated attention on one GPU, beside dense kernels at the same segment shape.
 
-    python -m benchmarks.attention [--output benchmarks/results] [--backend auto] [--only NAME ...]
+    python benchmarks/attention.py [--output benchmarks/results] [--backend auto] [--only NAME ...]
 
 Prints a table and writes ``attention.json`` and ``attention.png``. A rate counts the attended (query, key) pairs alone:
 4·D FLOPs a pair forward, 10·D backward. The dense rate is that of the fastest kernel found (cuDNN and
@@ -26,6 +26,8 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
 from longnet_dist.attention.functional import dilated_attention
@@ -209,7 +211,7 @@ def main() -> None:
             f"{result['backward_extra_share_of_float32_dq']:9.3f}",
             flush=True,
         )
-        command = " ".join(["python -m benchmarks.attention", *sys.argv[1:]])
+        command = " ".join(["python benchmarks/attention.py", *sys.argv[1:]])
         facts = {**environment(), "triton": triton.__version__, "command": command}
         document = {"environment": facts, "results": results}
         (options.output / "attention.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """From 8K to a billion tokens in one sequence: time, memory and FLOPs of a streamed model, dense attention beside it.
 
-    python -m benchmarks.billion                                   # 2^13 … 2^30 tokens, as far as --seconds allow
-    torchrun --nproc_per_node=2 -m benchmarks.billion --modes train --powers 30 --train-chunk 1048576
+    python benchmarks/billion.py                                   # 2^13 … 2^30 tokens, as far as --seconds allow
+    torchrun --nproc_per_node=2 benchmarks/billion.py --modes train --powers 30 --train-chunk 1048576
 
 LongNet's Figure 5 with a training step beside the forward. ``forward`` is a streamed forward with the loss of every
 token; ``train`` a whole training step: a streamed forward that records, forward and backward of the chunks in reverse,
@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.jobs import Job, matrix_weights, model_flops
 from benchmarks.record import environment

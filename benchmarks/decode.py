@@ -1,6 +1,6 @@
 """Time of a decoded token at some positions of a text: it should not grow with the position.
 
-    python -m benchmarks.decode [--powers 14 20] [--tokens 128] [--rounds 9]
+    python benchmarks/decode.py [--powers 14 20] [--tokens 128] [--rounds 9]
 
 The text before each position passes as a stream, then tokens are decoded one at a time. The positions take turns, so
 that a drift of the machine hits all. Position ``2^p`` means the tokens just before row ``2^p``, where all segments that
@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
 from longnet_dist import DilatedPattern, LongNet, LongNetConfig
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             decode(model, stream, token, options.tokens)
             seconds[power].append((time.perf_counter() - start) / options.tokens)
     result = {
-        "command": "python -m benchmarks.decode",
+        "command": "python benchmarks/decode.py",
         "options": {name: value for name, value in vars(options).items() if name != "output"},
         "environment": environment(),
         "model": config.model_dump(mode="json"),

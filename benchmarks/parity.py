@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
+
 from benchmarks.record import environment
 
 MESHES = ((1, 1), (1, 2), (1, 4), (2, 2))  # (data, sequence)
