@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.rendezvous import rendezvous
 
 from longnet_dist.errors import ConfigError
 
@@ -129,7 +128,7 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
         dist.destroy_process_group()
 
 
-def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:  # type: ignore[name-defined]
+def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
     """Where the ranks leave their addresses. A run of one process needs none but its own memory.
 
     torchrun keeps one store over all restarts of the ranks (torch 2.13), in which those of an earlier attempt have left
@@ -137,9 +136,7 @@ def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:  # type: ignor
     """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
-    meeting_point = (
-        launch.meeting_point or "env://"
-    )  # the latter only where a caller made the launch environment itself
+    meeting_point = launch.meeting_point or "env://"  # the latter only for a launch environment that a caller made
     store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
     return dist.PrefixStore(f"attempt_{launch.attempt}", store)  # type: ignore[attr-defined]
 

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
-from longnet_dist.config.schema import Config
+from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.pretrained import save_pretrained
 from longnet_dist.train.checkpoint import CheckpointState, load_weights, newest_checkpoint, read_state
 from longnet_dist.train.evaluation import Evaluation, evaluate
 from longnet_dist.train.generation import Sampling, generate
@@ -115,6 +116,24 @@ def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling, 
     new = list(tqdm(steps, total=num_tokens, unit="token", disable=None, leave=False))
     texts = [[*ids, *(step[sample] for step in new)] for sample in range(samples)]
     return [tokenizer.decode(text).decode("utf-8", errors="replace") for text in texts]
+
+
+def export_run(path: Path, output: Path, precision: Precision) -> None:
+    """Write the trained model into a folder of its own, for :func:`longnet_dist.model.pretrained.from_pretrained`.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        output: new, or empty.
+        precision: of the weights.
+
+    Raises:
+        LongNetError: no such run, or the output cannot be written.
+    """
+    run = _Run.open(path)
+    tokenizer = run.folder.tokenizer().to_json()
+    model = LongNet(run.config.model)
+    load_weights(run.checkpoint, model)
+    save_pretrained(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), output, tokenizer)
 
 
 @dataclass(frozen=True)

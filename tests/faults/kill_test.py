@@ -71,9 +71,10 @@ def kill_test(folder, kills, in_checkpoint, seed=0):
         assert all(torch.equal(tensors[key], expected[key]) for key in expected), name
     left = [path.name for path in (folder / "killed" / "checkpoints").iterdir() if not path.name.startswith("step_")]
     assert not left, left
+    when = "of the writer in a checkpoint" if in_checkpoint else "at random times"
     return (
-        f"{len(killed)} kills {'of the writer in a checkpoint' if in_checkpoint else 'at random times'}, {torn} of which "
-        f"left a checkpoint half written; as many recoveries, {seconds:.0f} s: {ends[0].name} is equal in every bit"
+        f"{len(killed)} kills {when}, {torn} of which left a checkpoint half written; as many recoveries, "
+        f"{seconds:.0f} s: {ends[0].name} is equal in every bit"
     )
 
 

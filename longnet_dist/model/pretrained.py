@@ -1,0 +1,76 @@
+"""A trained model as a folder of its own, without its run: weights, configuration, tokenizer. No pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.model.longnet import LongNet
+
+WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
+
+
+def save_pretrained(model: LongNet, folder: Path, tokenizer: dict[str, Any]) -> None:
+    """Write a model, in the precision it has, with its configuration and tokenizer.
+
+    Args:
+        model: on one device, not sharded.
+        folder: new, or empty.
+        tokenizer: as its ``to_json`` gives it.
+
+    Raises:
+        ConfigError: the folder holds something, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty, and nothing in it is overwritten; use another folder")
+        _write(model, folder, tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write the model to {folder}: {error}") from None
+
+
+def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> LongNet:
+    """The model in a folder that ``launch/export.py`` wrote, in evaluation mode and the precision it was written in.
+
+    ::
+
+        model = from_pretrained("exported")
+        logits = model(tokens).logits
+
+    Args:
+        folder: with ``model.safetensors`` and ``config.json``.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another model.
+    """
+    folder = Path(folder)
+    try:
+        config = LongNetConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):
+            model = LongNet(config)
+        if {name: parameter.shape for name, parameter in model.named_parameters()} != shapes:
+            raise CheckpointError(f"{folder / WEIGHTS_FILE} holds other tensors than the model of {CONFIG_FILE} has")
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE, str(device)), strict=False, assign=True)
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is no exported model: {error}") from None
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def _write(model: LongNet, folder: Path, tokenizer: dict[str, Any]) -> None:
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_FILE).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,134 @@
+"""Exporting a run, and that nothing which reads a run unpickles anything."""
+
+import hashlib
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch import evaluate, export, generate
+from longnet_dist.data.tokenizers import tokenizer_from_json
+from longnet_dist.errors import CheckpointError, LongNetError
+from longnet_dist.model.pretrained import from_pretrained
+from longnet_dist.train.checkpoint import newest_checkpoint
+from tests.train.runs import import_deepspeed, run, tiny_config, write_corpus
+
+TIED = "model.tie_embeddings=true"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    import_deepspeed()
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "source.tokens")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("trained")
+    for name, settings in (("run", ()), ("tied", (TIED,))):
+        run(1, tiny_config(folder / name, corpus, "train.steps=1", *settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["run", "tied"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_exported_is_the_model(trained, tmp_path, name, precision):
+    export.main([str(trained / name), str(tmp_path / "out"), "--precision", precision])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    model = from_pretrained(tmp_path / "out")
+    weights = load_file(newest_checkpoint(trained / name) / "model.safetensors")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert dict(model.named_parameters()).keys() == weights.keys()
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[key].to(dtype))
+    assert (model.head.weight is model.embedding.weight) == (name == "tied")
+    assert not model.training
+    assert model(torch.zeros(1, 8, dtype=torch.int64)).logits.shape == (1, 8, 256)
+    tokenizer = tokenizer_from_json(json.loads((tmp_path / "out" / "tokenizer.json").read_text()))
+    assert tokenizer.encode(b"ab").tolist() == [97, 98]
+
+
+def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(LongNetError, match="is not empty"):
+        export.main([str(trained / "run"), str(tmp_path)])
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "other model", "no file"])
+def test_a_damaged_export_is_refused(trained, tmp_path, damage):
+    folder = tmp_path / "out"
+    export.main([str(trained / "run"), str(folder)])
+    if damage == "no file":
+        (folder / "model.safetensors").unlink()
+    elif damage == "other model":
+        save_file({"embedding.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    else:
+        content = (folder / damage).read_bytes()
+        (folder / damage).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError):
+        from_pretrained(folder)
+
+
+class Malicious:
+    """Its pickle, when read, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+NAMES = (
+    "pytorch_model.bin",
+    "model.pt",
+    "state.pkl",
+    "model.safetensors",
+    "exp_avg.safetensors",
+    "state.json",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "mp_rank_00_model_states.pt",
+    "latest",
+    "config.yaml",
+    "tokenizer.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "consistent"),
+    [*((name, False) for name in NAMES), ("model.safetensors", True), ("exp_avg.safetensors", True)],
+)
+def test_a_pickle_in_a_run_is_never_executed(trained, corpus, tmp_path, name, consistent):
+    """Beside the files of a run or in their place, with the checksum in state.json made to fit."""
+    folder, executed = tmp_path / "run", tmp_path / "executed"
+    shutil.copytree(trained / "run", folder)
+    checkpoint = newest_checkpoint(folder)
+    content = pickle.dumps(Malicious(executed))
+    for place in (checkpoint, folder):
+        if place == checkpoint or name in ("config.yaml", "tokenizer.json"):
+            (place / name).write_bytes(content)
+    if consistent:
+        state = json.loads((checkpoint / "state.json").read_text())
+        state["sha256"][name] = hashlib.sha256(content).hexdigest()
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    programs = (
+        lambda: evaluate.main([str(folder), "--data", str(corpus), "--context", "16", "--tokens", "16"]),
+        lambda: generate.main([str(folder), "--prompt", "a", "--tokens", "1"]),
+        lambda: export.main([str(folder), str(tmp_path / "out")]),
+    )
+    for program in programs:
+        try:
+            program()
+        except LongNetError:
+            continue
+    assert not executed.exists()
+    pickle.loads(content).close()
+    assert executed.exists(), "the pickle would have made it"
