@@ -143,6 +143,7 @@ stop() {
         kill -0 ${pids[@]+"${pids[@]}"} 2> /dev/null || break
         sleep 0.1
     done
+    kill -KILL ${pids[@]+"${pids[@]}"} 2> /dev/null || true # a node whose last job does not go away
     if [[ $namespaces = 1 ]]; then
         for name in $(ip netns list | grep -o '^longnet-node[0-9]*'); do ip netns del "$name"; done
         ip link del "$BRIDGE"

@@ -58,7 +58,7 @@ def submit(cluster, config, *settings):
     return job, checkout / f"longnet-{job}.log"
 
 
-def wait_for(what, condition, log, seconds=120):
+def wait_for(what, condition, log, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         text = log.read_text() if log.exists() else "no log"
