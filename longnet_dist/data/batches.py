@@ -66,6 +66,7 @@ class Windows:
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed
+        self._vocab_size = vocab_size
         self._mask_id = mask_id if objective == "masked" else None
         self._first, last = token_file.split(split)
         self.num_rows = last - self._first - 1  # the last token of a split is a label only
@@ -124,6 +125,11 @@ class Windows:
     def _rows(self, index: int, sample: int, start: int, stop: int) -> tuple[_Rows, _Rows]:
         origin = self._first + index * self.sequence_length
         read = self.token_file.tokens[origin + start : origin + stop + 1].astype(np.int64)
+        if self._vocab_size is not None and read.max(initial=0) >= self._vocab_size:
+            raise DataError(
+                f"the tokens of {self.token_file.path} are damaged: its header promises ids up to "
+                f"{self.token_file.header.max_id}, and there is a {read.max()}; copy it again or prepare it again"
+            )
         if self._mask_id is None:
             return read[:-1], read[1:]
         hidden = hashed(self.seed, sample, np.arange(start, stop)) < np.uint64(int(MASKED_SHARE * 2**64))

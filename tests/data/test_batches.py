@@ -159,3 +159,13 @@ def test_batch_that_does_not_divide(file: TokenFile) -> None:
 def test_impossible_options(file: TokenFile, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Batches(file, "train", **({"sequence_length": LENGTH, "batch_size": 1, "seed": 0} | options))  # type: ignore[arg-type]
+
+
+def test_an_id_that_the_header_denies_is_refused_where_it_is_read(file: TokenFile, tmp_path: Path) -> None:
+    """The checksum of all tokens is not compared at every start, and a GPU would only tell of an index out of range."""
+    damaged = tmp_path / "damaged.tokens"
+    damaged.write_bytes(file.path.read_bytes()[:-3] + b"\xff" + file.path.read_bytes()[-2:])
+    windows = Windows(TokenFile.open(damaged), "validation", LENGTH, vocab_size=file.header.max_id + 1)
+    windows.local([0])
+    with pytest.raises(DataError, match=r"promises ids up to 199, and there is a 255; copy it again"):
+        windows.local([len(windows) - 1])

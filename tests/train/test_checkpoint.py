@@ -72,6 +72,25 @@ def test_any_layout_resumes_from_any_other(tmp_path, corpus, before, after):
         torch.testing.assert_close(resumed["model"][key], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layouts", [((1, 1), (2, 1), (4, 1), (3, 1)), ((2, 1), (2, 3), (2, 2))], ids=["1, 2, 4, 3 ranks", "ZeRO 1, 3, 2"]
+)
+def test_a_run_that_moves_again_and_again_follows_the_undisturbed_one(tmp_path, corpus, layouts):
+    """Two steps on each layout: the losses are those of all steps on the first."""
+    length, moving = 2 * len(layouts), tmp_path / "moving"
+    schedule = (f"train.steps={length}", "train.checkpoint_every=2", "train.keep_last=0")
+    for number, (world_size, stage) in enumerate(layouts):
+        config = tiny_config(moving, corpus, *schedule, f"deepspeed.zero_stage={stage}")
+        metrics = run(world_size, config)
+        assert [line["step"] for line in metrics] == list(range(1, length + 1))
+        if number == 0:
+            expected = metrics
+        for later in range(2 * number + 4, length + 1, 2):  # as if it had ended after its two steps
+            shutil.rmtree(checkpoint_folder(moving, later))
+    for old, new in zip(expected, metrics, strict=True):
+        assert new["loss"] == pytest.approx(old["loss"], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, corpus):
     config = tiny_config(tmp_path_factory.mktemp("trained") / "run", corpus, "train.steps=1")
