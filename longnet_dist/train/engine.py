@@ -30,7 +30,7 @@ def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
 
     On a CPU its choice of accelerator must be made for it, and it would compile a C++ extension for a minute.
     """
-    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # one left over would contradict what MPI says
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for message, category in _FOREIGN_WARNINGS:
