@@ -2,8 +2,7 @@ import os
 
 import torch
 
-# Triton decides at its own import, which DeepSpeed's brings about, whether its interpreter runs the kernels; so before any
-# test module is imported.
+# Triton decides at its own import, which DeepSpeed's brings about, whether its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
