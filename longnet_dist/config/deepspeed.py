@@ -26,6 +26,10 @@ def deepspeed_config(config: Config, precision: Precision, micro_batch_size: int
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "steps_per_print": 2**62,  # the loop reports, DeepSpeed does not
     }
+    if config.deepspeed.offload_optimizer:
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # torch's fused AdamW runs on a CPU too; DeepSpeed's own would first be compiled on the machine.
+        result["zero_force_ds_cpu_optimizer"] = False
     if precision == "bf16":
         result["bf16"] = {"enabled": True}
         # Sums over micro-batches and over ranks in float32: in bf16 their error would grow with the number of ranks.

@@ -49,6 +49,18 @@ class DataConfig(Section):
     sequence_length: PositiveInt = 2048
 
 
+class ProfileConfig(Section):
+    """Which steps are profiled.
+
+    Attributes:
+        first: number of the first one, counted from 1.
+        steps: how many.
+    """
+
+    first: PositiveInt = 3
+    steps: PositiveInt = 1
+
+
 class TrainConfig(Section):
     """How it is trained; the defaults of the optimizer are LongNet's (section 4.1, appendix A).
 
@@ -62,6 +74,13 @@ class TrainConfig(Section):
         micro_batch_size: sequences that a data rank holds at once; its whole share of the batch if not given.
         chunk_length: rows of a sequence, all its ranks together, that are computed and differentiated at once; the
             whole sequence if not given. Shorter chunks hold less memory and cost a second forward. Causal models only.
+        activation_checkpointing: what a block keeps for backward. ``none``: all that autograd does; ``selective``: its
+            input and the attention's output, so that all but the attention is computed again; ``full``: its input, so
+            that the attention is computed again too.
+        offload_activations: keep that in pinned memory of the host, copied beside the computation; not with ``none``.
+        feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
+        compile: ``torch.compile`` of the row-wise parts of a block; ``auto``: on a GPU.
+        profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up.
         decay_power: power of the polynomial decay after it; 1 is linear.
@@ -92,6 +111,11 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 4
     micro_batch_size: PositiveInt | None = None
     chunk_length: PositiveInt | None = None
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    offload_activations: bool = False
+    feed_forward_tile: PositiveInt | None = None
+    compile: bool | Literal["auto"] = "auto"
+    profile: ProfileConfig | None = None
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: int = Field(750, ge=0)
     decay_power: PositiveFloat = 1.0
@@ -115,6 +139,11 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be at least 0 and below 1, not {list(self.adam_betas)}")
+        if self.offload_activations and self.activation_checkpointing == "none":
+            raise ConfigError(
+                "train.offload_activations moves what activation checkpointing keeps, but "
+                "train.activation_checkpointing is none; use selective or full"
+            )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"the learning rate decays from learning_rate to final_learning_rate, but these are "
@@ -143,14 +172,19 @@ class DeepSpeedConfig(Section):
 
     Attributes:
         zero_stage: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters, over all ranks.
+        offload_optimizer: keep the optimizer's state and the master weights in the memory of the host, and update them
+            there; needs a stage that shards them.
         extra: further keys of DeepSpeed's own configuration, as they are.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
     extra: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError("deepspeed.offload_optimizer needs deepspeed.zero_stage 1, 2 or 3, not 0")
         for key in self.extra:
             if key in DEEPSPEED_KEYS_OF_OURS:
                 raise ConfigError(

@@ -25,3 +25,10 @@ def test_bf16_sums_in_float32():
     assert written["bf16"] == {"enabled": True}
     assert written["data_types"] == {"grad_accum_dtype": "fp32"}
     assert written["communication_data_type"] == "fp32"
+
+
+def test_an_offloaded_optimizer():
+    section = VALUES["deepspeed"] | {"offload_optimizer": True}
+    written = deepspeed_config(parse_config(VALUES | {"deepspeed": section}), "bf16", 1, 1)
+    assert written["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    assert written["zero_force_ds_cpu_optimizer"] is False

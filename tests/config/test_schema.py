@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from longnet_dist.config.loading import parse_config
-from longnet_dist.config.schema import Config, TrainConfig
+from longnet_dist.config.schema import Config, ProfileConfig
 from longnet_dist.errors import ConfigError
 
 
@@ -36,6 +36,11 @@ def test_a_configuration_is_immutable():
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage=4 should be 0, 1, 2 or 3"),
         ({"deepspeed": {"extra": {"gradient_clipping": 1}}}, "use train.clip_norm"),
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
+        ({"train": {"offload_activations": True}}, "train.activation_checkpointing is none; use selective or full"),
+        ({"train": {"activation_checkpointing": "some"}}, "should be 'none', 'selective' or 'full'"),
+        ({"train": {"profile": {"first": 0}}}, "train.profile.first=0 should be greater than 0"),
+        ({"train": {"profile": {"last": 3}}}, "the nearest is train.profile.steps"),
+        ({"deepspeed": {"offload_optimizer": True, "zero_stage": 0}}, "needs deepspeed.zero_stage 1, 2 or 3, not 0"),
         ({"data": {"sequence_length": -5}}, "data.sequence_length=-5"),
         ({"model": {"name": "tiny", "causal": False}, "train": {"chunk_length": 9}}, "leave chunk_length out"),
         ({"model": {"name": "tiny", "heads": 5}}, "heads must divide dim"),
@@ -56,7 +61,7 @@ def test_precision_follows_the_device_unless_given():
     assert parse_config(values(train={"precision": "bf16"})).precision("cpu") == "bf16"
 
 
-@pytest.mark.parametrize("section", [TrainConfig, *(field.annotation for field in Config.model_fields.values())])
+@pytest.mark.parametrize("section", [ProfileConfig, *(field.annotation for field in Config.model_fields.values())])
 def test_every_key_is_documented(section):
     for key in section.model_fields:
         assert f"{key}: " in section.__doc__, f"{section.__name__}.{key} is not in the docstring"
