@@ -76,25 +76,20 @@ def dilated_attention(
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here.
     """
-    shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache)
-    spec = _Spec(
-        pattern,
-        shards,
-        rank,
-        causal,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-        choose_kernel(backend, q.device, q.dtype, deterministic),
-        group if shards.num_ranks > 1 else None,
-        deterministic,
-        cache,
-    )
-    out, lse = _DilatedAttention.apply(q, k, v, spec)  # type: ignore[no-untyped-call]
+    spec = AttentionSpec.of(q, k, v, pattern, causal, scale, group, backend, deterministic, total_rows, cache)
+    out, lse = attend(q, k, v, spec)
     return (out, lse) if return_lse else out
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """:func:`dilated_attention` as ``spec`` says: out, lse."""
+    out, lse = _DilatedAttention.apply(q, k, v, spec)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
 @dataclass(frozen=True, slots=True)
-class _Spec:
-    """All that is not a tensor."""
+class AttentionSpec:
+    """All of a call that is not a tensor; made by :meth:`of`, which checks it."""
 
     pattern: DilatedPattern
     shards: Shards
@@ -105,6 +100,35 @@ class _Spec:
     group: dist.ProcessGroup | None
     deterministic: bool
     cache: LayerCache | None
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: DilatedPattern,
+        causal: bool,
+        scale: float | None,
+        group: dist.ProcessGroup | None,
+        backend: str,
+        deterministic: bool,
+        total_rows: int | None,
+        cache: LayerCache | None,
+    ) -> AttentionSpec:
+        """Of a call with the arguments of :func:`dilated_attention`; of q, k, v only shape, dtype and device count."""
+        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache)
+        return cls(
+            pattern,
+            shards,
+            rank,
+            causal,
+            q.shape[-1] ** -0.5 if scale is None else float(scale),
+            choose_kernel(backend, q.device, q.dtype, deterministic),
+            group if shards.num_ranks > 1 else None,
+            deterministic,
+            cache,
+        )
 
     @property
     def window(self) -> tuple[int, int]:
@@ -148,36 +172,75 @@ def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype).transpose(1, 2)
 
 
-class _DilatedAttention(torch.autograd.Function):
-    """Forward: start the gather, dense pieces, await it, shared pieces. Backward: shared pieces, start the
-    reduce-scatter, dense pieces, await it."""
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Start the gather, dense pieces, await it, shared pieces: out, lse, and the keys and values of shared segments."""
+    kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
+    gather = None
+    if exchanges and not (spec.cache and spec.cache.complete):
+        gather = Gather(spec.plan(kv_heads), spec.group, k, v)
+    calls = spec.dense_calls(kv_heads)
+    out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
+    lse = _per_head(q, wide_dtype(q.dtype))
+    if spec.may_start_fresh(calls):
+        calls[0] = replace(calls[0], fresh=True)
+    else:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for call in calls:
+        kernel.forward(call, q, k, v, out, lse)
+    shared: list[Tensor] = []
+    if exchanges:
+        segments = spec.plan(kv_heads).segments
+        rows = spec.cache.rows(segments, k) if spec.cache else CompactBuffers(segments, kv_heads, k, k.dtype)
+        if gather:
+            gather.wait(rows)
+        for call, (key, value) in zip(spec.shared_calls(kv_heads), rows.views(spec.shared()), strict=True):
+            kernel.forward(call, q, key, value, out, lse)
+            shared += [key, value]
+    out = out.to(q.dtype)
+    return out, lse, shared
 
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shared: list[Tensor], spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shared pieces, start the reduce-scatter, dense pieces, await it: dq, dk, dv as wide as they were summed."""
+    kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
+    calls = spec.dense_calls(kv_heads)
+    fresh = spec.may_start_fresh(calls) and not exchanges  # shared pieces come first, and cover only some rows
+    query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
+    dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
+    key_dtype = wide_dtype(k.dtype) if exchanges else key_dtype
+    dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
+    statistics = kernel.start_backward(dout, out, lse, dq, fresh)
+    if fresh:
+        calls[0] = replace(calls[0], fresh=True)
+    else:
+        dk.zero_()
+        dv.zero_()
+    scatter = None
+    if exchanges:
+        plan = spec.plan(kv_heads)
+        gradients = (
+            spec.cache.gradients(plan.segments, k)
+            if spec.cache
+            else CompactBuffers(plan.segments, kv_heads, k, wide_dtype(k.dtype))
+        )
+        buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
+        for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
+            kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
+        scatter = ReduceScatter(plan, spec.group, gradients)
+    for call in calls:
+        kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
+    if scatter:
+        scatter.add_to(dk, dv)
+    return dq, dk, dv
+
+
+class _DilatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: _Spec) -> tuple[Tensor, Tensor]:
-        kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
-        gather = None
-        if exchanges and not (spec.cache and spec.cache.complete):
-            gather = Gather(spec.plan(kv_heads), spec.group, k, v)
-        calls = spec.dense_calls(kv_heads)
-        out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
-        lse = _per_head(q, wide_dtype(q.dtype))
-        if spec.may_start_fresh(calls):
-            calls[0] = replace(calls[0], fresh=True)
-        else:
-            out.zero_()
-            lse.fill_(-torch.inf)
-        for call in calls:
-            kernel.forward(call, q, k, v, out, lse)
-        shared: list[Tensor] = []
-        if exchanges:
-            segments = spec.plan(kv_heads).segments
-            rows = spec.cache.rows(segments, k) if spec.cache else CompactBuffers(segments, kv_heads, k, k.dtype)
-            if gather:
-                gather.wait(rows)
-            for call, (key, value) in zip(spec.shared_calls(kv_heads), rows.views(spec.shared()), strict=True):
-                kernel.forward(call, q, key, value, out, lse)
-                shared += [key, value]
-        out = out.to(q.dtype)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        out, lse, shared = attention_forward(q, k, v, spec)
         ctx.spec = spec
         ctx.save_for_backward(q, k, v, out, lse, *shared)
         ctx.mark_non_differentiable(lse)
@@ -186,35 +249,6 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        spec: _Spec = ctx.spec
         q, k, v, out, lse, *shared = ctx.saved_tensors
-        kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
-        calls = spec.dense_calls(kv_heads)
-        fresh = spec.may_start_fresh(calls) and not exchanges  # shared pieces come first, and cover only some rows
-        query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
-        dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
-        key_dtype = wide_dtype(k.dtype) if exchanges else key_dtype
-        dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-        statistics = kernel.start_backward(dout, out, lse, dq, fresh)
-        if fresh:
-            calls[0] = replace(calls[0], fresh=True)
-        else:
-            dk.zero_()
-            dv.zero_()
-        scatter = None
-        if exchanges:
-            plan = spec.plan(kv_heads)
-            gradients = (
-                spec.cache.gradients(plan.segments, k)
-                if spec.cache
-                else CompactBuffers(plan.segments, kv_heads, k, wide_dtype(k.dtype))
-            )
-            buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
-            for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
-                kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
-            scatter = ReduceScatter(plan, spec.group, gradients)
-        for call in calls:
-            kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
-        if scatter:
-            scatter.add_to(dk, dv)
+        dq, dk, dv = attention_backward(dout, q, k, v, out, lse, shared, ctx.spec)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
