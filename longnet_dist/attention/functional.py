@@ -40,6 +40,7 @@ def dilated_attention(
     backend: str = "auto",
     return_lse: bool = False,
     deterministic: bool = False,
+    overlap: bool = True,
     total_rows: int | None = None,
     cache: LayerCache | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,6 +65,7 @@ def dilated_attention(
         backend: ``"auto"``, ``"reference"``, ``"sdpa"`` (CPU), ``"triton"`` or ``"flash"`` (GPU).
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients bitwise equal from run to run.
+        overlap: compute the segments inside the slice while rows travel; else wait for them first. Same result.
         total_rows: ``N``, rows of all ranks together, if the caller vouches for them.
         cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk.
 
@@ -76,7 +78,7 @@ def dilated_attention(
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here.
     """
-    spec = AttentionSpec.of(q, k, v, pattern, causal, scale, group, backend, deterministic, total_rows, cache)
+    spec = AttentionSpec.of(q, k, v, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache)
     out, lse = attend(q, k, v, spec)
     return (out, lse) if return_lse else out
 
@@ -99,6 +101,7 @@ class AttentionSpec:
     kernel: Kernel
     group: dist.ProcessGroup | None
     deterministic: bool
+    overlap: bool
     cache: LayerCache | None
 
     @classmethod
@@ -113,6 +116,7 @@ class AttentionSpec:
         group: dist.ProcessGroup | None,
         backend: str,
         deterministic: bool,
+        overlap: bool,
         total_rows: int | None,
         cache: LayerCache | None,
     ) -> AttentionSpec:
@@ -127,6 +131,7 @@ class AttentionSpec:
             choose_kernel(backend, q.device, q.dtype, deterministic),
             group if shards.num_ranks > 1 else None,
             deterministic,
+            overlap,
             cache,
         )
 
@@ -177,7 +182,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     gather = None
     if exchanges and not (spec.cache and spec.cache.complete):
-        gather = Gather(spec.plan(kv_heads), spec.group, k, v)
+        gather = Gather(spec.plan(kv_heads), spec.group, k, v, spec.overlap)
     calls = spec.dense_calls(kv_heads)
     out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
     lse = _per_head(q, wide_dtype(q.dtype))
@@ -207,12 +212,11 @@ def attention_backward(
     """Shared pieces, start the reduce-scatter, dense pieces, await it: dq, dk, dv as wide as they were summed."""
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
-    fresh = spec.may_start_fresh(calls) and not exchanges  # shared pieces come first, and cover only some rows
+    fresh = spec.may_start_fresh(calls)
     query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
     dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
-    key_dtype = wide_dtype(k.dtype) if exchanges else key_dtype
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-    statistics = kernel.start_backward(dout, out, lse, dq, fresh)
+    statistics = kernel.start_backward(dout, out, lse, dq)
     if fresh:
         calls[0] = replace(calls[0], fresh=True)
     else:
@@ -229,7 +233,7 @@ def attention_backward(
         buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
         for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
             kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
-        scatter = ReduceScatter(plan, spec.group, gradients)
+        scatter = ReduceScatter(plan, spec.group, gradients, spec.overlap)
     for call in calls:
         kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
     if scatter:
@@ -238,6 +242,12 @@ def attention_backward(
 
 
 class _DilatedAttention(torch.autograd.Function):
+    """Saves q, k, v, out, lse, and the gathered keys and values of shared segments.
+
+    The latter are ``2·D·Hkv·Σ w/r`` numbers, whatever ``N`` is, and so never gathered again: see ARCHITECTURE.md, "The
+    exchange".
+    """
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         out, lse, shared = attention_forward(q, k, v, spec)

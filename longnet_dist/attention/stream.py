@@ -116,7 +116,7 @@ class Stream:
             layer.clear()
 
     def carried(self) -> list[Tensor]:
-        """What the layers keep for the chunks to come: of each the records of the open segments, ``(slots, B, 2D)``.
+        """What the layers keep for the chunks to come: of each the records of the open segments, ``(2, B, slots, D)``.
 
         The same on all ranks, and for any number of them: with these and the row, :meth:`resume` goes on.
         """

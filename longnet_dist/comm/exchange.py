@@ -13,38 +13,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_dist.comm.records import Sums, add, put, take
 from longnet_dist.errors import ShapeError
-from longnet_dist.geometry.exchange import ExchangePlan
+from longnet_dist.geometry.exchange import ExchangePlan, sums_by_place
 from longnet_dist.geometry.window import Segment
 
 
 class CompactBuffers:
-    """The compact buffers of some segments, side by side in one tensor ``(slots, B, 2D)``, keys then values.
+    """The compact buffers of some segments, side by side in one tensor ``(2, B, slots, D)``, keys then values.
 
-    Slot ``i·Hkv + h`` of a segment's buffer is row ``i`` of head ``h``. Slots that no record has reached are 0.
+    Slot ``i·Hkv + h`` of a segment's buffer is row ``i`` of head ``h``: rows lie as in ``k`` and ``v``, which the
+    fastest kernels ask for. Slots that no record has reached are 0.
     """
 
     def __init__(self, segments: tuple[Segment, ...], kv_heads: int, like: Tensor, dtype: torch.dtype) -> None:
         """Room for ``segments``, on the device of ``like`` ``(B, rows, Hkv, D)``."""
         self._kv_heads = kv_heads
         self._rooms: dict[tuple[int, int], slice] = {}
-        self.records = like.new_zeros(0, like.shape[0], 2 * like.shape[3], dtype=dtype)
+        self.records = like.new_zeros(2, like.shape[0], 0, like.shape[3], dtype=dtype)
         self.hold(segments)
 
     @classmethod
     def of(cls, segments: tuple[Segment, ...], records: Tensor) -> CompactBuffers:
-        """Buffers of ``segments`` that hold the ``records`` ``(slots, B, 2D)`` of other buffers of just these.
+        """Buffers of ``segments`` that hold the ``records`` ``(2, B, slots, D)`` of other buffers of just these.
 
         Raises:
             ShapeError: the slots are not a number of heads times the rows of the segments.
         """
         rows = sum(segment.compact_rows for segment in segments)
-        if records.dim() != 3 or len(records) == 0 or len(records) % rows:
+        if records.dim() != 4 or len(records) != 2 or records.shape[2] == 0 or records.shape[2] % rows:
             raise ShapeError(
                 f"the {len(segments)} segments have {rows} rows a head, but the records are {tuple(records.shape)}"
             )
-        like = records.new_empty(records.shape[1], 0, len(records) // rows, records.shape[2] // 2)
-        buffers = cls(segments, like.shape[2], like, records.dtype)
+        _, batch, slots, dim = records.shape
+        buffers = cls(segments, slots // rows, records.new_empty(batch, 0, slots // rows, dim), records.dtype)
         buffers.records.copy_(records)
         return buffers
 
@@ -57,10 +59,16 @@ class CompactBuffers:
         if rooms == self._rooms:
             return
         old, old_rooms = self.records, self._rooms
-        self.records, self._rooms = old.new_zeros(size, *old.shape[1:]), rooms
+        self.records, self._rooms = old.new_zeros(2, old.shape[1], size, old.shape[3]), rooms
         for key in rooms.keys() & old_rooms.keys():
-            kept = old[old_rooms[key]]
-            self.records[rooms[key]][: len(kept)] = kept[: rooms[key].stop - rooms[key].start]
+            kept = old[:, :, old_rooms[key]][:, :, : rooms[key].stop - rooms[key].start]
+            self.records[:, :, rooms[key]][:, :, : kept.shape[2]] = kept
+
+    @property
+    def lines(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, ``(B, slots, 1, D)``."""
+        key, value = self.records.unsqueeze(3)
+        return key, value
 
     def slots(self, plan: ExchangePlan) -> Tensor:
         """Slot in ``records`` of every record that the plan receives: ``(records,)`` int64."""
@@ -72,10 +80,8 @@ class CompactBuffers:
         views = []
         for segment in segments:
             first, rows = self._rooms[segment.branch, segment.index].start, segment.compact_rows
-            part = self.records[first : first + rows * self._kv_heads].view(
-                rows, self._kv_heads, *self.records.shape[1:]
-            )
-            key, value = part.permute(2, 0, 1, 3).chunk(2, dim=-1)
+            part = self.records[:, :, first : first + rows * self._kv_heads]
+            key, value = torch.unflatten(part, 2, (rows, self._kv_heads))
             views.append((key, value))
         return views
 
@@ -84,20 +90,20 @@ class Gather:
     """Keys and values on their way to the ranks that need them; every rank of ``group`` must start one.
 
     Rank ``p`` receives ``Σ plan.receive_counts · B · 2D`` numbers of the input dtype. Without a group the only rank
-    hands its own records to itself: the chunk of a stream on one device.
+    hands its own records to itself: the chunk of a stream on one device. What is computed between the start and
+    :meth:`wait` runs beside the transfer, unless ``overlap`` is false.
     """
 
-    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup | None, k: Tensor, v: Tensor) -> None:
+    def __init__(
+        self, plan: ExchangePlan, group: dist.ProcessGroup | None, k: Tensor, v: Tensor, overlap: bool
+    ) -> None:
         self._plan = plan
-        rows, heads = _departures(plan, k.device)
-        sent = torch.cat([k[:, rows, heads], v[:, rows, heads]], dim=-1).transpose(0, 1).contiguous()
-        self._received, self._work = _all_to_all(sent, plan.send_counts, plan.receive_counts, group)
+        sent = take(k, v, _send_places(plan, k.device))
+        self._transfer = _Transfer(sent, plan.send_counts, plan.receive_counts, group, overlap)
 
     def wait(self, buffers: CompactBuffers) -> None:
         """Put the records into ``buffers``, which must have room for the plan's segments."""
-        if self._work:
-            self._work.wait()
-        buffers.records[buffers.slots(self._plan)] = self._received
+        put(self._transfer.wait(), *buffers.lines, buffers.slots(self._plan))
 
 
 class ReduceScatter:
@@ -107,40 +113,58 @@ class ReduceScatter:
         gradients: of all compact buffers, float32 or float64.
     """
 
-    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup | None, gradients: CompactBuffers) -> None:
-        self._rows, self._heads = _departures(plan, gradients.records.device)
-        sent = gradients.records[gradients.slots(plan)]
-        self._received, self._work = _all_to_all(sent, plan.receive_counts, plan.send_counts, group)
+    def __init__(
+        self, plan: ExchangePlan, group: dist.ProcessGroup | None, gradients: CompactBuffers, overlap: bool
+    ) -> None:
+        self._sums = _sums(plan, gradients.records.device)
+        sent = take(*gradients.lines, gradients.slots(plan))
+        self._transfer = _Transfer(sent, plan.receive_counts, plan.send_counts, group, overlap)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
-        """Add what the ranks sent to contiguous ``dk``, ``dv`` ``(B, n, Hkv, D)``, in the order of ranks."""
-        if self._work:
+        """Add what the ranks sent to ``dk``, ``dv`` ``(B, n, Hkv, D)``: for each row a sum in the order of ranks."""
+        add(self._transfer.wait(), dk, dv, self._sums)
+
+
+class _Transfer:
+    """One variable all-to-all of packed records.
+
+    On a GPU it runs on the group's own stream, and waiting for it is left to the stream that waits: the host goes on.
+    """
+
+    def __init__(
+        self,
+        sent: Tensor,
+        send_counts: tuple[int, ...],
+        receive_counts: tuple[int, ...],
+        group: dist.ProcessGroup | None,
+        overlap: bool,
+    ) -> None:
+        self._received, self._work = sent, None
+        if group is not None:
+            self._received = sent.new_empty(sum(receive_counts), *sent.shape[1:])
+            counts = list(receive_counts), list(send_counts)
+            self._work = dist.all_to_all_single(self._received, sent, *counts, group=group, async_op=True)
+        if not overlap:
+            self.wait()
+
+    def wait(self) -> Tensor:
+        """What was received."""
+        if self._work is not None:
             self._work.wait()
-        received = self._received.transpose(0, 1)
-        index = self._rows * dk.shape[2] + self._heads
-        for total, part in zip((dk, dv), received.chunk(2, dim=-1), strict=True):
-            flat = total.view(total.shape[0], -1, total.shape[-1])
-            if flat.is_cuda:  # index_add_ adds in any order there; this sorts first
-                batch = torch.arange(len(flat), device=flat.device)[:, None]
-                flat.index_put_((batch, index), part.to(flat.dtype), accumulate=True)
-            else:
-                flat.index_add_(1, index, part.to(flat.dtype))
-
-
-def _all_to_all(
-    sent: Tensor, send_counts: tuple[int, ...], receive_counts: tuple[int, ...], group: dist.ProcessGroup | None
-) -> tuple[Tensor, dist.Work | None]:
-    if group is None:
-        return sent, None
-    received = sent.new_empty(sum(receive_counts), *sent.shape[1:])
-    work = dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group, async_op=True)
-    return received, work
+            self._work = None
+        return self._received
 
 
 @lru_cache(maxsize=64)
-def _departures(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Local row and head of every record sent."""
-    return torch.from_numpy(plan.send_rows).to(device), torch.from_numpy(plan.send_heads).to(device)
+def _send_places(plan: ExchangePlan, device: torch.device) -> Tensor:
+    """Place of every record sent."""
+    return torch.from_numpy(plan.send_places).to(device)
+
+
+@lru_cache(maxsize=64)
+def _sums(plan: ExchangePlan, device: torch.device) -> Sums:
+    """Which of the gradients that come back belong to the same row and head."""
+    return Sums(*(torch.from_numpy(x).to(device) for x in sums_by_place(plan.send_places)))
 
 
 @lru_cache(maxsize=64)

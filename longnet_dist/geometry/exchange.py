@@ -29,8 +29,7 @@ class ExchangePlan:
 
     Attributes:
         segments: the segments whose rows this rank holds, by branch and index, each up to the last row it can hold.
-        send_rows: local row of each record sent, by destination.
-        send_heads: head of each record sent.
+        send_places: ``local row · Hkv + head`` of each record sent, by destination.
         send_counts: records for each rank of the sequence group.
         receive_segments: place in ``segments`` of each record received, by source.
         receive_slots: slot in that segment's buffer of each record received.
@@ -38,8 +37,7 @@ class ExchangePlan:
     """
 
     segments: tuple[Segment, ...]
-    send_rows: Integers
-    send_heads: Integers
+    send_places: Integers
     send_counts: tuple[int, ...]
     receive_segments: Integers
     receive_slots: Integers
@@ -52,12 +50,13 @@ def plan_exchange(pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: 
     empty = np.empty(0, np.int64)
     window = shards.window(rank)
 
-    send: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
+    send: list[tuple[Integers, Integers]] = [(empty, empty)]
     for segment in edge_segments(pattern, *window, shards.total_rows):
         rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment, window))
         peers = np.array(_receivers(segment, shards, rank, causal), np.int64)
-        send.append((np.repeat(peers, len(rows)), np.tile(rows - window[0], len(peers)), np.tile(heads, len(peers))))
-    peers, rows, heads = map(np.concatenate, zip(*send, strict=True))
+        places = (rows - window[0]) * kv_heads + heads
+        send.append((np.repeat(peers, len(places)), np.tile(places, len(peers))))
+    peers, all_places = map(np.concatenate, zip(*send, strict=True))
     order = np.argsort(peers, kind="stable")
 
     segments = held_segments(pattern, shards, rank, causal)
@@ -71,13 +70,19 @@ def plan_exchange(pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: 
     arrival = np.argsort(sources, kind="stable")
     return ExchangePlan(
         segments,
-        rows[order],
-        heads[order],
+        all_places[order],
         tuple(np.bincount(peers, minlength=shards.num_ranks).tolist()),
         numbers[arrival],
         all_slots[arrival],
         tuple(np.bincount(sources, minlength=shards.num_ranks).tolist()),
     )
+
+
+def sums_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
+    """``(places, order, starts)``: each place once, and which records stand there; see ``comm.records.Sums``."""
+    order = np.argsort(places, kind="stable")
+    distinct, starts = np.unique(places[order], return_index=True)
+    return distinct, order, np.append(starts, len(places))
 
 
 def held_segments(pattern: DilatedPattern, shards: Shards, rank: int, causal: bool) -> tuple[Segment, ...]:

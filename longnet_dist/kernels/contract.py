@@ -35,8 +35,8 @@ class Call:
         causal: whether a query sees only keys of index up to its own.
         scale: factor of the scores.
         deterministic: whether the gradients must be bitwise equal from run to run.
-        fresh: whether the running result and the gradients were never written and the piece covers all of them, so that
-            the kernel writes where it would add. Only for kernels with ``starts_fresh``.
+        fresh: whether the running result, in backward ``dk`` and ``dv``, were never written and the piece covers all of
+            them, so that the kernel writes where it would add. Only for kernels with ``starts_fresh``.
     """
 
     piece: Piece
@@ -67,10 +67,10 @@ class Kernel(Protocol):
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> Tensor:
         """What ``backward`` is to know of the rows: ``delta = rowsum(dO ∘ O)`` of the merged ``out``, in its own form.
 
-        Clears ``dq``, unless ``fresh`` says that the first call can write it.
+        Clears ``dq``.
         """
 
     def backward(
@@ -105,6 +105,6 @@ class WideSums:
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         return wide_dtype(dtype), wide_dtype(dtype)
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> Tensor:
         dq.zero_()
         return (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)

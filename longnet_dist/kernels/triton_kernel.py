@@ -104,7 +104,7 @@ class TritonKernel:
             **tiles.options,
         )
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, fresh: bool) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> Tensor:
         batch, rows, heads, dim = out.shape
         statistics = lse.new_empty(batch, heads, rows, 2).transpose(1, 2)
         statistics_kernel[(batch * heads * triton.cdiv(rows, 64),)](

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longnet_dist.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

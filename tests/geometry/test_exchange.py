@@ -21,7 +21,8 @@ def test_every_slot_receives_exactly_its_record(ranks, seed, in_a_stream):
     mail = {}
     for rank, plan in enumerate(plans):
         edges = np.cumsum(plan.send_counts)[:-1]
-        labels = np.stack([plan.send_rows + shards.window(rank)[0], plan.send_heads], axis=1)
+        rows, heads = np.divmod(plan.send_places, kv_heads)
+        labels = np.stack([rows + shards.window(rank)[0], heads], axis=1)
         for target, part in enumerate(np.split(labels, edges)):
             mail[rank, target] = part
     for rank, plan in enumerate(plans):

@@ -50,7 +50,7 @@ pattern, kernel = DilatedPattern([4096], [2]), TritonKernel()
 for deterministic in (False, True):
     call = Call(dense_pieces(pattern, 0, 4096, 4096, True)[0], (0, 1), True, 0.1, deterministic)
     kernel.forward(call, q, k, v, out, lse)
-    statistics = kernel.start_backward(dout, out, lse, dq, False)
+    statistics = kernel.start_backward(dout, out, lse, dq)
     kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
 print(" ".join(names))
 """
