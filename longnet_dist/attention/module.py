@@ -30,7 +30,7 @@ class DilatedAttention(nn.Module):
         group: the sequence-parallel group, its rank order the order of the slices; None for one device.
         sub_norm: LayerNorm before the last projection (MAGNETO, arXiv 2210.06423).
         norm_eps: epsilon of the norms.
-        backend: backend of the attention, see :func:`~longnet_dist.dilated_attention`.
+        backend, overlap: of the attention, see :func:`~longnet_dist.dilated_attention`.
 
     Raises:
         ConfigError: numbers of heads or a head dim that cannot work.
@@ -50,6 +50,7 @@ class DilatedAttention(nn.Module):
         sub_norm: bool = False,
         norm_eps: float = 1e-5,
         backend: str = "auto",
+        overlap: bool = True,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -62,7 +63,8 @@ class DilatedAttention(nn.Module):
                 f"positions turn pairs of channels, so dim/heads must be even, but dim={dim} and heads={heads} give "
                 f"{self.head_dim}; use another number of heads, or positions=None"
             )
-        self.pattern, self.causal, self.positions, self.group, self.backend = pattern, causal, positions, group, backend
+        self.pattern, self.causal, self.positions, self.group = pattern, causal, positions, group
+        self.backend, self.overlap = backend, overlap
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim)
@@ -121,6 +123,7 @@ class DilatedAttention(nn.Module):
             causal=self.causal,
             group=self.group,
             backend=self.backend,
+            overlap=self.overlap,
             total_rows=shards.total_rows,
             cache=cache,
         )

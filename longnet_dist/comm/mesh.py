@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -56,10 +58,10 @@ class Mesh:
     sequence_group: dist.ProcessGroup | None
 
     @classmethod
-    def build(cls, shape: MeshShape) -> Mesh:
-        """Make the sequence groups. Every rank of the world must call this."""
+    def build(cls, shape: MeshShape, timeout: timedelta) -> Mesh:
+        """Make the sequence groups, in the same order on every rank. Every rank of the world must call this."""
         data_rank, sequence_rank = divmod(dist.get_rank(), shape.sequence)
-        return cls(shape, data_rank, sequence_rank, _sequence_group(shape, data_rank))
+        return cls(shape, data_rank, sequence_rank, _sequence_group(shape, data_rank, timeout))
 
     @property
     def world_size(self) -> int:
@@ -67,13 +69,23 @@ class Mesh:
         return self.shape.data * self.shape.sequence
 
 
-def _sequence_group(shape: MeshShape, data_rank: int) -> dist.ProcessGroup | None:
+def _sequence_group(shape: MeshShape, data_rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """A group of its own even where it is the world: rows need not queue behind the gradients of ZeRO."""
     if shape.sequence == 1:
         return None
-    if shape.data == 1:
-        world: dist.ProcessGroup | None = dist.group.WORLD
-        return world
     first_ranks = range(0, shape.data * shape.sequence, shape.sequence)
-    groups = [dist.new_group(list(range(first, first + shape.sequence))) for first in first_ranks]
+    groups = [
+        dist.new_group(list(range(first, first + shape.sequence)), timeout, pg_options=_options(timeout))
+        for first in first_ranks
+    ]
     mine: dist.ProcessGroup = groups[data_rank]
     return mine
+
+
+def _options(timeout: timedelta) -> Any:
+    """On a GPU, let the few programs of a transfer go before the many of attention, beside which they run."""
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[attr-defined]
+    options._timeout = timeout  # as torch itself does; it warns where this differs from the argument
+    return options

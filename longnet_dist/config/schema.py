@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
@@ -158,12 +158,17 @@ class ParallelConfig(Section):
     Attributes:
         sequence: ranks that share a sequence; ``auto``: all that ``data`` leaves.
         data: groups of ranks with different sequences; ``auto``: what ``sequence`` leaves, 1 if that is ``auto`` too.
+        overlap: exchange rows of attention while the segments inside a rank's slice are computed; else before them.
+        flight_recorder: collectives that each rank remembers; where ranks stop answering or do not meet, the last ones
+            are written into the run's folder, ``flight_recorder/``. 0: none.
         timeout_minutes: how long a rank that does not answer is waited for, with a fraction if need be; then the run
             ends with its number.
     """
 
     sequence: PositiveInt | Literal["auto"] = "auto"
     data: PositiveInt | Literal["auto"] = "auto"
+    overlap: bool = True
+    flight_recorder: NonNegativeInt = 2000
     timeout_minutes: PositiveFloat = 30.0
 
 

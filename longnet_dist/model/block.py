@@ -24,7 +24,9 @@ class Block(nn.Module):
     Value, output and feed-forward projections begin with gain :math:`\sqrt{\ln 2M}` for :math:`M` blocks (section 2.2).
     """
 
-    def __init__(self, config: LongNetConfig, positions: Positions | None, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, config: LongNetConfig, positions: Positions | None, group: dist.ProcessGroup | None, overlap: bool = True
+    ) -> None:
         super().__init__()
         gain = math.sqrt(math.log(2 * config.layers))
         self.self_attn_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -39,6 +41,7 @@ class Block(nn.Module):
             group=group,
             sub_norm=True,
             norm_eps=config.norm_eps,
+            overlap=overlap,
         )
         self.self_attn.reset_parameters(gain)
         self.final_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)

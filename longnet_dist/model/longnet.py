@@ -39,16 +39,17 @@ class LongNet(nn.Module):
     Args:
         config: sizes and mathematics.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device.
+        overlap: compute while rows travel between ranks; see :func:`~longnet_dist.dilated_attention`.
     """
 
-    def __init__(self, config: LongNetConfig, *, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, config: LongNetConfig, *, group: dist.ProcessGroup | None = None, overlap: bool = True) -> None:
         super().__init__()
         self.config, self.group = config, group
         self.positions = positions_of(config)
         self.embed_scale = config.dim**0.5
         self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
-        self.blocks = nn.ModuleList(Block(config, self.positions, group) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, config.loss_chunk)
         if config.tie_embeddings:

@@ -94,7 +94,7 @@ class Trainer:
         self.token_file = plan.open_token_file()
         self.batches = plan.training_data(self.token_file)
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
-        self.mesh = Mesh.build(plan.mesh)
+        self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
             self._resume(plan.resume.checkpoint, plan.resume.state)
@@ -138,7 +138,7 @@ class Trainer:
 
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)
-        model = LongNet(self.config.model, group=self.mesh.sequence_group)
+        model = LongNet(self.config.model, group=self.mesh.sequence_group, overlap=self.config.parallel.overlap)
         if self.plan.resume.checkpoint:
             load_weights(self.plan.resume.checkpoint, model)
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)

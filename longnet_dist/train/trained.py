@@ -165,7 +165,7 @@ class _Run:
 
     def model(self, group: dist.ProcessGroup | None, device: torch.device) -> LongNet:
         """The trained model, in evaluation mode and the precision of its training."""
-        model = LongNet(self.config.model, group=group)
+        model = LongNet(self.config.model, group=group, overlap=self.config.parallel.overlap)
         load_weights(self.checkpoint, model)
         bf16 = self.config.precision(device.type) == "bf16"
         return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
@@ -175,6 +175,7 @@ class _Run:
         """The model on all ranks of a launch, which share every sequence."""
         device = launch.device()
         launch.share_cores()
-        with process_group(launch, device, timedelta(minutes=self.config.parallel.timeout_minutes)):
-            mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size))
+        timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
+        with process_group(launch, device, timeout):
+            mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
             yield self.model(mesh.sequence_group, device), mesh, device

@@ -1,3 +1,5 @@
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +35,7 @@ def test_a_mesh_makes_up_the_world(data, sequence, world_size):
 
 
 def place(data, sequence):
-    mesh = Mesh.build(MeshShape(data, sequence))
+    mesh = Mesh.build(MeshShape(data, sequence), timedelta(seconds=60))
     total = torch.tensor(float(dist.get_rank()))
     if mesh.sequence_group is not None:
         dist.all_reduce(total, group=mesh.sequence_group)

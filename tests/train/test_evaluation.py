@@ -1,4 +1,5 @@
 import math
+from datetime import timedelta
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.train.runs import CPU, make_trainer, tiny_config
 
 def evaluate_fresh_model(path, length, num_tokens, data):
     torch.manual_seed(0)
-    mesh = Mesh.build(MeshShape(data, dist.get_world_size() // data))
+    mesh = Mesh.build(MeshShape(data, dist.get_world_size() // data), timedelta(seconds=60))
     model = LongNet(named_model("tiny"), group=mesh.sequence_group)
     windows = Windows(TokenFile.open(path), "validation", length)
     try:

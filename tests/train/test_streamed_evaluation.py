@@ -1,5 +1,6 @@
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ TASK = StreamTask("weights", "tokens", "all", ROWS, "torch.float64")
 def setup(corpus):
     """A model in float64 whose segments are aligned with no chunk, and a text as one sequence."""
     torch.manual_seed(0)
-    mesh = Mesh.build(MeshShape(1, dist.get_world_size()))
+    mesh = Mesh.build(MeshShape(1, dist.get_world_size()), timedelta(seconds=60))
     pattern = {"segment_lengths": (64, 300, 2000), "dilation_rates": (1, 4, 9)}
     model = LongNet(named_model("tiny", **pattern), group=mesh.sequence_group).double().eval()
     return model, mesh, Windows(TokenFile.open(corpus), "all", ROWS)
