@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "longnet_dist"
-LAYERS = ["errors", "cli", "geometry", "config", "kernels", "data", "comm", "attention", "model", "train"]
+LAYERS = ["errors", "cli", "geometry", "config", "kernels", "data", "comm", "planner", "attention", "model", "train"]
 
 
 def imported_layers(path):

@@ -6,6 +6,9 @@ from typing import Any
 
 from longnet_dist.config.schema import Config, Precision
 
+# Gradients that are reduced at once. DeepSpeed's own 5e8 take 2 GB of float32 from a small model too.
+REDUCE_BUCKET_NUMBERS = 50_000_000
+
 
 def deepspeed_config(config: Config, precision: Precision, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for a run.
@@ -23,7 +26,10 @@ def deepspeed_config(config: Config, precision: Precision, micro_batch_size: int
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.clip_norm,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            "reduce_bucket_size": REDUCE_BUCKET_NUMBERS,
+        },
         "steps_per_print": 2**62,  # the loop reports, DeepSpeed does not
     }
     if config.deepspeed.offload_optimizer:

@@ -9,41 +9,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Batches, Objective, Windows
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
-from longnet_dist.errors import ConfigError, LongNetError
-from longnet_dist.geometry.stream import chunks_of
+from longnet_dist.errors import LongNetError
 from longnet_dist.model.longnet import positions_of
+from longnet_dist.planner.layout import RunLayout
 from longnet_dist.train.run_folder import ResumePoint, RunFolder, resume_point
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunPlan(RunLayout):
     """A checked configuration and what follows from it, the same on every rank.
 
     Attributes:
-        config: as given.
-        precision: for the devices of the run.
-        mesh: ranks along each axis.
-        micro_batch_size: sequences that a data rank holds at once.
-        accumulation: micro-batches of a step.
-        chunk_length: rows of a sequence that its ranks hold together at once.
-        passes: chunks of all micro-batches of a step.
         folder: of the run.
         resume: the checkpoint to go on from, if any.
     """
 
-    config: Config
-    precision: Precision
-    mesh: MeshShape
-    micro_batch_size: int
-    accumulation: int
-    chunk_length: int
-    passes: int
     folder: RunFolder
     resume: ResumePoint
 
@@ -59,24 +44,12 @@ class RunPlan:
         Raises:
             ConfigError, ShapeError, DataError, CheckpointError: whatever would make the run fail later.
         """
-        mesh = MeshShape.of(config.parallel, world_size)
-        micro_batch_size, accumulation = _split_batch(config, mesh)
-        chunk_length = _chunk_length(config, mesh)
-        precision = config.precision(device_type)
-        _check_positions(config, precision)
+        layout = RunLayout.of(config, world_size, device_type)
+        _check_positions(config, layout.precision)
         folder = RunFolder(config.train.output_dir)
         folder.check_writable()
-        plan = cls(
-            config=config,
-            precision=precision,
-            mesh=mesh,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            chunk_length=chunk_length,
-            passes=accumulation * len(chunks_of(config.data.sequence_length, chunk_length, mesh.sequence)),
-            folder=folder,
-            resume=resume_point(folder, config.train.resume, config.model),
-        )
+        resume = resume_point(folder, config.train.resume, config.model)
+        plan = cls(**vars(layout), folder=folder, resume=resume)
         if config.data.path is not None:
             token_file = TokenFile.open(config.data.path)
             plan.training_data(token_file)
@@ -131,29 +104,3 @@ def _check_positions(config: Config, precision: Precision) -> None:
     if positions := positions_of(config.model):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         positions.check(config.model.pattern, config.data.sequence_length, config.model.head_dim, dtype)
-
-
-def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:
-    """Sequences of a micro-batch, and micro-batches of a step."""
-    batch_size = config.train.batch_size
-    micro_batch_size = config.train.micro_batch_size or max(1, batch_size // mesh.data)
-    if batch_size % (micro_batch_size * mesh.data):
-        raise ConfigError(
-            f"train.batch_size must be a multiple of train.micro_batch_size × data ranks, but it is {batch_size} for "
-            f"micro-batches of {micro_batch_size} on {mesh.data} data ranks; use train.batch_size="
-            f"{-(-batch_size // (micro_batch_size * mesh.data)) * micro_batch_size * mesh.data} or another mesh"
-        )
-    return micro_batch_size, batch_size // (micro_batch_size * mesh.data)
-
-
-def _chunk_length(config: Config, mesh: MeshShape) -> int:
-    """Rows of a chunk, all sequence ranks together."""
-    length = config.train.chunk_length
-    if length is None or length >= config.data.sequence_length:
-        return config.data.sequence_length
-    if length % mesh.sequence:
-        raise ConfigError(
-            f"train.chunk_length must be a multiple of the sequence ranks, which share a chunk, but {length} is none "
-            f"of {mesh.sequence}; use {-(-length // mesh.sequence) * mesh.sequence}"
-        )
-    return length

@@ -1,0 +1,172 @@
+"""What devices can do: the one table of their data sheets, and of the shares of these that were measured.
+
+A row is matched by the name that ``torch.cuda.get_device_name`` gives. Everything that was fitted stands in
+:class:`Rates`; ``benchmarks/planner.py`` prints the values to put there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from longnet_dist.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of the data sheet that this package's work reaches; fitted on an H100 SXM and taken for all GPUs.
+
+    Attributes:
+        matmul: share of the peak in the matrix products of a block: 650–690 TFLOP/s of 989.
+        attention_forward: share of the peak at head dim 64 (benchmarks/results/attention.json: 344 TFLOP/s).
+        attention_backward: the same, counting 2.5 times the forward's FLOPs (319 TFLOP/s).
+        wide_heads: by how much head dim 128 is faster (381 against 326 TFLOP/s).
+        bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
+        host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
+        step_seconds: of a step whatever it computes: launches, the host's part, reading data.
+        collective_seconds: latency of one exchange (issue 4: 41–102 µs up to 4 MiB a rank).
+        fragmentation: share of the allocated memory that the allocator holds beyond it.
+        context_bytes: what CUDA, NCCL and compiled kernels occupy outside of torch's allocator.
+    """
+
+    matmul: float = 0.67
+    attention_forward: float = 0.348
+    attention_backward: float = 0.322
+    wide_heads: float = 1.17
+    bandwidth: float = 0.90
+    host_link: float = 0.78
+    step_seconds: float = 0.02
+    collective_seconds: float = 80e-6
+    fragmentation: float = 0.03
+    context_bytes: int = int(0.8 * GIB)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device.
+
+    Attributes:
+        name: as ``--device`` takes it.
+        pattern: regular expression that finds it in torch's name of it; None for a CPU.
+        memory_bytes: as torch reports it: the data sheet's less what the driver keeps.
+        bf16_tflops: peak of dense bf16 with float32 sums, TFLOP/s; None if unknown.
+        fp32_tflops: peak of float32, TFLOP/s; None if unknown.
+        bandwidth: of its memory, bytes/s.
+        link: to the other GPUs of the host, bytes/s in one direction.
+        host_link: to the host, bytes/s in one direction.
+        rates: measured shares.
+    """
+
+    name: str
+    pattern: str | None
+    memory_bytes: int
+    bf16_tflops: float | None
+    fp32_tflops: float | None
+    bandwidth: float = 1e12
+    link: float = 32e9
+    host_link: float = 32e9
+    rates: Rates = Rates()
+
+    @property
+    def type(self) -> str:
+        """``"cuda"`` or ``"cpu"``, as torch calls it."""
+        return "cpu" if self.pattern is None else "cuda"
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """What a model FLOPs utilization is a share of: dense bf16 on a GPU, nothing on a CPU."""
+        return self.bf16_tflops if self.type == "cuda" else None
+
+
+def _gpu(
+    name: str,
+    pattern: str,
+    peak_tflops: float,
+    gib: float,
+    tb_s: float,
+    link_gb_s: float,
+    pcie_gb_s: float,
+    fp32: float,
+) -> Device:
+    memory = int(gib * GIB)
+    return Device(name, pattern, memory, peak_tflops, fp32, tb_s * 1e12, link_gb_s * 1e9, pcie_gb_s * 1e9)
+
+
+# NVIDIA's data sheets (H100, H200, A100, L40S, L4, A10, A40, RTX A6000; DGX B200) and white papers (GA102, Ada): dense
+# bf16 with float32 sums (the sheets' sparse figure halved), GiB that torch sees, TB/s of memory, GB/s of NVLink or else
+# PCIe in one direction, GB/s of PCIe, float32 TFLOP/s. The first match counts, so variants come before the main one.
+GPUS = (
+    _gpu("h100-nvl", r"H100 NVL", 835.5, 93.0, 3.9, 300, 64, 60),
+    _gpu("h100-pcie", r"H100 PCIe", 756.0, 79.1, 2.0, 64, 64, 51.2),
+    _gpu("h100", r"H100", 989.4, 79.1, 3.35, 450, 64, 66.9),
+    _gpu("h200-nvl", r"H200 NVL", 835.5, 139.7, 4.8, 450, 64, 60),
+    _gpu("h200", r"H200", 989.4, 139.7, 4.8, 450, 64, 66.9),
+    _gpu("b200", r"B200", 2250.0, 178.0, 8.0, 900, 64, 75),
+    _gpu("a100-80gb-pcie", r"A100 80GB PCIe|A100-PCIE-80GB", 312.0, 79.1, 1.935, 32, 32, 19.5),
+    _gpu("a100-80gb", r"A100-SXM4-80GB|A100-SXM-80GB", 312.0, 79.1, 2.039, 300, 32, 19.5),
+    _gpu("a100-40gb-pcie", r"A100-PCIE-40GB", 312.0, 39.4, 1.555, 32, 32, 19.5),
+    _gpu("a100-40gb", r"A100", 312.0, 39.4, 1.555, 300, 32, 19.5),
+    _gpu("l40s", r"L40S", 362.05, 44.3, 0.864, 32, 32, 91.6),
+    _gpu("l4", r"\bL4\b", 121.0, 22.0, 0.3, 32, 32, 30.3),
+    _gpu("a40", r"\bA40\b", 149.7, 44.3, 0.696, 56, 32, 37.4),
+    _gpu("a10", r"\bA10\b", 125.0, 22.0, 0.6, 32, 32, 31.2),
+    _gpu("rtx-a6000", r"RTX A6000", 154.8, 47.4, 0.768, 56, 32, 38.7),
+    _gpu("rtx-4090", r"RTX 4090", 165.2, 23.5, 1.008, 32, 32, 82.6),
+    _gpu("rtx-3090", r"RTX 3090", 71.0, 23.5, 0.936, 32, 32, 35.6),
+)
+
+# Of a core: what two cores of a Xeon at 2.1 GHz measure in this package's own steps (benchmarks/planner.py --cpu).
+CPU_CORE_TFLOPS = 0.06
+CPU_RATES = Rates(
+    matmul=1.0, attention_forward=0.5, attention_backward=0.5, wide_heads=1.0, bandwidth=0.5, step_seconds=0.01,
+    fragmentation=0.05, context_bytes=int(0.6 * GIB),
+)  # fmt: skip
+
+
+def named_device(name: str) -> Device:
+    """The device of a name in the table, or ``"cpu"``: this machine without its GPUs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == "cpu":
+        return this_machine()
+    for device in GPUS:
+        if device.name == name.lower():
+            return device
+    raise ConfigError(f"device must be cpu or one of {', '.join(d.name for d in GPUS)}, not {name!r}")
+
+
+def match_device(torch_name: str) -> Device | None:
+    """The row of the table for a name that torch gives; None for an unknown GPU."""
+    return next((device for device in GPUS if device.pattern and re.search(device.pattern, torch_name)), None)
+
+
+def device_of(device: torch.device) -> Device:
+    """What a device of this machine can do, with the memory that it really has; an unknown GPU has no peak."""
+    if device.type != "cuda":
+        return this_machine()
+    name = torch.cuda.get_device_name(device)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    known = match_device(name)
+    return replace(known, memory_bytes=memory) if known else Device(name, re.escape(name), memory, None, None)
+
+
+def this_machine() -> Device:
+    """This machine's processors and memory."""
+    tflops = len(os.sched_getaffinity(0)) * CPU_CORE_TFLOPS
+    return Device("cpu", None, host_memory_bytes(), tflops, tflops, 20e9, 10e9, 10e9, CPU_RATES)
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine, or what its control group leaves of it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return memory if text == "max" else min(memory, int(text))

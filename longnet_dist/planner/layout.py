@@ -1,0 +1,116 @@
+"""How the work of a step is split: over ranks, micro-batches and chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longnet_dist.comm.mesh import MeshShape
+from longnet_dist.config.schema import Config, Precision
+from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.stream import chunks_of
+from longnet_dist.geometry.window import Shards
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """A configuration on a number of ranks, the same on every rank.
+
+    Attributes:
+        config: as given.
+        device_type: ``"cuda"`` or ``"cpu"``.
+        precision: for the devices of the run.
+        mesh: ranks along each axis.
+        micro_batch_size: sequences that a data rank holds at once.
+        accumulation: micro-batches of a step.
+        chunk_length: rows of a sequence that its ranks hold together at once.
+        passes: chunks of all micro-batches of a step.
+    """
+
+    config: Config
+    device_type: str
+    precision: Precision
+    mesh: MeshShape
+    micro_batch_size: int
+    accumulation: int
+    chunk_length: int
+    passes: int
+
+    @classmethod
+    def of(cls, config: Config, world_size: int, device_type: str) -> RunLayout:
+        """Split the work of a run.
+
+        Args:
+            config: the run.
+            world_size: number of ranks.
+            device_type: ``"cuda"`` or ``"cpu"``.
+
+        Raises:
+            ConfigError: ranks, batch, micro-batch and chunk do not fit, or the precision cannot be trained in.
+            ShapeError: a rank would hold no row.
+        """
+        mesh = MeshShape.of(config.parallel, world_size)
+        micro_batch_size, accumulation = _split_batch(config, mesh)
+        chunk_length = _chunk_length(config, mesh)
+        chunks = chunks_of(config.data.sequence_length, chunk_length, mesh.sequence)
+        return cls(
+            config=config,
+            device_type=device_type,
+            precision=config.precision(device_type),
+            mesh=mesh,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            chunk_length=chunk_length,
+            passes=accumulation * len(chunks),
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """All ranks."""
+        return self.mesh.data * self.mesh.sequence
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a sequence."""
+        return self.passes // self.accumulation
+
+    @property
+    def last_chunk(self) -> Shards:
+        """The slices of the sequence's last chunk, which reaches furthest back."""
+        length = self.config.data.sequence_length
+        return Shards.even(length, self.mesh.sequence, (self.num_chunks - 1) * self.chunk_length)
+
+    @property
+    def local_rows(self) -> int:
+        """Rows that a rank holds at once, of all sequences of a micro-batch."""
+        return -(-self.chunk_length // self.mesh.sequence) * self.micro_batch_size
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the activations."""
+        return 2 if self.precision == "bf16" else 4
+
+
+def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:
+    """Sequences of a micro-batch, and micro-batches of a step."""
+    batch_size = config.train.batch_size
+    micro_batch_size = config.train.micro_batch_size or max(1, batch_size // mesh.data)
+    if batch_size % (micro_batch_size * mesh.data):
+        raise ConfigError(
+            f"train.batch_size must be a multiple of train.micro_batch_size × data ranks, but it is {batch_size} for "
+            f"micro-batches of {micro_batch_size} on {mesh.data} data ranks; use train.batch_size="
+            f"{-(-batch_size // (micro_batch_size * mesh.data)) * micro_batch_size * mesh.data} or another mesh"
+        )
+    return micro_batch_size, batch_size // (micro_batch_size * mesh.data)
+
+
+def _chunk_length(config: Config, mesh: MeshShape) -> int:
+    """Rows of a chunk, all sequence ranks together."""
+    length = config.train.chunk_length
+    if length is None or length >= config.data.sequence_length:
+        return config.data.sequence_length
+    if length % mesh.sequence:
+        raise ConfigError(
+            f"train.chunk_length must be a multiple of the sequence ranks, which share a chunk, but {length} is none "
+            f"of {mesh.sequence}; use {-(-length // mesh.sequence) * mesh.sequence}"
+        )
+    return length
