@@ -1,5 +1,6 @@
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -53,3 +54,18 @@ def place(data, sequence):
 )
 def test_the_sequence_axis_is_the_inner_one(data, sequence, expected):
     assert run_distributed(place, data * sequence, data, sequence) == expected
+
+
+@pytest.mark.parametrize(("data", "sequence"), [(1, 8), (8, 8), (128, 8), (1, 4096)])
+def test_every_rank_makes_the_same_groups_in_the_same_order(data, sequence, monkeypatch):
+    """One group for each sequence, none for a branch, whatever the pattern is."""
+    made = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks, *_, **__: made.append(ranks) or ranks)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    expected = np.arange(data * sequence).reshape(data, sequence).tolist()
+    for rank in {0, 3, data * sequence // 2, data * sequence - 1}:
+        made.clear()
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        mesh = Mesh.build(MeshShape(data, sequence), timedelta(seconds=1))
+        assert made == expected
+        assert mesh.sequence_group[mesh.sequence_rank] == rank

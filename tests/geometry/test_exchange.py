@@ -1,9 +1,11 @@
+import random
+
 import numpy as np
 import pytest
 
 from longnet_dist.geometry.exchange import plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import Shards, shared_segments
+from longnet_dist.geometry.window import Shards, compact_piece, dense_pieces, shared_segments
 from tests.cases import random_case
 
 
@@ -61,3 +63,78 @@ def test_both_ends_agree_at_a_billion_rows(ranks):
     for source in sampled:
         for target in sampled:
             assert plans[source].send_counts[target] == plans[target].receive_counts[source]
+
+
+def sent_rows(plan, shards, rank, target, kv_heads):
+    """Global row and head of every record that ``rank`` sends to ``target``, in their order."""
+    first = sum(plan.send_counts[:target])
+    rows, heads = np.divmod(plan.send_places[first : first + plan.send_counts[target]], kv_heads)
+    return np.stack([rows + shards.window(rank)[0], heads])
+
+
+def expected_rows(plan, pattern, source, kv_heads):
+    """Global row and head that the slots filled from ``source`` stand for, in the order of arrival."""
+    first = sum(plan.receive_counts[:source])
+    part = slice(first, first + plan.receive_counts[source])
+    index, heads = np.divmod(plan.receive_slots[part], kv_heads)
+    segments = [plan.segments[number] for number in plan.receive_segments[part]]
+    offsets = [pattern.offsets(pattern.branches[s.branch], kv_heads) for s in segments]
+    rows = [
+        s.start + offset[head] + i * s.dilation_rate
+        for s, offset, i, head in zip(segments, offsets, index.tolist(), heads.tolist(), strict=True)
+    ]
+    return np.stack([np.array(rows, np.int64), heads])
+
+
+def keys_found(pattern, shards, plan, rank, row, head, branch, kv_heads, causal):
+    """Global rows of the keys that the pieces of ``rank`` let a query see in a branch, in their order."""
+    window = shards.window(rank)
+    width, rate = pattern.segment_lengths[branch], pattern.dilation_rates[branch]
+    offset = pattern.offsets(pattern.branches[branch], kv_heads)[head]
+    shared = shared_segments(pattern, *window, shards.total_rows, causal)
+    pieces = [*dense_pieces(pattern, *window, shards.total_rows, causal)]
+    pieces += [compact_piece(pattern, segment, *window) for segment in shared]
+    found = []
+    for piece in pieces:
+        inside = piece.branch == branch and piece.query_start <= row < piece.query_stop
+        first_row, count, first_index = piece.queries(row // width, offset)
+        step, rest = divmod(row - window[0] - first_row, rate)
+        if not inside or rest or not 0 <= step < count:
+            continue
+        start, count, distance = piece.keys(row // width, offset)
+        seen = np.arange(min(count, first_index + step + 1) if causal else count)
+        if piece.compact:
+            held = [(s.branch, s.index) for s in plan.segments]
+            slots = plan.receive_slots[plan.receive_segments == held.index((branch, row // width))]
+            assert set((seen * kv_heads + head).tolist()) <= set(slots.tolist())
+            found.append(row // width * width + offset + (start + seen * distance) * rate)
+        else:
+            found.append(window[0] + start + seen * distance)
+    assert len(found) <= 1
+    return found[0].tolist() if found else []
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("ranks", "rows"), [(8, 2**20), (64, 2**24 - 5), (1024, 2**27 + 77), (4096, 2**30)])
+def test_sampled_queries_find_exactly_the_keys_of_the_definition(ranks, rows, causal):
+    """From the pieces of the query's rank, and from what the owners of the rows send it."""
+    rng, kv_heads = random.Random(ranks), 3
+    pattern, shards = DilatedPattern.geometric(2048, rows), Shards.even(rows, ranks)
+    for rank in sorted({0, ranks // 2 + 1, ranks - 1}):
+        plan = plan_exchange(pattern, shards, rank, kv_heads, causal)
+        sources = np.flatnonzero(plan.receive_counts).tolist()
+        for source in rng.sample(sources, min(2, len(sources))):
+            owner = plan_exchange(pattern, shards, source, kv_heads, causal)
+            sent = sent_rows(owner, shards, source, rank, kv_heads)
+            np.testing.assert_array_equal(sent, expected_rows(plan, pattern, source, kv_heads))
+        start, stop = shards.window(rank)
+        for sample in (start, stop - 1, *(rng.randrange(start, stop) for _ in range(4))):
+            for branch, (width, rate) in enumerate(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)):
+                head = rng.randrange(kv_heads)
+                first = sample // width * width + head % rate
+                kept = sample - (sample - first) % rate  # a row that the branch keeps, mostly
+                row = kept if kept >= max(start, first) and sample % 3 else sample
+                end = row + 1 if causal else min((row // width + 1) * width, rows)
+                wanted = list(range(first, end, rate)) if (row - first) % rate == 0 and row >= first else []
+                found = keys_found(pattern, shards, plan, rank, row, head, branch, kv_heads, causal)
+                assert found == wanted, (rank, row, head, branch)
