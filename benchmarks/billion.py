@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.jobs import Job, matrix_weights, model_flops
+from benchmarks.jobs import Job, model_flops
 from benchmarks.record import environment
 from benchmarks.text import DEFAULT_FOLDERS, write_text
 from longnet_dist import DilatedPattern, LongNetConfig
@@ -42,9 +42,10 @@ from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
+from longnet_dist.planner.devices import device_of
+from longnet_dist.planner.model_cost import matrix_weights
 
 MODES = ("forward", "train", "dense", "dense-train")
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16, NVIDIA's data sheets of the SXM modules
 REPEAT_BELOW_SECONDS = 5.0
 REPEATS = 3
 WARM_UP_DENSE = 2**12  # rows
@@ -197,7 +198,7 @@ class Benchmark:
             "command": shlex.join(["python", "-m", "benchmarks.billion", *sys.argv[1:]]),
             "environment": environment(),
             "matrix_weights": matrix_weights(self.config),
-            "peak_flops": next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None),
+            "peak_flops": 1e12 * peak if (peak := device_of(self.device).peak_tflops) else None,
             "text_source": self.file.header.source,
             "text_distinct_bytes": self.distinct_bytes,
         }

@@ -17,6 +17,7 @@ from longnet_dist.attention.stream import Stream
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.read_ahead import read_ahead
 from longnet_dist.geometry.window import Shards
+from longnet_dist.planner.model_cost import attention_flops, forward_flops
 
 
 class Job:
@@ -129,18 +130,10 @@ class DenseAttention(DilatedAttention):
         return self.out_proj(self.inner_attn_ln(rearrange(out, "b h n d -> b n (h d)")))
 
 
-def matrix_weights(config: LongNetConfig) -> int:
-    """Weights of all matrix products of a row: projections, feed-forward and output, without the embedding."""
-    kv_dim = (config.kv_heads or config.heads) * config.head_dim
-    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
-    feed_forward = 2 * config.dim * (config.ffn_dim or 4 * config.dim)
-    return config.layers * (attention + feed_forward) + config.dim * config.vocab_size
-
-
 def model_flops(config: LongNetConfig, tokens: int, trains: bool, dense: bool) -> int:
-    """FLOPs that the mathematics needs: two for each weight and row, four · D for each attended (query, key) pair."""
-    pairs_flops = config.pattern.flops(tokens, config.heads, config.head_dim, True, config.kv_heads)
+    """FLOPs that the mathematics needs: ``planner.model_cost``, or the same with every pair of a query and a key."""
+    forward = forward_flops(config, tokens)
     if dense:
         pairs_flops = 4 * config.head_dim * config.heads * (tokens * (tokens + 1) // 2)
-    forward = 2 * tokens * matrix_weights(config) + config.layers * pairs_flops
+        forward += config.layers * (pairs_flops - attention_flops(config, tokens))
     return 3 * forward if trains else forward

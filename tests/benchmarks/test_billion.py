@@ -5,11 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.billion import Benchmark, _parser, main
-from benchmarks.jobs import Job, matrix_weights, model_flops
+from benchmarks.jobs import Job, model_flops
 from longnet_dist import LongNet, LongNetConfig
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
+from longnet_dist.planner.model_cost import matrix_weights
 from tests.distributed import run_distributed
 from tests.train.runs import write_corpus
 
