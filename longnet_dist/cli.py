@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from longnet_dist.errors import LongNetError
+from longnet_dist.errors import LongNetError, LostRankError
 
 USER_ERROR_STATUS = 2
+LOST_RANK_STATUS = 69  # EX_UNAVAILABLE: another rank was killed, hangs or broke; start again to go on
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: asked to stop, a checkpoint is written, start again to go on
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run ``main()`` and exit with status 2 and the bare message if it raises a ``LongNetError`` or an ``OSError``.
+
+    The status is 69 for a ``LostRankError``, which is no mistake of the caller's.
 
     An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. Any
     other exception is a fault of this package and keeps its traceback. An interrupt (Ctrl-C) exits with 130.
@@ -23,7 +26,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except LongNetError as error:
         # One write, so that the messages of several ranks do not run into each other.
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(USER_ERROR_STATUS)
+        sys.exit(LOST_RANK_STATUS if isinstance(error, LostRankError) else USER_ERROR_STATUS)
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
         sys.exit(USER_ERROR_STATUS)

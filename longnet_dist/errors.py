@@ -1,12 +1,16 @@
 """The errors a user, a file or a cluster can cause.
 
 Each message gives the rule, the offending values and the remedy. The entry points under ``launch/`` print it without a
-traceback and exit with status 2; anything else that escapes is a fault of this package.
+traceback and exit with status 2 (69 for a lost rank); anything else that escapes is a fault of this package.
 """
 
 
 class LongNetError(Exception):
     """Base of all errors that the caller can mend."""
+
+
+class LostRankError(LongNetError):
+    """Another rank was killed, hangs or broke: nothing the caller did, and the same command goes on."""
 
 
 class ConfigError(LongNetError, ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from longnet_dist.cli import run_cli
-from longnet_dist.errors import ConfigError, DataError
+from longnet_dist.errors import ConfigError, DataError, LostRankError
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -17,11 +17,16 @@ def raising(error: BaseException) -> Callable[[], None]:
     return main
 
 
-@pytest.mark.parametrize("error", [DataError("no such file"), ConfigError("no such key")])
-def test_a_mistake_is_one_line_and_status_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DataError("no such file"), 2), (ConfigError("no such key"), 2), (LostRankError("rank 3"), 69)],
+)
+def test_what_is_no_fault_of_ours_is_one_line(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run_cli(raising(error))
-    assert ended.value.code == 2
+    assert ended.value.code == status
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", f"error: {error}\n")
 

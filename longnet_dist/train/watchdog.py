@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -11,38 +11,55 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
+from pydantic import BaseModel
 
-from longnet_dist.cli import USER_ERROR_STATUS
-from longnet_dist.errors import LongNetError
+from longnet_dist.cli import LOST_RANK_STATUS, USER_ERROR_STATUS
+from longnet_dist.errors import LongNetError, LostRankError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_INTERVAL_SECONDS = 5.0
-BEATS_IN_TIMEOUT = 20
-SILENT_SHARE = 0.6  # of the time-out; the rest is for finding all silent ranks and for the main thread to end itself
+BEATS_IN_TIMEOUT = 40
+SILENT_SHARE = (
+    0.5  # of the time-out; the rest is for finding all silent ranks, for the main thread to end itself, and spare
+)
 FAILURE = "watchdog/failure"
+INFORMED = "watchdog/informed"  # number of ranks that know of the failure
 REMEDY = "look for a process that is stopped or a machine that is lost, and go on with train.resume=auto"
 
 
-@dataclass(frozen=True)
-class Beat:
+class Beat(BaseModel):
     """What a rank says of itself every so often.
 
     Attributes:
         number: of the beat; a frozen process stops counting.
-        host, pid: where the rank runs.
+        host, pid, parent: where the rank runs, and the process that launched it there.
         at: the line of this package that its main thread is in.
     """
 
     number: int
     host: str
     pid: int
+    parent: int
     at: str
+
+
+class Failure(BaseModel):
+    """Why the run ends; the first that is reported is told to all ranks.
+
+    Attributes:
+        message: of the error.
+        status: the exit status of the ranks that are told.
+        silent: ranks that do not answer.
+    """
+
+    message: str
+    status: int = LOST_RANK_STATUS
+    silent: tuple[Beat, ...] = ()
 
 
 class Watchdog:
@@ -51,7 +68,8 @@ class Watchdog:
     A thread of every rank writes a heartbeat into the store, reads that of the next rank, and looks whether a failure
     has been reported: three small requests a rank and interval, however many ranks there are. A second thread watches
     the first, whose requests wait for ever if the store's keeper is frozen. Every rank must enter and leave. A
-    collective of the main thread cannot be interrupted, so a thread ends the process, with status 2.
+    collective of the main thread cannot be interrupted, so a thread ends the process, with status 69 where another rank
+    is lost and 2 where it made a mistake.
 
     Args:
         store: the rendezvous store of the run.
@@ -68,7 +86,8 @@ class Watchdog:
         self._interval = min(MAX_INTERVAL_SECONDS, timeout_seconds / BEATS_IN_TIMEOUT)
         self._main = threading.get_ident()
         self._number = 0
-        self._ended = threading.Event()
+        self._told: Failure | None = None  # why the run ends
+        self._leaving, self._left = threading.Event(), threading.Event()
         self._answered_at = time.monotonic()  # when the store last did
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._watch_ranks, self._watch_store)]
 
@@ -80,13 +99,21 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Report an error of this rank to the others; replace one that another rank caused by its explanation."""
-        self._ended.set()
-        for thread in self._threads:
-            thread.join(self._patience)
-        if isinstance(error, RuntimeError) and _is_of_communication(error):
-            raise LongNetError(self._explain(error)) from None
-        if error is not None and self._store_answers():
-            self._report(f"rank {self._rank} failed: {error or type(error).__name__}")
+        self._leaving.set()
+        self._threads[0].join(self._patience)
+        try:
+            if isinstance(error, RuntimeError) and _is_of_communication(error):
+                failure = self._explain(error)
+                kind = LostRankError if failure.status == LOST_RANK_STATUS else LongNetError
+                raise kind(f"rank {self._rank} {failure.message}") from None
+            if error is not None and self._store_answers():
+                mistake = isinstance(error, LongNetError | OSError)
+                status = USER_ERROR_STATUS if mistake else LOST_RANK_STATUS
+                message = f"rank {self._rank} failed: {str(error) or type(error).__name__}"
+                self._report(Failure(message=message, status=status))
+                self._let_others_read()
+        finally:
+            self._left.set()
 
     @property
     def _patience(self) -> float:
@@ -99,7 +126,7 @@ class Watchdog:
     def _watch_ranks(self) -> None:
         neighbour = (self._rank + 1) % self._world_size
         last, changed_at = "", time.monotonic()
-        while not self._ended.wait(self._interval):
+        while not self._leaving.wait(self._interval):
             try:
                 self._beat()
                 failure, beat = self._failure(), self._read(neighbour)
@@ -109,37 +136,40 @@ class Watchdog:
                 self._answered_at = time.monotonic()
                 silent_seconds = self._answered_at - changed_at
                 if not failure and silent_seconds > SILENT_SHARE * self._timeout:
-                    failure = self._report(self._name_silent(silent_seconds))
+                    failure = self._name_silent(silent_seconds)
             except RuntimeError as error:
-                failure = f"{self._keeper}, which keeps the rendezvous store, has ended ({_first_line(error)})"
+                message = f"{self._keeper}, which keeps the rendezvous store, has ended ({_first_line(error)})"
+                failure = Failure(message=message)
             if failure:
-                self._end_unless_main_does(failure)
+                self._end_unless(self._leaving, failure)
 
     def _watch_store(self) -> None:
         looked_at = time.monotonic()
-        while not self._ended.wait(self._interval):
+        while not self._left.wait(self._interval):  # leaving takes requests, too
             now = time.monotonic()
             if now - looked_at > self._patience:
                 self._answered_at = now  # this process itself was stopped
             looked_at = now
             if now - self._answered_at > SILENT_SHARE * self._timeout:
-                self._end_unless_main_does(
-                    f"{self._keeper}, which keeps the rendezvous store, did not answer for "
-                    f"{now - self._answered_at:.1f} s (parallel.timeout_minutes={self._timeout / 60:g}); {REMEDY}"
+                message = (
+                    f"{self._keeper}, which keeps the rendezvous store, {self._did_not_answer(now - self._answered_at)}"
                 )
+                self._end_unless(self._left, Failure(message=message))
 
-    def _end_unless_main_does(self, message: str) -> None:
+    def _end_unless(self, main_does: threading.Event, failure: Failure) -> None:
         """End the process, unless the main thread can end it with a message of its own, having seen the same."""
-        if not self._ended.wait(self._patience):
+        if not main_does.wait(self._patience):
+            _kill_siblings(failure.silent)
             # On a line of its own, below the progress bar.
-            sys.stderr.write(f"\nerror: rank {self._rank} ends the run: {message}\n")
+            sys.stderr.write(f"\nerror: rank {self._rank} ends the run: {failure.message}\n")
             sys.stderr.flush()
-            os._exit(USER_ERROR_STATUS)
+            os._exit(failure.status)
 
     def _beat(self) -> None:
         self._number += 1
-        beat = Beat(self._number, socket.gethostname(), os.getpid(), _line_of(self._main))
-        self._store.set(_key(self._rank), json.dumps(asdict(beat)))
+        at = _line_of(self._main)
+        beat = Beat(number=self._number, host=socket.gethostname(), pid=os.getpid(), parent=os.getppid(), at=at)
+        self._store.set(_key(self._rank), beat.model_dump_json())
 
     def _read(self, rank: int) -> str:
         """The last beat of a rank as written; empty if there was none."""
@@ -148,50 +178,71 @@ class Watchdog:
 
     def _read_all(self) -> dict[int, Beat]:
         texts = {rank: self._read(rank) for rank in range(self._world_size)}
-        return {rank: Beat(**json.loads(text)) for rank, text in texts.items() if text}
+        return {rank: Beat.model_validate_json(text) for rank, text in texts.items() if text}
 
-    def _failure(self) -> str:
-        return self._store.get(FAILURE).decode() if self._store.check([FAILURE]) else ""
+    def _failure(self) -> Failure | None:
+        if not self._told and self._store.check([FAILURE]):
+            self._told = Failure.model_validate_json(self._store.get(FAILURE))
+            self._store.add(INFORMED, 1)
+        return self._told
 
-    def _report(self, message: str) -> str:
+    def _report(self, failure: Failure) -> Failure:
         """Tell all ranks why the run ends; return what was told first."""
         with suppress(RuntimeError):  # the store may have ended with the process that kept it
-            told: bytes = self._store.compare_set(FAILURE, "", message)
-            return told.decode()
-        return message
+            self._store.compare_set(FAILURE, "", failure.model_dump_json())
+            return self._failure() or failure
+        return failure
 
-    def _name_silent(self, seconds: float) -> str:
-        """Name the ranks whose hearts do not beat."""
+    def _let_others_read(self) -> None:
+        """Wait a little for the others to know, since the store may end with this process."""
+        deadline = time.monotonic() + self._patience
+        with suppress(RuntimeError):
+            while self._store.add(INFORMED, 0) < self._world_size and time.monotonic() < deadline:
+                time.sleep(min(0.1, self._interval))
+
+    def _did_not_answer(self, seconds: float) -> str:
+        return f"did not answer for {seconds:.1f} s (parallel.timeout_minutes={self._timeout / 60:g}); {REMEDY}"
+
+    def _name_silent(self, seconds: float) -> Failure | None:
+        """Report the ranks whose hearts do not beat; None if all do again."""
         before = self._read_all()
         time.sleep(2 * self._interval)
         after = self._read_all()
         silent = {rank: beat for rank, beat in after.items() if before.get(rank) == beat and rank != self._rank}
         if not silent:
-            return f"a rank did not answer for {seconds:.1f} s and then did"
-        return (
-            f"{_list(silent)} did not answer for {seconds:.1f} s (parallel.timeout_minutes={self._timeout / 60:g}); "
-            f"{REMEDY}"
-        )
+            return None
+        message = f"{_list(silent)} {self._did_not_answer(seconds)}"
+        return self._report(Failure(message=message, silent=tuple(silent.values())))
 
-    def _explain(self, error: RuntimeError) -> str:
-        """What a failed collective of this rank is due to."""
+    def _explain(self, error: RuntimeError) -> Failure:
+        """What a failed collective of this rank is due to, with a message that goes on after the name of this rank."""
         reason = f"({_first_line(error)})"
         time.sleep(min(1.0, 2 * self._interval))  # for the rank that failed to say so
         with suppress(RuntimeError):
-            if not self._store_answers():
-                return f"rank {self._rank} ends the run: {self._keeper}, which keeps the store, is silent {reason}"
-            if failure := self._failure():
-                return f"rank {self._rank} ends the run: {failure}"
-            if "time" in reason.lower():
-                return self._report(self._name_places())
-        return f"rank {self._rank} lost another rank, which was killed or ended; see what it said last {reason}"
+            if not self._told and not self._store_answers():
+                return Failure(message=f"ends the run: {self._keeper}, which keeps the store, is silent {reason}")
+            failure = self._failure()
+            if not failure and "time" in reason.lower():
+                failure = self._report(self._name_places())
+            if failure:
+                return failure.model_copy(update={"message": f"ends the run: {failure.message}"})
+        return Failure(message=f"lost another rank, which was killed or ended; see what it said last {reason}")
 
-    def _name_places(self) -> str:
+    def _name_places(self) -> Failure:
         places = ", ".join(f"rank {rank} at {beat.at}" for rank, beat in self._read_all().items())
-        return (
+        message = (
             f"the ranks did not meet within parallel.timeout_minutes={self._timeout / 60:g}; all answer, so look for "
             f"the one that is elsewhere than the others: {places}"
         )
+        return Failure(message=message)
+
+
+def _kill_siblings(silent: tuple[Beat, ...]) -> None:
+    """Kill those that the same launcher started beside this process: a frozen one does not hear when asked to end."""
+    for beat in silent:
+        if (beat.host, beat.parent) == (socket.gethostname(), os.getppid()):
+            with suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGKILL)
 
 
 def _key(rank: int) -> str:

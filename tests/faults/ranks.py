@@ -1,5 +1,6 @@
-"""Real processes that train together, to be stopped and killed: each is forked, so that all imports are done."""
+"""Real processes that train together, to be stopped and killed."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -8,12 +9,18 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from launch import train
 from longnet_dist.cli import run_cli
-from tests.train.runs import import_deepspeed
+from longnet_dist.train.checkpoint import TENSOR_FILES, checkpoints
 
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0  # of waiting for something that ought to come; nothing is measured by it
+
+# Forked from a process that has imported everything and done nothing. Forked from this one, in which other tests have
+# computed with threads, a rank would wait for threads of OpenMP that are not there.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tests.faults.imported"])
 
 
 class Ranks:
@@ -23,40 +30,25 @@ class Ranks:
     """
 
     def __init__(self, folder, world_size, *arguments):
-        import_deepspeed()
         self.folder, self.status = Path(folder), {}
         self.folder.mkdir(exist_ok=True)
-        port = _free_port()
-        self.pids = [self._fork(rank, world_size, port, list(map(str, arguments))) for rank in range(world_size)]
+        places = (world_size, _free_port(), self.folder, list(map(str, arguments)))
+        self._processes = [FORK.Process(target=_run_rank, args=(rank, *places)) for rank in range(world_size)]
+        for process in self._processes:
+            process.start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.status:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        for process in self._processes:
+            process.kill()
+            process.join()
+            process.close()
 
-    def _fork(self, rank, world_size, port, arguments):
-        if pid := os.fork():
-            return pid
-        try:
-            torch.set_num_threads(1)
-            output = os.open(self.folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-            values = (rank, rank, world_size, world_size, "127.0.0.1", port)
-            os.environ.update(zip(names, map(str, values), strict=True))
-            run_cli(lambda: train.main(arguments))
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code if isinstance(end.code, int) else 1)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
+    @property
+    def pids(self):
+        return [process.pid for process in self._processes]
 
     def send(self, rank, number):
         os.kill(self.pids[rank], number)
@@ -64,13 +56,10 @@ class Ranks:
     def wait(self, ranks=None):
         """The exit status of each of these ranks, all if not given."""
         deadline = time.monotonic() + DEADLINE_SECONDS
-        for rank in range(len(self.pids)) if ranks is None else ranks:
-            while rank not in self.status:
-                pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
-                if pid:
-                    self.status[rank] = os.waitstatus_to_exitcode(status)
-                assert time.monotonic() < deadline, f"rank {rank} goes on: {self.output(rank)}"
-                time.sleep(0.01)
+        for rank in range(len(self._processes)) if ranks is None else ranks:
+            self._processes[rank].join(deadline - time.monotonic())
+            self.status[rank] = self._processes[rank].exitcode
+            assert self.status[rank] is not None, f"rank {rank} goes on: {self.output(rank)}"
         return [self.status[rank] for rank in sorted(self.status)]
 
     def output(self, rank):
@@ -80,15 +69,68 @@ class Ranks:
         return [line for line in self.output(rank).splitlines() if line.startswith("error: ")]
 
 
+def _run_rank(rank, world_size, port, folder, arguments):
+    output = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, rank, world_size, world_size, "127.0.0.1", port)
+    os.environ.update(zip(names, map(str, values), strict=True))
+    run_cli(lambda: train.main(arguments))
+
+
 def wait_for_step(run, step):
     """Wait until a run has done a step."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    wait_until(lambda: num_steps(run) >= step, f"step {step} of {run}")
+
+
+def num_steps(run):
+    """Steps that a run has done, as its metrics say."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def checkpoint_is_torn(run):
+    """Whether a checkpoint is only half written, or half deleted."""
+    return any((run / "checkpoints").glob(".step_*"))
+
+
+def freeze_in_checkpoint(pid, run, rng):
+    """Stop the process that writes a run's checkpoints inside one of them, at a random moment."""
     while True:
-        file = run / "metrics.jsonl"
-        if file.exists() and len(file.read_text().splitlines()) >= step:
+        wait_until(lambda: checkpoint_is_torn(run), f"a checkpoint of {run}", every=0.0)
+        time.sleep(rng.random() * 0.003)
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: _is_stopped(pid), f"the stop of process {pid}")
+        if checkpoint_is_torn(run):
             return
-        assert time.monotonic() < deadline, f"{run} does not get to step {step}"
-        time.sleep(0.01)
+        os.kill(pid, signal.SIGCONT)
+
+
+def _is_stopped(pid):
+    """Whether all threads of a process are."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks)
+
+
+def same_bits(run, expected):
+    """The name of the last checkpoint of two runs, which must be equal in every bit, and alone with whole ones."""
+    ends = [checkpoints(folder)[-1] for folder in (run, expected)]
+    assert ends[0].name == ends[1].name
+    for name in TENSOR_FILES:
+        tensors, others = (load_file(end / name) for end in ends)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[key], others[key]) for key in others), name
+    assert not checkpoint_is_torn(run)
+    return ends[0].name
+
+
+def wait_until(condition, what, every=0.01):
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} does not come"
+        time.sleep(every)
 
 
 def _free_port():

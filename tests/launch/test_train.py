@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import TINY, write_corpus
+from tests.train.runs import write_config, write_corpus
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -15,9 +15,7 @@ TRAIN = str(ROOT / "launch" / "train.py")
 @pytest.fixture
 def config(tmp_path):
     data = write_corpus(tmp_path / "source.tokens")
-    file = tmp_path / "config.yaml"
-    file.write_text(TINY.replace("RUN", str(tmp_path / "run")).replace("DATA", str(data)))
-    return file
+    return write_config(tmp_path, "run", data)
 
 
 def launch(*command, cwd):

@@ -43,11 +43,16 @@ def write_corpus(path):
     return path
 
 
+def write_config(folder, name, data):
+    """The file of a configuration that trains in a moment, into ``folder / name``."""
+    file = folder / f"{name}.yaml"
+    file.write_text(TINY.replace("RUN", str(folder / name)).replace("DATA", str(data)), encoding="utf-8")
+    return file
+
+
 def tiny_config(output_dir, data, *settings):
     """A configuration that trains in a moment."""
-    file = output_dir.with_suffix(".yaml")
-    file.write_text(TINY.replace("RUN", str(output_dir)).replace("DATA", str(data)), encoding="utf-8")
-    return load_config(file, settings)
+    return load_config(write_config(output_dir.parent, output_dir.name, data), settings)
 
 
 def make_trainer(config):
