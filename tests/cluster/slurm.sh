@@ -4,7 +4,7 @@
 #   tests/cluster/slurm.sh start FOLDER [NODES]     prints the SLURM_CONF that its commands need; two nodes by default
 #   tests/cluster/slurm.sh stop FOLDER
 #
-# Keys, logs, sockets and state stay in FOLDER. With NAMESPACES=1 every node has a network, an address (10.88.0.11 and up)
+# Jobs of the partition "urgent" preempt those of "main", which are queued again. Keys, logs, sockets and state stay in FOLDER. With NAMESPACES=1 every node has a network, an address (10.88.0.11 and up)
 # and a host name of its own, as on a real cluster; jobs then need GLOO_SOCKET_IFNAME=eth0.
 # Needs root, and on Debian: apt-get install --no-install-recommends slurm-wlm munge iproute2
 set -euo pipefail
@@ -64,11 +64,14 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=10
 MinJobAge=3600
 $(node_lines)
-PartitionName=main Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=node[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=2
 CONF
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' > "$folder/cgroup.conf"
 }

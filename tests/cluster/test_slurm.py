@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from longnet_dist.train.checkpoint import checkpoints, step_of
 from tests.train.runs import write_config, write_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} (Debian: slurm-wlm, munge)"),
     pytest.mark.skipif(os.getuid() != 0, reason="the daemons of SLURM need root"),
 ]
+
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +77,83 @@ def steps(folder):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def ranks_of(config):
+    """The processes of a job that train."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = file.read_bytes().split(b"\0")
+            if b"launch/train.py" in words and str(config).encode() in words and b"--nproc" not in file.read_bytes():
+                found.append(int(file.parent.name))
+    return sorted(found)
+
+
 def test_a_job_on_two_nodes_stops_on_a_signal_is_queued_again_and_finishes(cluster, config):
     run = config.parent / "run"
-    job, log = submit(cluster, config, "train.steps=40", "train.checkpoint_every=1000")
+    job, log = submit(cluster, config, "train.steps=14", "train.checkpoint_every=1000")
     wait_for("the fifth step", lambda: len(steps(run)) >= 5, log)
     command(cluster, "scancel", f"--signal={signal.SIGUSR1.name[3:]}", job)
-    wait_for("the end of the job", lambda: state(cluster, job) in ("COMPLETED", "FAILED"), log)
+    wait_for("the end of the job", lambda: state(cluster, job) in ENDS, log)
     text = log.read_text()
     assert state(cluster, job) == "COMPLETED", text
     assert "stopped at a checkpoint; requeued" in text
     assert "start 1 on node[1-2], 1 ranks a node" in text
     assert "Traceback" not in text
-    assert steps(run) == list(range(1, 41))
+    assert steps(run) == list(range(1, 15))
     logs = log.parent / "runs" / "slurm" / job
     for start in ("start0", "start1"):
         for node in ("node0", "node1"):
             assert len(list((logs / start / node).glob("*/attempt_0/0/stderr.log"))) == 1
 
 
+def test_a_preempted_job_is_queued_again_and_finishes(cluster, config):
+    run = config.parent / "run"
+    job, log = submit(cluster, config, "train.steps=14", "train.checkpoint_every=5")
+    wait_for("the seventh step", lambda: len(steps(run)) >= 7, log)
+    urgent = ("--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    other = command(cluster, "sbatch", *urgent)
+    wait_for("the end of the other job", lambda: state(cluster, other) == "COMPLETED", log)
+    wait_for("the end of the job", lambda: state(cluster, job) in ENDS, log)
+    text = log.read_text()
+    assert state(cluster, job) == "COMPLETED", text
+    assert "DUE TO PREEMPTION" in text
+    assert "start 1 on node[1-2]" in text
+    assert "Traceback" not in text
+    assert steps(run) == list(range(1, 15))
+    assert not (log.parent / "runs" / "slurm" / job / "failures").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_its_job_which_is_queued_again_and_finishes(cluster, config, number):
+    run = config.parent / "run"
+    settings = ("train.steps=14", "train.checkpoint_every=5", "parallel.timeout_minutes=0.2")
+    job, log = submit(cluster, config, *settings)
+    wait_for("the seventh step", lambda: len(steps(run)) >= 7, log)
+    os.kill(ranks_of(config)[-1], number)
+    wait_for("the end of the job", lambda: state(cluster, job) in ENDS, log)
+    text = log.read_text()
+    assert state(cluster, job) == "COMPLETED", text
+    assert "requeued, to go on from the newest checkpoint" in text
+    assert ("did not answer for" if number == signal.SIGSTOP else "lost another rank") in text
+    assert steps(run) == list(range(1, 15))
+
+
+def test_a_cancelled_job_leaves_a_checkpoint_and_is_not_queued_again(cluster, config):
+    run = config.parent / "run"
+    job, log = submit(cluster, config, "train.steps=100000", "train.checkpoint_every=100000")
+    wait_for("the third step", lambda: len(steps(run)) >= 3, log)
+    command(cluster, "scancel", job)
+    wait_for("the end of the job", lambda: state(cluster, job) in ENDS, log)
+    wait_for("the end of its processes", lambda: not ranks_of(config), log)
+    assert state(cluster, job) == "CANCELLED", log.read_text()
+    assert "requeued" not in log.read_text()
+    (checkpoint,) = checkpoints(run)
+    assert step_of(checkpoint) == len(steps(run))
+
+
 def test_a_mistake_is_not_queued_again(cluster, config):
     job, log = submit(cluster, config, "train.stepz=3")
-    wait_for("the end of the job", lambda: state(cluster, job) in ("COMPLETED", "FAILED"), log)
+    wait_for("the end of the job", lambda: state(cluster, job) in ENDS, log)
     text = log.read_text()
     assert state(cluster, job) == "FAILED", text
     assert "error: there is no key train.stepz; the nearest is train.steps" in text

@@ -87,8 +87,9 @@ def test_a_run_that_moves_again_and_again_follows_the_undisturbed_one(tmp_path, 
             expected = metrics
         for later in range(2 * number + 4, length + 1, 2):  # as if it had ended after its two steps
             shutil.rmtree(checkpoint_folder(moving, later))
-    for old, new in zip(expected, metrics, strict=True):
-        assert new["loss"] == pytest.approx(old["loss"], rel=1e-5)
+    worst = max(abs(new["loss"] / old["loss"] - 1) for old, new in zip(expected, metrics, strict=True))
+    print(f"(ranks, ZeRO stage) {layouts}: losses differ by {worst:.1e} at most")
+    assert worst < 1e-6
 
 
 @pytest.fixture(scope="module")
