@@ -16,14 +16,33 @@ import math
 from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.kernels.contract import wide_dtype
 
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
+
+
+_TABLE_ROWS = 65536
+"""Rows of the tables that are computed at once: on the way there an angle takes 60 bytes, in the tables 8 to 16."""
+
+
+class Turn(NamedTuple):
+    """What rows do to their queries and keys: cosines and sines, each ``(n, 1, D/2)``, times their scales."""
+
+    query_cos: Tensor
+    query_sin: Tensor
+    key_cos: Tensor
+    key_sin: Tensor
+
+    def rows(self, rows: slice) -> Turn:
+        """The turn of some of the rows."""
+        return Turn(*(table[rows] for table in self))
 
 
 @dataclass(eq=False)
@@ -37,7 +56,7 @@ class Positions:
 
     theta: float = 10000.0
     xpos_base: int | None = None
-    _cached: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
+    _cached: tuple[tuple[object, ...], Turn] | None = field(default=None, init=False, repr=False)
 
     def __call__(
         self, q: Tensor, k: Tensor, pattern: DilatedPattern, start: int, total_rows: int
@@ -52,9 +71,32 @@ class Positions:
         Raises:
             ConfigError: ``D`` is odd, or xPos leaves the range of the dtype (see :meth:`check`).
         """
-        self.check(pattern, total_rows, q.shape[-1], q.dtype)
-        query_factors, key_factors = self._tables(q, attending_span(pattern, total_rows), start)
-        return _turned(q, query_factors), _turned(k, key_factors)
+        _, rows, _, head_dim = q.shape
+        return turned(q, k, self.turn(pattern, start, rows, total_rows, head_dim, q.dtype, q.device))
+
+    def turn(
+        self,
+        pattern: DilatedPattern,
+        start: int,
+        rows: int,
+        total_rows: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Turn:
+        """Tables for rows ``start … start+rows-1``, float32, or float64 for queries and keys of that dtype.
+
+        Raises:
+            ConfigError: as :meth:`__call__`.
+        """
+        self.check(pattern, total_rows, head_dim, dtype)
+        span, wide = attending_span(pattern, total_rows), wide_dtype(dtype)
+        key = (start, rows, span, head_dim, wide, device)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = None  # so that the old tables' memory is free for the new
+            with torch.inference_mode(False):  # the tables of a validation step may serve a training step
+                self._cached = key, self._tables(start, rows, span, head_dim, wide, device)
+        return self._cached[1]
 
     def check(self, pattern: DilatedPattern, total_rows: int, head_dim: int, dtype: torch.dtype) -> None:
         """Raise ConfigError if these positions cannot serve ``total_rows`` rows of ``head_dim`` channels in ``dtype``.
@@ -76,26 +118,23 @@ class Positions:
                 f"lets rows attend; use xpos_base={math.ceil(exponent / largest)} or more, or rope"
             )
 
-    def _tables(self, like: Tensor, span: int, start: int) -> tuple[Tensor, Tensor]:
-        """Complex factors of queries and keys, each ``(n, 1, D/2)``, for the rows of ``like``."""
-        rows, head_dim = like.shape[1], like.shape[-1]
-        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
-        key = (start, rows, span, head_dim, dtype, like.device)
-        if self._cached is None or self._cached[0] != key:
-            self._cached = None  # so that the old tables' memory is free for the new
-            with torch.inference_mode(False):  # the tables of a validation step may serve a training step
-                n = torch.arange(start, start + rows, device=like.device).view(-1, 1, 1)
-                turns = torch.tensor(_turns(self.theta, head_dim), device=like.device)
-                angle = (n * turns).double() * (2 * math.pi / 2**64)
-                if self.xpos_base is None:
-                    factors = torch.polar(torch.ones_like(angle), angle).to(dtype)
-                    self._cached = key, (factors, factors)
-                else:
-                    zeta = (torch.arange(0, head_dim, 2, device=like.device).double() / head_dim + 0.4) / 1.4
-                    scale = zeta.pow((n % span - span / 2) / self.xpos_base)
-                    tables = torch.polar(scale, angle).to(dtype), torch.polar(1 / scale, angle).to(dtype)
-                    self._cached = key, tables
-        return self._cached[1]
+    def _tables(
+        self, start: int, rows: int, span: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Turn:
+        turns = torch.tensor(_turns(self.theta, head_dim), device=device)
+        zeta = (torch.arange(0, head_dim, 2, device=device).double() / head_dim + 0.4) / 1.4
+        tables = torch.empty(2 if self.xpos_base is None else 4, rows, 1, head_dim // 2, dtype=dtype, device=device)
+        for first in range(0, rows, _TABLE_ROWS):
+            part = tables[:, first : first + _TABLE_ROWS]
+            n = torch.arange(start + first, start + first + part.shape[1], device=device).view(-1, 1, 1)
+            angle = (n * turns).double() * (2 * math.pi / 2**64)
+            cos, sin = angle.cos(), angle.sin()
+            if self.xpos_base is None:
+                part[0], part[1] = cos, sin
+            else:
+                scale = zeta.pow((n % span - span / 2) / self.xpos_base)
+                part[0], part[1], part[2], part[3] = cos * scale, sin * scale, cos / scale, sin / scale
+        return Turn(tables[0], tables[1], tables[-2], tables[-1])
 
 
 def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
@@ -115,7 +154,13 @@ def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
         return tuple(round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2))
 
 
-def _turned(x: Tensor, factors: Tensor) -> Tensor:
-    """Each pair of channels ``(2i, 2i+1)`` of ``x (B, n, heads, D)`` as a complex number times its factor."""
-    wide = torch.unflatten(x.to(factors.real.dtype).contiguous(), -1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(wide) * factors).flatten(-2).to(x.dtype)
+def turned(q: Tensor, k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+    """``q (…, n, H, D)`` and ``k (…, n, Hkv, D)`` at their rows; their dtype is kept."""
+    return _rotated(q, turn.query_cos, turn.query_sin), _rotated(k, turn.key_cos, turn.key_sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of channels ``(2i, 2i+1)`` as a complex number times its factor, in the dtype of the tables."""
+    real, imaginary = torch.unflatten(x.to(cos.dtype), -1, (-1, 2)).unbind(-1)
+    pairs = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
