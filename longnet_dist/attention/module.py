@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from longnet_dist.attention.agreement import agree_on_shards
-from longnet_dist.attention.functional import dilated_attention
-from longnet_dist.attention.positions import Positions
+from longnet_dist.attention.functional import AttentionSpec, attend
+from longnet_dist.attention.positions import Positions, Turn, turned
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
@@ -57,7 +60,7 @@ class DilatedAttention(nn.Module):
         check_heads(heads, kv_heads)
         if dim < 1 or dim % heads:
             raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; make dim a multiple of heads")
-        self.head_dim = dim // heads
+        self.head_dim, self.norm_eps = dim // heads, norm_eps
         if positions is not None and self.head_dim % 2:
             raise ConfigError(
                 f"positions turn pairs of channels, so dim/heads must be even, but dim={dim} and heads={heads} give "
@@ -104,28 +107,64 @@ class DilatedAttention(nn.Module):
             ShapeError: shapes, rows or ``start`` that do not fit the group.
             ConfigError: xPos cannot span the pattern.
         """
-        q, k, v = (
-            rearrange(project(x), "b n (h d) -> b n h d", d=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        shards, rank = agree_on_shards(q, k, v, self.pattern, self.causal, self.group, total_rows, cache)
-        first_row, _ = shards.window(rank)
-        if start not in (None, first_row):
-            raise ShapeError(f"this rank's rows begin at global row {first_row} of its group, but start is {start}")
-        if self.positions is not None:
-            q, k = self.positions(q, k, self.pattern, first_row, shards.total_rows)
-        out = dilated_attention(
-            q,
-            k,
-            v,
-            self.pattern,
-            causal=self.causal,
-            group=self.group,
-            backend=self.backend,
-            overlap=self.overlap,
-            total_rows=shards.total_rows,
-            cache=cache,
-        )
+        batch, rows, _ = x.shape
+        spec, turn = self.prepare(x, start, total_rows, cache)
+        weights = dict(self.named_parameters())
+        projected = project(x.flatten(0, 1), turn, weights, self.head_dim, self.norm_eps)
+        q, k, v = (torch.unflatten(part, 0, (batch, rows)) for part in projected)
+        out, _ = attend(q, k, v, spec)
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
         return result
+
+    def prepare(
+        self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+    ) -> tuple[AttentionSpec, Turn | None]:
+        """The attention of these rows, checked, and their turn; arguments and errors of :meth:`forward`."""
+        heads = rearrange(x, "b n (h d) -> b n h d", d=self.head_dim)
+        keys = heads[:, :, : len(self.k_proj.bias) // self.head_dim]
+        spec = AttentionSpec.of(
+            heads,
+            keys,
+            keys,
+            self.pattern,
+            self.causal,
+            None,
+            self.group,
+            self.backend,
+            False,
+            self.overlap,
+            total_rows,
+            cache,
+        )
+        first_row, _ = spec.window
+        if start not in (None, first_row):
+            raise ShapeError(f"this rank's rows begin at global row {first_row} of its group, but start is {start}")
+        if self.positions is None:
+            return spec, None
+        batch, rows, _, dim = heads.shape
+        place = first_row, rows, spec.shards.total_rows
+        return spec, self.positions.turn(self.pattern, *place, dim, x.dtype, x.device, batch)
+
+
+def project(
+    x: Tensor, turn: Turn | None, weights: Mapping[str, Tensor], head_dim: int, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``(n, H, D)``, keys and values ``(n, Hkv, D)`` of ``x (n, E)``, row by row.
+
+    Args:
+        x: rows.
+        turn: of these rows; None without positions.
+        weights: parameters of a :class:`DilatedAttention`, by name.
+        head_dim: ``D``.
+        norm_eps: epsilon of the norms of queries and keys.
+    """
+    q, k, v = (
+        rearrange(F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"]), "n (h d) -> n h d", d=head_dim)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    if "q_norm.weight" in weights:
+        q = F.rms_norm(q, (head_dim,), weights["q_norm.weight"], norm_eps)
+        k = F.rms_norm(k, (head_dim,), weights["k_norm.weight"], norm_eps)
+    if turn is not None:
+        q, k = turned(q, k, turn)
+    return q, k, v

@@ -83,19 +83,22 @@ class Positions:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        batch: int = 1,
     ) -> Turn:
-        """Tables for rows ``start … start+rows-1``, float32, or float64 for queries and keys of that dtype.
+        """Tables for rows ``start … start+rows-1`` of ``batch`` sequences, one behind the other.
+
+        They are float32, or float64 for queries and keys of that ``dtype``.
 
         Raises:
             ConfigError: as :meth:`__call__`.
         """
         self.check(pattern, total_rows, head_dim, dtype)
         span, wide = attending_span(pattern, total_rows), wide_dtype(dtype)
-        key = (start, rows, span, head_dim, wide, device)
+        key = (start, rows, span, head_dim, wide, device, batch)
         if self._cached is None or self._cached[0] != key:
             self._cached = None  # so that the old tables' memory is free for the new
             with torch.inference_mode(False):  # the tables of a validation step may serve a training step
-                self._cached = key, self._tables(start, rows, span, head_dim, wide, device)
+                self._cached = key, self._tables(start, rows, span, head_dim, wide, device, batch)
         return self._cached[1]
 
     def check(self, pattern: DilatedPattern, total_rows: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -119,7 +122,7 @@ class Positions:
             )
 
     def _tables(
-        self, start: int, rows: int, span: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, start: int, rows: int, span: int, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int
     ) -> Turn:
         turns = torch.tensor(_turns(self.theta, head_dim), device=device)
         zeta = (torch.arange(0, head_dim, 2, device=device).double() / head_dim + 0.4) / 1.4
@@ -134,6 +137,8 @@ class Positions:
             else:
                 scale = zeta.pow((n % span - span / 2) / self.xpos_base)
                 part[0], part[1], part[2], part[3] = cos * scale, sin * scale, cos / scale, sin / scale
+        if batch > 1:
+            tables = tables.repeat(1, batch, 1, 1)
         return Turn(tables[0], tables[1], tables[-2], tables[-1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -11,7 +12,14 @@ from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.config.model import LongNetConfig
+from longnet_dist.model.checkpointing import Execution, Passage
 from longnet_dist.model.feed_forward import FeedForward
+from longnet_dist.model.offload import HostMemory, Shelf
+from longnet_dist.model.rows import RowParts
+
+_PLAIN = Execution()
+
+_PLAIN = Execution()
 
 
 class Block(nn.Module):
@@ -22,12 +30,34 @@ class Block(nn.Module):
         z = y + W_2\,\mathrm{LN}(\mathrm{gelu}(W_1 \mathrm{LN}(y)))
 
     Value, output and feed-forward projections begin with gain :math:`\sqrt{\ln 2M}` for :math:`M` blocks (section 2.2).
+
+    Args:
+        config: of the model.
+        positions: shared by all blocks; None for none.
+        group: the sequence-parallel group; None for one device.
+        overlap: as in :class:`~longnet_dist.LongNet`.
+        execution: what is kept, and how much is computed at once.
+        memory: shared by all blocks of a model that offloads; None otherwise.
+
+    Args:
+        config: of the model.
+        positions: shared by all blocks; None for none.
+        group: the sequence-parallel group; None for one device.
+        execution: what is kept, and how much is computed at once.
+        memory: shared by all blocks of a model that offloads; None otherwise.
     """
 
     def __init__(
-        self, config: LongNetConfig, positions: Positions | None, group: dist.ProcessGroup | None, overlap: bool = True
+        self,
+        config: LongNetConfig,
+        positions: Positions | None,
+        group: dist.ProcessGroup | None,
+        overlap: bool = True,
+        execution: Execution = _PLAIN,
+        memory: HostMemory | None = None,
     ) -> None:
         super().__init__()
+        self.execution, self.memory = execution, memory
         gain = math.sqrt(math.log(2 * config.layers))
         self.self_attn_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.self_attn = DilatedAttention(
@@ -49,6 +79,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None) -> Tensor:
         """``x (B, n, E)`` to ``(B, n, E)``; rows as in :meth:`DilatedAttention.forward`."""
-        x = x + self.self_attn(self.self_attn_layer_norm(x), start=start, total_rows=total_rows, cache=cache)
-        out: Tensor = x + self.ffn(self.final_layer_norm(x))
-        return out
+        execution, attention = self.execution, self.self_attn
+        spec, turn = attention.prepare(x, start, total_rows, cache)
+        weights = dict(self.named_parameters())
+        parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, execution.compile)
+        passage = Passage(parts, spec, execution.checkpointing, (x.shape[0], x.shape[1]), self._shelf())
+        return passage.run(x.flatten(0, 1)).view_as(x)
+
+    def _shelf(self) -> Shelf | None:
+        if not torch.is_grad_enabled():
+            return None
+        return self.memory.shelf(self.execution.offload) if self.memory else Shelf()

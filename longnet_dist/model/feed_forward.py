@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +28,14 @@ class FeedForward(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (B, n, E)`` to ``(B, n, E)``, row by row."""
-        out: Tensor = self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
-        return out
+        """``x (…, E)`` to ``(…, E)``, row by row."""
+        return feed_forward(x, dict(self.named_parameters()), self.ffn_layernorm.eps)
+
+
+def feed_forward(x: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
+    """:class:`FeedForward` on its parameters by name."""
+    inner = F.gelu(F.linear(x, weights["fc1.weight"], weights["fc1.bias"]))
+    inner = F.layer_norm(
+        inner, inner.shape[-1:], weights["ffn_layernorm.weight"], weights["ffn_layernorm.bias"], norm_eps
+    )
+    return F.linear(inner, weights["fc2.weight"], weights["fc2.bias"])

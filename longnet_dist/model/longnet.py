@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -12,7 +13,11 @@ from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ShapeError
 from longnet_dist.model.block import Block
+from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead
+from longnet_dist.model.offload import HostMemory
+
+_PLAIN = Execution()
 
 
 class LongNetOutput(NamedTuple):
@@ -40,16 +45,27 @@ class LongNet(nn.Module):
         config: sizes and mathematics.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device.
         overlap: compute while rows travel between ranks; see :func:`~longnet_dist.dilated_attention`.
+        execution: what is kept for backward, and how much is computed at once; it changes no result.
     """
 
-    def __init__(self, config: LongNetConfig, *, group: dist.ProcessGroup | None = None, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        group: dist.ProcessGroup | None = None,
+        overlap: bool = True,
+        execution: Execution = _PLAIN,
+    ) -> None:
         super().__init__()
         self.config, self.group = config, group
         self.positions = positions_of(config)
         self.embed_scale = config.dim**0.5
         self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
-        self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap) for _ in range(config.layers))
+        memory = HostMemory() if execution.offload else None
+        last = replace(execution, offload=False)  # what the last block keeps is wanted back at once
+        executions = [*[execution] * (config.layers - 1), last]
+        self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap, each, memory) for each in executions)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, config.loss_chunk)
         if config.tie_embeddings:

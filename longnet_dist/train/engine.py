@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.deepspeed import deepspeed_config
 from longnet_dist.config.schema import Config, Precision, TrainConfig
+from longnet_dist.model.block import Block
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
@@ -55,7 +56,11 @@ def build_engine(
         accumulation: micro-batches of a step.
     """
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
 
+    if config.deepspeed.zero_stage == 3:
+        # A block uses the weights of all its parts, in backward too: they are gathered around it, not around each part.
+        set_z3_leaf_modules(model, [Block])
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.train),

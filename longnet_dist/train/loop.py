@@ -20,6 +20,7 @@ from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.errors import CheckpointError, LongNetError
+from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.train.checkpoint import CheckpointState, checkpoint_folder, load_weights, restore
 from longnet_dist.train.checkpoint_writer import CheckpointWriter, remove_partial
@@ -138,7 +139,12 @@ class Trainer:
 
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)
-        model = LongNet(self.config.model, group=self.mesh.sequence_group, overlap=self.config.parallel.overlap)
+        model = LongNet(
+            self.config.model,
+            group=self.mesh.sequence_group,
+            overlap=self.config.parallel.overlap,
+            execution=Execution.of(self.config.train, self.device.type),
+        )
         if self.plan.resume.checkpoint:
             load_weights(self.plan.resume.checkpoint, model)
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)

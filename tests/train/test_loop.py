@@ -93,6 +93,31 @@ def test_training_in_chunks_is_training(tmp_path, corpus, stage, world_size):
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
 
 
+TILES = ("train.activation_checkpointing=selective", "train.feed_forward_tile=20")
+HOST = ("train.activation_checkpointing=full", "train.offload_activations=true", "train.chunk_length=26")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "saving"), [(1, 0, HOST), (2, 1, TILES), (2, 2, HOST), (2, 3, TILES), (1, 3, HOST)]
+)
+def test_saving_memory_is_training(tmp_path, corpus, world_size, stage, saving):
+    settings = ("model.segment_lengths=[16,36,64]", "data.sequence_length=62", f"deepspeed.zero_stage={stage}")
+    settings = (*settings, "train.micro_batch_size=2", "train.clip_norm=1", "parallel.data=1", "train.steps=2")
+    plain = run(world_size, tiny_config(tmp_path / "plain", corpus, *settings))
+    saved = run(world_size, tiny_config(tmp_path / "saved", corpus, *settings, *saving))
+    for line, expected in zip(saved, plain, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+def test_an_optimizer_on_the_host_is_the_optimizer(tmp_path, corpus):
+    settings = ("deepspeed.zero_stage=2", "train.clip_norm=1", "train.precision=bf16")
+    plain = run(2, tiny_config(tmp_path / "plain", corpus, *settings))
+    moved = run(2, tiny_config(tmp_path / "moved", corpus, *settings, "deepspeed.offload_optimizer=true"))
+    for line, expected in zip(moved, plain, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
 def test_chunks_with_validation_on_data_ranks(tmp_path, corpus):
     settings = ("parallel.data=2", "deepspeed.zero_stage=3", "train.validate_every=1", "train.validation_tokens=420")
     for name, chunk in (("whole", 64), ("chunks", 24)):

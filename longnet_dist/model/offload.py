@@ -1,0 +1,138 @@
+"""What blocks keep from forward to backward, on the device or in the memory of the host.
+
+Copies there and back run beside the computation; torch's ``save_on_cpu`` waits for each and pins new memory for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 2**26
+
+
+class Shelf:
+    """What one block keeps, by name; shelves are emptied in the opposite order of their making.
+
+    Args:
+        memory: of the host, if the tensors shall wait there.
+        below: the shelf that was made before.
+    """
+
+    def __init__(self, memory: HostMemory | None = None, below: Shelf | None = None) -> None:
+        self._memory, self._below = memory, below
+        self._kept: dict[str, Tensor | Offloaded] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep a contiguous tensor, which the caller may forget."""
+        tensor = tensor.detach()  # an output that is kept with its graph would never be freed
+        self._kept[name] = self._memory.keep(tensor) if self._memory else tensor
+
+    def take(self, name: str) -> Tensor | None:
+        """Hand out a tensor that was put, once; None if it was not."""
+        kept = self._kept.pop(name, None)
+        return kept.take() if isinstance(kept, Offloaded) else kept
+
+    def fetch(self) -> None:
+        """Start to bring back what waits on the host."""
+        for kept in self._kept.values():
+            if isinstance(kept, Offloaded):
+                kept.fetch()
+
+    def fetch_below(self) -> None:
+        """Start it for the shelf below, once."""
+        if self._below:
+            self._below.fetch()
+        self._below = None
+
+
+class HostMemory:
+    """Pinned memory in slabs of one size, used again and again: to pin memory takes longer than to copy into it.
+
+    On a CPU the same copies are made, from memory to memory.
+
+    torch's allocator of pinned memory rounds up to a power of two, which a slab is already.
+
+    Args:
+        slab_bytes: size of a slab, a power of two.
+    """
+
+    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
+        self.slab_bytes = slab_bytes
+        self._free: list[Tensor] = []
+        self._top: Shelf | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def shelf(self, offload: bool) -> Shelf:
+        """The shelf of the next block, which may also keep its tensors on the device."""
+        self._top = Shelf(self if offload else None, self._top)
+        return self._top
+
+    def keep(self, tensor: Tensor) -> Offloaded:
+        """Start the copy of a contiguous tensor to the host; the caller may forget the tensor."""
+        return Offloaded(self, tensor)
+
+    def borrow(self, tensor: Tensor) -> list[Tensor]:
+        """Slabs with room for ``tensor``."""
+        number = -(-tensor.nbytes // self.slab_bytes)
+        pinned = tensor.is_cuda
+        while len(self._free) < number:
+            self._free.append(torch.empty(self.slab_bytes, dtype=torch.uint8, pin_memory=pinned))
+        return [self._free.pop() for _ in range(number)]
+
+    def give_back(self, slabs: list[Tensor]) -> None:
+        """Slabs whose content was copied, or is being copied on the side stream."""
+        self._free += slabs
+
+    def beside(self, device: torch.device) -> AbstractContextManager[object]:
+        """Let the side stream of ``device`` go on from here; what is started inside runs on it."""
+        if device.type != "cuda":
+            return nullcontext()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(stream)
+
+
+class Offloaded:
+    """A tensor that :meth:`HostMemory.keep` took."""
+
+    def __init__(self, memory: HostMemory, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self._memory, self._slabs = memory, memory.borrow(tensor)
+        self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+        self._fetched: Tensor | None = None
+        with memory.beside(self._device):
+            for part, slab in self._pairs(tensor):
+                slab.copy_(part, non_blocking=True)
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def fetch(self) -> None:
+        """Start the copy back, if it was not yet."""
+        if self._fetched is not None or not self._slabs:
+            return
+        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        with self._memory.beside(self._device):
+            for part, slab in self._pairs(tensor):
+                part.copy_(slab, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(self._device).record_event() if tensor.is_cuda else None
+        self._memory.give_back(self._slabs)
+        self._slabs, self._fetched = [], tensor
+
+    def take(self) -> Tensor:
+        """The tensor, once; what is computed from now on waits for it."""
+        self.fetch()
+        tensor, self._fetched = self._fetched, None
+        assert tensor is not None
+        if self._arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived)
+        return tensor
+
+    def _pairs(self, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The bytes of the tensor in parts, each with as much of its slab."""
+        parts = torch.split(tensor.view(-1).view(torch.uint8), self._memory.slab_bytes)
+        return [(part, slab[: len(part)]) for part, slab in zip(parts, self._slabs, strict=True)]

@@ -1,0 +1,211 @@
+"""The parts of a block that treat every row alone: all but its attention.
+
+Functions of tensors, so that torch can compile and differentiate them: rows ``x (n, E)`` of all sequences of a batch,
+one behind the other, and the block's parameters by name. What is larger than a tile of rows is written into the
+caller's buffers: a compiled function stores there what it computes, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longnet_dist.attention.module import project
+from longnet_dist.attention.positions import Turn
+from longnet_dist.kernels.contract import wide_dtype
+from longnet_dist.model.feed_forward import feed_forward
+
+Weights = Mapping[str, Tensor]
+_BEFORE = tuple(f"{name}." for name in ("self_attn_layer_norm", *(f"self_attn.{x}_proj" for x in "qkv")))
+_BEFORE += ("self_attn.q_norm.", "self_attn.k_norm.")
+
+
+def before_attention(
+    x: Tensor, turn: Turn | None, weights: Weights, head_dim: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``(n, H, D)``, keys and values ``(n, Hkv, D)``."""
+    x = _norm(x, weights, "self_attn_layer_norm", eps)
+    return project(x, turn, _part(weights, "self_attn."), head_dim, eps)
+
+
+def after_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor:
+    """The block's output ``(n, E)`` from its input and the attention's output ``(n, H, D)``."""
+    out = _norm(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps)
+    x = x + F.linear(out, weights["self_attn.out_proj.weight"], weights["self_attn.out_proj.bias"])
+    return x + feed_forward(_norm(x, weights, "final_layer_norm", eps), _part(weights, "ffn."), eps)
+
+
+def write_projections(
+    x: Tensor, turn: Turn | None, weights: Weights, head_dim: int, eps: float, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """:func:`before_attention`, written into ``q, k, v``."""
+    for buffer, value in zip((q, k, v), before_attention(x, turn, weights, head_dim, eps), strict=True):
+        buffer.copy_(value)
+
+
+def write_output(x: Tensor, out: Tensor, weights: Weights, eps: float, z: Tensor) -> None:
+    """:func:`after_attention`, written into ``z``."""
+    z.copy_(after_attention(x, out, weights, eps))
+
+
+def write_output_gradients(
+    x: Tensor, out: Tensor, dz: Tensor, weights: Weights, eps: float, dx: Tensor, dout: Tensor, sums: dict[str, Tensor]
+) -> None:
+    """Backward of :func:`after_attention`: writes ``dx`` and ``dout``, adds the gradients of the weights to ``sums``.
+
+    It computes the forward again; compiled without the last matrix product, which the gradient does not need.
+    """
+    _, backward, *_ = torch.func.vjp(partial(after_attention, eps=eps), x, out, weights)
+    x_gradient, out_gradient, gradients = backward(dz)
+    dx.copy_(x_gradient)
+    dout.copy_(out_gradient)
+    _add(sums, gradients)
+
+
+def add_projection_gradients(
+    x: Tensor,
+    gradients: tuple[Tensor, ...],
+    turn: Turn | None,
+    weights: Weights,
+    head_dim: int,
+    eps: float,
+    dx: Tensor,
+    sums: dict[str, Tensor],
+) -> None:
+    """Backward of :func:`before_attention`: adds to ``dx`` and ``sums``; ``gradients`` may be wider than ``x``."""
+
+    def projections(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        return before_attention(x, turn, weights, head_dim, eps)
+
+    _, backward, *_ = torch.func.vjp(projections, x, weights)
+    x_gradient, weight_gradients = backward(tuple(gradient.to(x.dtype) for gradient in gradients))
+    dx.add_(x_gradient)
+    _add(sums, weight_gradients)
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """The row-wise parts of a block on all its rows, tile by tile; without graph, but for the first two.
+
+    Attributes:
+        weights: the block's parameters by name.
+        turn: positions of the rows; None without.
+        head_dim: ``D``.
+        eps: epsilon of the norms.
+        tile: rows at once; None for all.
+        compile: whether the parts are compiled.
+    """
+
+    weights: Weights
+    turn: Turn | None
+    head_dim: int
+    eps: float
+    tile: int | None = None
+    compile: bool = False
+
+    @cached_property
+    def before(self) -> dict[str, Tensor]:
+        """The weights that act before the attention."""
+        return {name: weight for name, weight in self.weights.items() if name.startswith(_BEFORE)}
+
+    @cached_property
+    def after(self) -> dict[str, Tensor]:
+        """The weights that act behind it."""
+        return {name: weight for name, weight in self.weights.items() if not name.startswith(_BEFORE)}
+
+    def graph_before(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v ``(n, heads, D)`` with their graph."""
+        parts = [self._run(before_attention, x[rows], *self._before(rows, self.before)) for rows in self._tiles(x)]
+        return tuple(_joined(tiles) for tiles in zip(*parts, strict=True))
+
+    def graph_after(self, x: Tensor, out: Tensor) -> Tensor:
+        """The block's output with its graph."""
+        return _joined(
+            [self._run(after_attention, x[rows], out[rows], self.after, self.eps) for rows in self._tiles(x)]
+        )
+
+    def projections(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v ``(n, heads, D)``."""
+        heads = [len(self.before[f"self_attn.{name}_proj.bias"]) // self.head_dim for name in "qkv"]
+        x, weights = x.detach(), _detached(self.before)
+        whole = tuple(x.new_empty(len(x), number, self.head_dim) for number in heads)
+        for rows in self._tiles(x):
+            self._run(write_projections, x[rows], *self._before(rows, weights), *(part[rows] for part in whole))
+        return whole
+
+    def output(self, x: Tensor, out: Tensor) -> Tensor:
+        """The block's output."""
+        x, out, weights = x.detach(), out.detach(), _detached(self.after)
+        z = torch.empty_like(x)
+        for rows in self._tiles(x):
+            self._run(write_output, x[rows], out[rows], weights, self.eps, z[rows])
+        return z
+
+    def output_gradients(self, x: Tensor, out: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention."""
+        dx, dout, sums, weights = torch.empty_like(x), torch.empty_like(out), _zeros(self.after), _detached(self.after)
+        for rows in self._tiles(x):
+            given = x[rows], out[rows], dz[rows], weights, self.eps
+            self._run(write_output_gradients, *given, dx[rows], dout[rows], sums)
+        return dx, dout, _narrow(sums, self.after)
+
+    def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
+        """Add to ``dx`` what comes through q, k, v; gradients of the weights before the attention."""
+        sums, weights = _zeros(self.before), _detached(self.before)
+        for rows in self._tiles(x):
+            tiles = tuple(gradient[rows] for gradient in gradients)
+            self._run(add_projection_gradients, x[rows], tiles, *self._before(rows, weights), dx[rows], sums)
+        return _narrow(sums, self.before)
+
+    def _before(self, rows: slice, weights: Weights) -> tuple[Turn | None, Weights, int, float]:
+        return self.turn and self.turn.rows(rows), weights, self.head_dim, self.eps
+
+    def _tiles(self, x: Tensor) -> Iterator[slice]:
+        tile = self.tile or len(x)
+        return (slice(first, min(first + tile, len(x))) for first in range(0, len(x), tile))
+
+    def _run(self, part: Callable[..., Any], *given: Any) -> Any:
+        return (_compiled(part) if self.compile else part)(*given)
+
+
+@lru_cache(maxsize=16)
+def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once for each shape of its tensors, for all blocks; what torch cannot compile is an error."""
+    return torch.compile(part, dynamic=False, fullgraph=True)
+
+
+def _joined(tiles: Sequence[Tensor]) -> Tensor:
+    return tiles[0] if len(tiles) == 1 else torch.cat(tuple(tiles))
+
+
+def _detached(weights: Weights) -> dict[str, Tensor]:
+    """For a compiled function, which asks for gradients otherwise; for one call, because ZeRO moves its weights."""
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _zeros(weights: Weights) -> dict[str, Tensor]:
+    """Room for sums over tiles."""
+    return {name: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for name, weight in weights.items()}
+
+
+def _narrow(sums: dict[str, Tensor], weights: Weights) -> list[Tensor]:
+    return [sums[name].to(weight.dtype) for name, weight in weights.items()]
+
+
+def _norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+
+def _part(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _add(sums: dict[str, Tensor], gradients: Weights) -> None:
+    for name, gradient in gradients.items():
+        sums[name].add_(gradient)

@@ -1,0 +1,184 @@
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.model.checkpointing import Execution
+from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.rows import RowParts
+from tests.distributed import run_distributed
+
+EXECUTIONS = (
+    Execution("none", tile=7),
+    Execution("selective"),
+    Execution("selective", offload=True, tile=7),
+    Execution("full", tile=10),
+    Execution("full", offload=True),
+)
+
+
+def model_config(**fields):
+    sizes = {"dim": 16, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 24, "loss_chunk": 8, "xpos_base": 64}
+    pattern = {"segment_lengths": (8, 20, 64), "dilation_rates": (1, 2, 4)}
+    return LongNetConfig(**(sizes | pattern | fields))
+
+
+def gradients(execution, rows, batch=2, group=None, chunk=None, **fields):
+    """Loss sum and all gradients of this rank's rows of a sequence of ``rows``, whole or streamed in chunks."""
+    torch.manual_seed(0)
+    model = LongNet(model_config(**fields), group=group, execution=execution).double()
+    tokens = torch.randint(256, (batch, rows))
+    labels = tokens.roll(-1, 1)
+    stream = model.stream(rows)
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for shards in stream.record(chunk or rows):
+            part = slice(*shards.window(stream.rank))
+            model(tokens[:, part], labels[:, part], stream=stream)
+    for shards in stream.replay(chunk or rows):
+        part = slice(*shards.window(stream.rank))
+        loss = model(tokens[:, part], labels[:, part], stream=stream).loss_sum
+        loss.backward()
+        total += loss.detach()
+    return total, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "causal": False}], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+def test_gradients_do_not_depend_on_the_execution(execution, fields):
+    assert_same(gradients(execution, 31, **fields), gradients(Execution(), 31, **fields))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS[2:4], ids=str)
+def test_nor_those_of_a_stream(execution):
+    assert_same(gradients(execution, 50, chunk=19), gradients(Execution(), 50))
+
+
+def gradients_on_ranks(executions, rows, chunk):
+    return [gradients(execution, rows, group=dist.group.WORLD, chunk=chunk) for execution in executions]
+
+
+@pytest.mark.parametrize(("ranks", "chunk"), [(2, None), (3, None), (2, 24)])
+def test_nor_those_of_ranks(ranks, chunk):
+    """Every rank has the same part of loss and gradients, and all parts together are the whole."""
+    results = run_distributed(gradients_on_ranks, ranks, (Execution(), *EXECUTIONS[2:4]), 50, chunk)
+    for plain, *others in results:
+        for other in others:
+            assert_same(other, plain)
+    loss, whole = gradients(Execution(), 50)
+    assert_same(sum(plain[0] for plain, *_ in results), loss)
+    for name, gradient in whole.items():
+        assert_same(sum(plain[1][name] for plain, *_ in results), gradient)
+
+
+class Counter:
+    """Counts the calls of a kernel."""
+
+    def __init__(self, monkeypatch):
+        from longnet_dist.kernels.sdpa import SdpaKernel
+
+        self.forwards, forward = 0, SdpaKernel.forward
+
+        def counted(kernel, *given):
+            self.forwards += 1
+            forward(kernel, *given)
+
+        monkeypatch.setattr(SdpaKernel, "forward", counted)
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_selective_computes_no_attention_again(monkeypatch, checkpointing, times):
+    counter = Counter(monkeypatch)
+    gradients(Execution("none"), 31)
+    once = counter.forwards
+    gradients(Execution(checkpointing), 31)
+    assert counter.forwards - once == times * once > 0
+
+
+def kept_bytes(execution, rows):
+    """Bytes of the tensors that a forward leaves for its backward, without the weights."""
+    torch.manual_seed(0)
+    model, seen = LongNet(model_config(layers=1), execution=execution), {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    shelves = []
+    block = model.blocks[0]
+    make = block._shelf
+    block._shelf = lambda: shelves.append(make()) or shelves[-1]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(torch.randn(1, rows, 16, requires_grad=True), None, None)
+    for tensor in shelves[0]._kept.values():
+        pack(tensor)
+    return sum(size for pointer, size in seen.items() if pointer not in own)
+
+
+def test_what_is_kept_is_what_the_table_says():
+    """ARCHITECTURE.md, "Memory of a step": float32, E = 16, H = 4, of 1,000 rows."""
+    rows, dim, heads = 1000, 16, 4
+    assert kept_bytes(Execution("full"), rows) == rows * 4 * dim
+    assert kept_bytes(Execution("selective"), rows) == rows * 4 * (2 * dim + heads)
+    assert kept_bytes(Execution("none"), rows) > rows * 4 * 10 * dim
+
+
+def test_a_second_backward_is_refused():
+    model = LongNet(model_config(), execution=Execution("selective"))
+    loss = model(torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 9, dtype=torch.int64)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="can run once"):
+        loss.backward()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile without its slow last stage; counts the graphs that were made."""
+    from torch._dynamo.utils import counters
+
+    from longnet_dist.model import rows
+
+    torch._dynamo.reset()
+    counters.clear()
+    rows._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield counters
+    rows._compiled.cache_clear()
+
+
+def test_compiled_parts_compute_the_same(graphs):
+    """One graph for each part and shape, and not for each block: 30 rows are tiles of 10, twice."""
+    compiled = Execution("selective", tile=10, compile=True)
+    assert_same(gradients(compiled, 30, 1), gradients(Execution(), 30, 1))
+    assert graphs["stats"]["unique_graphs"] == 4
+    gradients(compiled, 60, 1)  # nor for each length, nor for each place in a sequence
+    gradients(compiled, 60, 1, chunk=30)
+    assert graphs["stats"]["unique_graphs"] == 4
+    assert not graphs["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which torch's compiler reads
+def test_blocks_without_checkpointing_compile_too(graphs):
+    assert_same(gradients(Execution(compile=True), 30, 1), gradients(Execution(), 30, 1))
+    assert graphs["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.?torch.jit.script_method:DeprecationWarning")  # of torch's compiler itself
+def test_a_compiled_part_to_machine_code():
+    torch.manual_seed(0)
+    block = LongNet(model_config()).double().blocks[0]
+    results = []
+    for compile in (False, True):
+        parts = RowParts(dict(block.named_parameters()), None, 4, 1e-5, compile=compile)
+        results.append(parts.output(torch.ones(10, 16, dtype=torch.float64), torch.ones(10, 4, 4, dtype=torch.float64)))
+    assert_same(*results)
