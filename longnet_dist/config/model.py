@@ -38,7 +38,7 @@ class LongNetConfig(BaseModel):
         qk_norm: RMSNorm of every head's query and key before the positions.
         tie_embeddings: whether the output projection is the embedding.
         norm_eps: epsilon of all norms.
-        loss_chunk: rows of logits that the loss holds at once.
+        loss_chunk: rows of logits that the loss holds at once; if not given, as many as have 2^26 logits.
 
     Raises:
         ConfigError: an unknown field, a wrong type, or fields that do not fit together.
@@ -62,7 +62,7 @@ class LongNetConfig(BaseModel):
     qk_norm: bool = False
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
-    loss_chunk: PositiveInt = 1024
+    loss_chunk: PositiveInt | None = None
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -115,6 +115,11 @@ class LongNetConfig(BaseModel):
     def head_dim(self) -> int:
         """``D``."""
         return self.dim // self.heads
+
+    @property
+    def logits_rows(self) -> int:
+        """Rows of logits that the loss holds at once: 256 MiB in float32 unless ``loss_chunk`` says otherwise."""
+        return self.loss_chunk or max(1, 2**26 // self.vocab_size)
 
     @property
     def mask_id(self) -> int | None:

@@ -67,7 +67,7 @@ class LongNet(nn.Module):
         executions = [*[execution] * (config.layers - 1), last]
         self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap, each, memory) for each in executions)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.head = LanguageModelHead(config.dim, config.vocab_size, config.loss_chunk)
+        self.head = LanguageModelHead(config.dim, config.vocab_size, config.logits_rows, execution.compile)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 

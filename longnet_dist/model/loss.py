@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from longnet_dist.model.compiled import run
+
 IGNORE_INDEX = -100
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool = False) -> Tensor:
     """Sum of the cross-entropies of ``softmax(x weightᵀ)``; ``chunk`` rows of logits exist at a time.
 
     Softmax, the loss and the sum of the chunks' gradients of ``weight`` are float32 (float64 for float64 inputs);
@@ -24,38 +26,49 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) 
         weight: ``(V, E)``, in the dtype of ``x``.
         labels: ``(rows,)`` int64 in ``0 … V-1``, or :data:`IGNORE_INDEX` for a row without label.
         chunk: rows, at least 1.
+        compile: whether what happens to a chunk of logits is compiled.
 
     Returns:
         Scalar, float32 or float64.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels, chunk, compile)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool) -> Tensor:
         ctx.save_for_backward(x, weight, labels)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.compile = chunk, compile
         loss = torch.zeros((), dtype=_wide(x), device=x.device)
+        x, weight = x.detach(), weight.detach()
         for rows in _chunks(len(x), chunk):
-            logits = F.linear(x[rows], weight).to(loss.dtype)
-            loss += F.cross_entropy(logits, labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+            loss += run(_loss_of, compile, x[rows], weight, labels[rows])
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, labels = ctx.saved_tensors
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, labels = (tensor.detach() for tensor in ctx.saved_tensors)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=_wide(x))
         for rows in _chunks(len(x), ctx.chunk):
-            kept = (labels[rows] != IGNORE_INDEX).unsqueeze(1)
-            dlogits = F.linear(x[rows], weight).to(dweight.dtype).softmax(-1)
-            dlogits.scatter_add_(1, labels[rows].unsqueeze(1) * kept, -kept.to(dlogits.dtype))
-            dlogits = (dlogits * (kept * dloss)).to(x.dtype)
-            dx[rows] = dlogits @ weight
-            dweight += dlogits.T @ x[rows]
-        return dx, dweight.to(weight.dtype), None, None
+            run(_write_gradients, ctx.compile, x[rows], weight, labels[rows], dloss, dx[rows], dweight)
+        return dx, dweight.to(weight.dtype), None, None, None
+
+
+def _loss_of(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(x, weight).to(_wide(x))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, dloss: Tensor, dx: Tensor, dweight: Tensor) -> None:
+    """Write the gradient of some rows, add that of the weight."""
+    labelled = (labels != IGNORE_INDEX).unsqueeze(1)
+    probabilities = F.linear(x, weight).to(dweight.dtype).softmax(-1)
+    right = torch.arange(len(weight), device=x.device) == labels.unsqueeze(1)
+    dlogits = ((probabilities - right.to(dweight.dtype)) * (labelled * dloss)).to(x.dtype)
+    dx.copy_(dlogits @ weight)
+    dweight.add_(dlogits.T @ x)
 
 
 class LanguageModelHead(nn.Module):
@@ -67,11 +80,12 @@ class LanguageModelHead(nn.Module):
         dim: model dim ``E``.
         vocab_size: ``V``. Whoever ties ``weight`` to an embedding may give it more rows: these are no outputs.
         chunk: rows of logits that the loss holds at once.
+        compile: whether what happens to them is compiled.
     """
 
-    def __init__(self, dim: int, vocab_size: int, chunk: int) -> None:
+    def __init__(self, dim: int, vocab_size: int, chunk: int, compile: bool = False) -> None:
         super().__init__()
-        self.vocab_size, self.chunk = vocab_size, chunk
+        self.vocab_size, self.chunk, self._compiles = vocab_size, chunk, compile
         self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
         nn.init.normal_(self.weight, std=dim**-0.5)
 
@@ -81,7 +95,7 @@ class LanguageModelHead(nn.Module):
         weight = self.weight if len(self.weight) == self.vocab_size else self.weight[: self.vocab_size]
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), self.chunk)
+        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), self.chunk, self._compiles)
 
 
 def _wide(x: Tensor) -> torch.dtype:

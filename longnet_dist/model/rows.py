@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from longnet_dist.attention.module import project
 from longnet_dist.attention.positions import Turn
 from longnet_dist.kernels.contract import wide_dtype
+from longnet_dist.model.compiled import run
 from longnet_dist.model.feed_forward import feed_forward
 
 Weights = Mapping[str, Tensor]
@@ -171,13 +172,7 @@ class RowParts:
         return (slice(first, min(first + tile, len(x))) for first in range(0, len(x), tile))
 
     def _run(self, part: Callable[..., Any], *given: Any) -> Any:
-        return (_compiled(part) if self.compile else part)(*given)
-
-
-@lru_cache(maxsize=16)
-def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled once for each shape of its tensors, for all blocks; what torch cannot compile is an error."""
-    return torch.compile(part, dynamic=False, fullgraph=True)
+        return run(part, self.compile, *given)
 
 
 def _joined(tiles: Sequence[Tensor]) -> Tensor:

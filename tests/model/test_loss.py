@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead, linear_cross_entropy
 
 
@@ -15,6 +18,18 @@ def problem(dtype, rows=37, vocab=11, dim=8):
 
 def dense(x, weight, labels):
     return F.cross_entropy(x @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def test_a_compiled_loss_is_the_same(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    x, weight, labels = problem(torch.float64)
+    for compile in (False, True):
+        loss = linear_cross_entropy(x, weight, labels, 10, compile)
+        torch.testing.assert_close(loss, dense(x, weight, labels))
+        gradients = torch.autograd.grad(loss, (x, weight))
+        torch.testing.assert_close(gradients, torch.autograd.grad(dense(x, weight, labels), (x, weight)))
+    _compiled.cache_clear()
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
