@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from benchmarks.dense import make_dense
 from longnet_dist import LongNet, LongNetConfig
-from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.stream import Stream
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.read_ahead import read_ahead
@@ -39,8 +37,7 @@ class Job:
         group = dist.group.WORLD if dist.get_world_size() > 1 else None
         model = LongNet(config, group=group).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dense:
-            for block in model.blocks:
-                block.self_attn.__class__ = DenseAttention
+            make_dense(model)
         self.model, self.windows, self.chunk, self.device = model, windows, chunk, device
         self.masters = MasterWeights(model) if trains else None
 
@@ -115,19 +112,6 @@ class MasterWeights:
         for weight, master in zip(self._weights, self._masters, strict=True):
             weight.copy_(master)
             master.grad.zero_()
-
-
-class DenseAttention(DilatedAttention):
-    """The layer with full causal attention instead; the rows are the whole sequence."""
-
-    def forward(self, x: Tensor, **_: object) -> Tensor:
-        q, k, v = (
-            rearrange(project(x), "b n (h d) -> b n h d", d=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self.positions(self.q_norm(q), self.k_norm(k), self.pattern, 0, x.shape[1])
-        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True)
-        return self.out_proj(self.inner_attn_ln(rearrange(out, "b h n d -> b n (h d)")))
 
 
 def model_flops(config: LongNetConfig, tokens: int, trains: bool, dense: bool) -> int:

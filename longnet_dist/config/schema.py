@@ -60,6 +60,11 @@ class ProfileConfig(Section):
     first: PositiveInt = 3
     steps: PositiveInt = 1
 
+    @property
+    def last(self) -> int:
+        """Number of the last one."""
+        return self.first + self.steps - 1
+
 
 class TrainConfig(Section):
     """How it is trained; the defaults of the optimizer are LongNet's (section 4.1, appendix A).
@@ -139,6 +144,11 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be at least 0 and below 1, not {list(self.adam_betas)}")
+        if self.profile and self.profile.last > self.steps:
+            raise ConfigError(
+                f"train.profile asks for steps {self.profile.first} to {self.profile.last} of a run of {self.steps}; "
+                f"use a smaller train.profile.first or train.profile.steps"
+            )
         if self.offload_activations and self.activation_checkpointing == "none":
             raise ConfigError(
                 "train.offload_activations moves what activation checkpointing keeps, but "

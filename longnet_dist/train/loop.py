@@ -30,6 +30,7 @@ from longnet_dist.train.generation import Sampling
 from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
 from longnet_dist.train.out_of_memory import remedies
 from longnet_dist.train.plan import RunPlan
+from longnet_dist.train.profile import StepProfiler
 from longnet_dist.train.run_folder import set_aside
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import ReadRows, StepResult, train_step
@@ -96,6 +97,7 @@ class Trainer:
         self.batches = plan.training_data(self.token_file)
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
+        self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
         self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
             self._resume(plan.resume.checkpoint, plan.resume.state)
@@ -165,8 +167,9 @@ class Trainer:
             while self.step < train.steps:
                 began = time.perf_counter()
                 rate = learning_rate(self.step + 1, train)
-                result = self._train_step(self.step, rate, stop_requested)
-                seconds = time.perf_counter() - began
+                with self.profiler.step(self.step + 1):
+                    result = self._train_step(self.step, rate, stop_requested)
+                    seconds = time.perf_counter() - began
                 self.step += 1
                 self.tokens += tokens_per_step
                 self.skipped += result.skipped

@@ -39,6 +39,7 @@ def test_a_configuration_is_immutable():
         ({"train": {"offload_activations": True}}, "train.activation_checkpointing is none; use selective or full"),
         ({"train": {"activation_checkpointing": "some"}}, "should be 'none', 'selective' or 'full'"),
         ({"train": {"profile": {"first": 0}}}, "train.profile.first=0 should be greater than 0"),
+        ({"train": {"profile": {"first": 9, "steps": 3}}}, "asks for steps 9 to 11 of a run of 10"),
         ({"train": {"profile": {"last": 3}}}, "the nearest is train.profile.steps"),
         ({"deepspeed": {"offload_optimizer": True, "zero_stage": 0}}, "needs deepspeed.zero_stage 1, 2 or 3, not 0"),
         ({"data": {"sequence_length": -5}}, "data.sequence_length=-5"),

@@ -1,0 +1,47 @@
+"""The same models with full causal attention: what a user would pick otherwise."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from longnet_dist import LongNet
+from longnet_dist.attention.stream import LayerCache
+from longnet_dist.model.block import Block
+from longnet_dist.model.rows import RowParts
+
+
+def make_dense(model: LongNet) -> LongNet:
+    """Let all blocks of a causal model of one device attend to all earlier rows; positions must span them."""
+    for block in model.blocks:
+        block.__class__ = DenseBlock
+    return model
+
+
+class DenseBlock(Block):
+    """Attention by torch, cuDNN's on a GPU; checkpointed whole by torch where the model checkpoints at all."""
+
+    def forward(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None) -> Tensor:
+        if self.execution.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._block(x)
+        return checkpoint(self._block, x, use_reentrant=False)
+
+    def _block(self, x: Tensor) -> Tensor:
+        execution, attention = self.execution, self.self_attn
+        _, turn = attention.prepare(x, None, None, None)
+        weights = dict(self.named_parameters())
+        parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, execution.compile)
+        rows = x.flatten(0, 1)
+        q, k, v = (part.unflatten(0, x.shape[:2]).transpose(1, 2) for part in parts.graph_before(rows))
+        with _backend(x):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return parts.graph_after(rows, out.transpose(1, 2).flatten(0, 1)).view_as(x)
+
+
+def _backend(x: Tensor) -> AbstractContextManager[object]:
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if x.is_cuda and x.dtype != torch.float32 else nullcontext()
