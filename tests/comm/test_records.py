@@ -72,6 +72,27 @@ def test_no_records_change_nothing():
     assert torch.equal(k, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_gpu_gives_what_a_cpu_gives(dtype):
+    k, v, places = keys_and_values(2, 301, 3, 64, dtype)
+    gradients = torch.randn(60, 2, 2, 64, generator=torch.Generator().manual_seed(3)).to(
+        dtype if k.dtype == torch.float64 else torch.float32
+    )
+    sums = sums_by_place(places[torch.arange(60) % 7].numpy())
+    packed, results = take(k, v, places), []
+    for device in ("cpu", "cuda"):
+        key, value = (x.clone().to(device) for x in (k, v))
+        on_device = take(key, value, places.to(device))
+        assert torch.equal(on_device.cpu(), packed)
+        put(on_device, key, value, places.flip(0).to(device))
+        add(gradients.to(device), key, value, Sums(*(torch.from_numpy(x).to(device) for x in sums)))
+        results.append([key.cpu(), value.cpu()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

@@ -40,7 +40,7 @@ torch.Tensor.is_cuda = property(lambda self: True)
 torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
 
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.window import dense_pieces
+from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
 from longnet_dist.kernels.contract import Call
 from longnet_dist.kernels.triton_kernel import TritonKernel
 
@@ -52,6 +52,13 @@ for deterministic in (False, True):
     kernel.forward(call, q, k, v, out, lse)
     statistics = kernel.start_backward(dout, out, lse, dq)
     kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
+# Keys of a segment that other ranks share, as the exchange leaves them, with gradients in float32.
+pattern, names[:] = DilatedPattern([8192], [2]), [*names, "shared:"]
+(segment,) = shared_segments(pattern, 4096, 8192, 8192, True)
+call = Call(compact_piece(pattern, segment, 4096, 8192), (0, 1), True, 0.1)
+(key, value), (dkey, dvalue) = (torch.empty(2, 1, 4096, 2, dim, dtype=x) for x in (torch.bfloat16, torch.float32))
+kernel.forward(call, q, key, value, out, lse)
+kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
 print(" ".join(names))
 """
 
@@ -65,5 +72,6 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     hopper = capability == 90 and triton.__version__.startswith("3.6.")
-    assert ("hopper_backward_kernel" in answer.stdout) == hopper
+    dense, shared = answer.stdout.split("shared:")
+    assert ("hopper_backward_kernel" in dense) == ("hopper_backward_kernel" in shared) == hopper
     assert "query_gradient_kernel" in answer.stdout
