@@ -6,8 +6,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from longnet_dist.comm.flight_recorder import record_collectives, write_collectives
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
@@ -53,17 +55,22 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     plan = RunPlan.make(config, launch.world_size, device.type)
     launch.share_cores()
     prepare_deepspeed(launch, device)
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    with process_group(launch, device, timeout), _watchdog(launch, timeout), remedies(launch.rank, _sizes(plan)):
+    timeout, records = timedelta(minutes=config.parallel.timeout_minutes), plan.folder.flight_recorder
+    record_collectives(records, config.parallel.flight_recorder, os.environ)
+    watchdog = _watchdog(launch, timeout, partial(write_collectives, records, launch.rank))
+    with process_group(launch, device, timeout), watchdog, remedies(launch.rank, _sizes(plan)):
         return Trainer(plan, device).run()
 
 
-def _watchdog(launch: LaunchEnvironment, timeout: timedelta) -> AbstractContextManager[object]:
+@contextmanager
+def _watchdog(launch: LaunchEnvironment, timeout: timedelta, record: Callable[[], object]) -> Iterator[None]:
     if launch.world_size == 1:
-        return nullcontext()
+        yield
+        return
     store = dist.distributed_c10d._get_default_store()
     keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-    return Watchdog(store, keeper, launch.rank, launch.world_size, timeout.total_seconds())
+    with Watchdog(store, keeper, launch.rank, launch.world_size, timeout.total_seconds(), record):
+        yield
 
 
 def _sizes(plan: RunPlan) -> str:
@@ -137,6 +144,8 @@ class Trainer:
         set_aside(self.plan.resume.damaged)
         remove_partial(folder.path)
         folder.describe(self.plan.resolved(self.token_file), self.token_file.tokenizer)
+        if self.device.type == "cuda":
+            folder.flight_recorder.mkdir(exist_ok=True)  # NCCL's own time-out writes there, and makes no folder
         return stack.enter_context(MetricsLog(folder, self.step))
 
     def _engine(self) -> Any:

@@ -39,6 +39,7 @@ class RunFolder:
         validation.jsonl     one object a validation
         tensorboard/         the same for TensorBoard
         checkpoints/         see train/checkpoint.py
+        flight_recorder/     the last collectives of every rank, where ranks did not meet
         loss.png sample.txt  at the end
     """
 
@@ -59,6 +60,10 @@ class RunFolder:
     @property
     def validation_file(self) -> Path:
         return self.path / "validation.jsonl"
+
+    @property
+    def flight_recorder(self) -> Path:
+        return self.path / "flight_recorder"
 
     @property
     def tensorboard(self) -> Path:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -77,11 +77,20 @@ class Watchdog:
         rank: of this process.
         world_size: number of ranks.
         timeout_seconds: within which a silent rank ends the run.
+        record: called before the run ends because of another rank, to leave what helps to find out why.
     """
 
-    def __init__(self, store: Any, keeper: str, rank: int, world_size: int, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        keeper: str,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        record: Callable[[], object] = lambda: None,
+    ) -> None:
         self._store = store.clone()  # a connection of its own, so that requests of the main thread do not delay it
-        self._keeper = keeper
+        self._keeper, self._record = keeper, record
         self._rank, self._world_size, self._timeout = rank, world_size, timeout_seconds
         self._interval = min(MAX_INTERVAL_SECONDS, timeout_seconds / BEATS_IN_TIMEOUT)
         self._main = threading.get_ident()
@@ -103,6 +112,7 @@ class Watchdog:
         self._threads[0].join(self._patience)
         try:
             if isinstance(error, RuntimeError) and _is_of_communication(error):
+                self._leave_record()
                 failure = self._explain(error)
                 kind = LostRankError if failure.status == LOST_RANK_STATUS else LongNetError
                 raise kind(f"rank {self._rank} {failure.message}") from None
@@ -159,11 +169,16 @@ class Watchdog:
     def _end_unless(self, main_does: threading.Event, failure: Failure) -> None:
         """End the process, unless the main thread can end it with a message of its own, having seen the same."""
         if not main_does.wait(self._patience):
+            self._leave_record()
             _kill_siblings(failure.silent)
             # On a line of its own, below the progress bar.
             sys.stderr.write(f"\nerror: rank {self._rank} ends the run: {failure.message}\n")
             sys.stderr.flush()
             os._exit(failure.status)
+
+    def _leave_record(self) -> None:
+        with suppress(OSError, RuntimeError):  # what ends the run matters more
+            self._record()
 
     def _beat(self) -> None:
         self._number += 1

@@ -1,5 +1,6 @@
 """What a run does when it is stopped, killed, frozen, or when the disk, the memory or the numbers give out."""
 
+import json
 import os
 import shutil
 import signal
@@ -91,6 +92,8 @@ def test_a_killed_rank_ends_the_others_with_one_message(config, tmp_path):
             assert len(ranks.errors(rank)) == 1
             assert "lost another rank" in ranks.errors(rank)[0]
             assert "Traceback" not in ranks.output(rank)
+            recorded = json.loads((tmp_path / "run" / "flight_recorder" / f"rank_{rank}.json").read_text())
+            assert any("reduce" in entry["profiling_name"] for entry in recorded["entries"])
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ def ends(monkeypatch):
     return statuses
 
 
-def make(store, rank, world_size=2, timeout_seconds=2.0):
-    return Watchdog(store, "rank 0", rank, world_size, timeout_seconds)
+def make(store, rank, world_size=2, timeout_seconds=2.0, record=lambda: None):
+    return Watchdog(store, "rank 0", rank, world_size, timeout_seconds, record)
 
 
 def beat_once(store, rank, **place):
@@ -56,6 +56,19 @@ def test_a_silent_rank_is_named_to_all(ends, capfd):
         f"error: rank {rank} ends the run: rank 2" for rank in (0, 1)
     }
     assert all("parallel.timeout_minutes=0.0333333" in error for error in errors)
+
+
+def test_a_record_is_left_before_a_silent_rank_ends_the_run(ends, capfd):
+    def record():
+        left.append(list(ends))
+        raise OSError("no space")  # must not keep the run from ending
+
+    store, left = dist.HashStore(), []
+    with make(store, 0, record=record):
+        beat_once(store, 1)
+        errors_of((0,), capfd)
+    assert left[0] == []
+    assert set(ends) == {69}
 
 
 def test_the_failure_of_a_rank_reaches_the_others(ends, capfd):
