@@ -124,8 +124,14 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
         ) from None
     try:
         yield
+    except BaseException:
+        if device.type == "cuda":
+            # Destroying it would wait for collectives of this rank that the others, who still run, never join.
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
