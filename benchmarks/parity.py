@@ -70,7 +70,8 @@ LAYOUTS = {
         Layout(2, 1, 2, "bf16"),
     ],
 }
-MODEL = {"cpu": [], "cuda": ["model.dim=256", "model.heads=4"]}
+# On GPUs heads that the fastest kernels take, and no minute of compiling before each run.
+SETTINGS = {"cpu": [], "cuda": ["model.dim=256", "model.heads=4", "train.compile=false"]}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def curves(folder: Path, options: argparse.Namespace, layout: Layout) -> Curves:
     """Losses and gradient norms of a run."""
-    settings = [*layout.settings, *MODEL[options.device], f"train.steps={options.steps}", *options.settings]
+    settings = [*layout.settings, *SETTINGS[options.device], f"train.steps={options.steps}", *options.settings]
     ranks, place = layout.data * layout.sequence, folder / layout.name.replace(" ", "_")
     lines = metrics_of_run("configs/quickstart.yaml", place, ranks, settings, options.device)
     return {key: [line[key] for line in lines] for key in ("loss", "grad_norm")}

@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dim", type=int, default=64, help="of a head (default %(default)s)")
     add("--base", type=int, default=2048, help="shortest segment (default %(default)s)")
     add("--repeats", type=int, default=7)
-    add("--timeout-minutes", type=float, default=3.0, help="of a collective (default %(default)s)")
+    add("--timeout-minutes", type=float, default=5.0, help="of a collective (default %(default)s)")
     add(
         "--output",
         type=Path,
