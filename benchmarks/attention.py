@@ -1,18 +1,19 @@
-"""Time and memory of dilated attention on one GPU, beside dense kernels at the same segment shape.
+"""Dilated attention on one GPU: time and memory beside dense kernels, torchscale, and errors.
 
-    python benchmarks/attention.py [--output benchmarks/results] [--backend auto] [--only NAME ...]
+    python benchmarks/attention.py [--sections speed torchscale accuracy] [--only CASE ...] [--output FOLDER]
 
-Prints a table and writes ``attention.json`` and ``attention.png``. A rate counts the attended (query, key) pairs alone:
-4·D FLOPs a pair forward, 10·D backward. The dense rate is that of the fastest kernel found (cuDNN and
-FlashAttention-2 of torch; flash-attn 4 if installed) on N / 2048 sequences of 2,048 rows.
+Prints tables and writes ``attention.json``, anew after every line, and ``attention.png``. A rate counts the attended
+(query, key) pairs alone: 4·D FLOPs a pair forward, 10·D backward. The dense rate is that of the fastest kernel found
+(``attention_peers.py``) on N / 2048 sequences of 2,048 rows. The section ``torchscale`` needs a checkout of
+github.com/microsoft/torchscale, whose path the environment variable TORCHSCALE names.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,11 +25,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
+from benchmarks.attention_accuracy import compare
+from benchmarks.attention_peers import Attend, dense_kernels, torchscale_attention
 from benchmarks.record import environment
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -112,47 +113,57 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
     out = attend(q, k, v)
     gradients = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
     backward = median_ms(gradients)
+    forward_rate, both_rate = rate(flops, forward, forward + backward)
     return {
         "forward_ms": forward,
         "backward_ms": backward,
         "both_ms": forward + backward,
         "ns_per_row": (forward + backward) * 1e6 / case.rows,
-        "forward_tflops": flops / forward / 1e9,
-        "both_tflops": 3.5 * flops / (forward + backward) / 1e9,
+        "forward_tflops": forward_rate,
+        "both_tflops": both_rate,
         "forward_extra_share_of_output": forward_extra / (out.numel() * out.element_size()),
         "backward_extra_share_of_float32_dq": extra_bytes(gradients) / (q.numel() * 4),
     }
 
 
 def dense_rates(case: Case) -> dict[str, tuple[float, float]]:
-    """``(forward, forward + backward)`` TFLOP/s of each dense kernel on sequences of 2,048 rows."""
+    """``(forward, forward + backward)`` in TFLOP/s of each dense kernel on sequences of 2,048 rows."""
     batch = min(case.rows, MILLION) // ROWS
     q, k, v, dout = inputs(case, batch, ROWS)
     pairs = ROWS * (ROWS + 1) // 2 if case.causal else ROWS * ROWS
     flops = 4 * case.dim * case.heads * batch * pairs
-    kernels: dict[str, Callable[[], Tensor]] = {}
-    for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention-2", SDPBackend.FLASH_ATTENTION)):
-        kernels[name] = partial(_torch_attention, kernel, q, k, v, case)
-    if importlib.util.find_spec("flash_attn"):
-        from flash_attn.cute import flash_attn_func
-
-        kernels["flash-attn 4"] = lambda: flash_attn_func(q, k, v, causal=case.causal)
-    rates = {}
-    for name, attend in kernels.items():
-        with torch.no_grad():
-            forward = median_ms(attend)
-        out = attend()
-        out = out[0] if isinstance(out, tuple) else out
-        backward = median_ms(partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True))
-        rates[name] = (flops / forward / 1e9, 3.5 * flops / (forward + backward) / 1e9)
-    return rates
+    return {name: rate(flops, *times(attend, q, k, v, dout)) for name, attend in dense_kernels(case.causal).items()}
 
 
-def _torch_attention(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(kernel):
-        grouped = case.heads != case.kv_heads
-        return scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=grouped).transpose(1, 2)
+def times(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[float, float]:
+    """Milliseconds of forward, and of forward and backward."""
+    with torch.no_grad():
+        forward = median_ms(lambda: attend(q, k, v))
+    out = attend(q, k, v)
+    return forward, forward + median_ms(partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True))
+
+
+def rate(flops: int, forward_ms: float, both_ms: float) -> tuple[float, float]:
+    """TFLOP/s of forward, and of forward and backward."""
+    return flops / forward_ms / 1e9, 3.5 * flops / both_ms / 1e9
+
+
+def beside_torchscale(case: Case, backend: str, checkout: Path) -> dict[str, Any]:
+    """torchscale's times and memory, and ours on the same tensors."""
+    q, k, v, dout = inputs(case, 1, case.rows)
+    ours = partial(dilated_attention, pattern=case.pattern, causal=case.causal, backend=backend)
+    theirs = torchscale_attention(checkout, case.pattern, case.heads, case.dim, case.causal)
+    result: dict[str, Any] = {"case": asdict(case)}
+    for name, attend in (("ours", ours), ("torchscale", theirs)):
+        forward, both = times(attend, q, k, v, dout)
+
+        def step(attend: Attend = attend) -> tuple[Tensor, ...]:
+            out = attend(q, k, v)
+            return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+        result[name] = {"forward_ms": forward, "both_ms": both, "extra_gib": extra_bytes(step) / 2**30}
+    result["times_as_fast"] = result["torchscale"]["both_ms"] / result["ours"]["both_ms"]
+    return result
 
 
 def compile_kernels(case: Case, backend: str) -> None:
@@ -183,16 +194,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--only", nargs="*", help="names of cases")
-    options = parser.parse_args()
-    cases = [case for case in CASES if not options.only or case.name in options.only]
+def speed(cases: list[Case], backend: str, save: Callable[[str, Any], None]) -> None:
+    """The table of cases."""
     with multiprocessing.get_context("spawn").Pool(8) as pool:
-        pool.starmap(compile_kernels, [(case, options.backend) for case in cases])
-    options.output.mkdir(parents=True, exist_ok=True)
+        pool.starmap(compile_kernels, [(case, backend) for case in cases])
     results: list[dict[str, Any]] = []
     rates: dict[Case, dict[str, tuple[float, float]]] = {}
     print(f"{'case':26}{'forward':>9}{'both ms':>9}{'TFLOP/s':>9}{'dense':>7}{'share':>7}{'fwd mem':>9}{'bwd mem':>9}")
@@ -202,7 +207,7 @@ def main() -> None:
             rates[shape] = dense_rates(shape)
         dense = rates[shape]
         best = max(both for _, both in dense.values())
-        result = {"case": asdict(case), "dense": dense, "dense_tflops": best, **measure(case, options.backend)}
+        result = {"case": asdict(case), "dense": dense, "dense_tflops": best, **measure(case, backend)}
         result["share_of_dense"] = result["both_tflops"] / best
         results.append(result)
         print(
@@ -211,11 +216,65 @@ def main() -> None:
             f"{result['backward_extra_share_of_float32_dq']:9.3f}",
             flush=True,
         )
-        command = " ".join(["python benchmarks/attention.py", *sys.argv[1:]])
-        facts = {**environment(), "triton": triton.__version__, "command": command}
-        document = {"environment": facts, "results": results}
+        save("results", results)
+
+
+def peer(cases: list[Case], backend: str, save: Callable[[str, Any], None]) -> None:
+    """torchscale and ours, side by side."""
+    checkout = os.environ.get("TORCHSCALE")
+    if not checkout:
+        print("torchscale is left out: TORCHSCALE names no checkout of github.com/microsoft/torchscale")
+        return
+    results = []
+    for case in cases:
+        results.append(beside_torchscale(case, backend, Path(checkout)))
+        ours, theirs = results[-1]["ours"], results[-1]["torchscale"]
+        print(
+            f"torchscale, {case.rows:,} rows: {theirs['forward_ms']:.1f} / {theirs['both_ms']:.1f} ms, "
+            f"{theirs['extra_gib']:.1f} GiB; ours {ours['forward_ms']:.1f} / {ours['both_ms']:.1f} ms, "
+            f"{ours['extra_gib']:.1f} GiB: {results[-1]['times_as_fast']:.1f} times as fast",
+            flush=True,
+        )
+        save("torchscale", results)
+
+
+def accuracy(shapes: int, backend: str, save: Callable[[str, Any], None]) -> None:
+    """Random shapes, several at a time, for most of the time goes into compiling."""
+    results: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(12) as pool:
+        for result in pool.imap_unordered(partial(compare, backend=backend), range(shapes)):
+            results.append(result)
+            save("accuracy", sorted(results, key=lambda result: result["seed"]))
+    worst = max(results, key=lambda result: result["ratio"])
+    print(
+        f"{shapes} random shapes: at worst {worst['ratio']:.2f} times FlashAttention-2's error (seed {worst['seed']})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--sections", nargs="+", default=["speed", "torchscale", "accuracy"])
+    parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--shapes", type=int, default=50, help="random shapes of the section accuracy")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python benchmarks/attention.py", *sys.argv[1:]])
+    document: dict[str, Any] = {"environment": {**environment(), "triton": triton.__version__, "command": command}}
+
+    def save(part: str, found: Any) -> None:
+        document[part] = found
         (options.output / "attention.json").write_text(json.dumps(document, indent=1) + "\n")
-    draw(results, options.output / "attention.png")
+
+    if "speed" in options.sections:
+        speed([case for case in CASES if not options.only or case.name in options.only], options.backend, save)
+    if "torchscale" in options.sections:
+        peer([Case("paper pattern", longest=0), Case("32,768 rows", 32768, longest=0)], options.backend, save)
+    if "accuracy" in options.sections:
+        accuracy(options.shapes, options.backend, save)
+    if "results" in document:
+        draw(document["results"], options.output / "attention.png")
 
 
 if __name__ == "__main__":

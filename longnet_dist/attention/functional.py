@@ -209,14 +209,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shared: list[Tensor], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shared pieces, start the reduce-scatter, dense pieces, await it: dq, dk, dv as wide as they were summed."""
+    """Shared pieces, start the reduce-scatter, dense pieces, await it: dq like q; dk, dv as wide as they were summed."""
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
     fresh = spec.may_start_fresh(calls)
     query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
-    dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # till the end, room for the kernel's statistics
+    dq = result if query_dtype == q.dtype else torch.empty(q.shape, dtype=query_dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-    statistics = kernel.start_backward(dout, out, lse, dq)
+    statistics = kernel.start_backward(dout, out, lse, dq, None if dq is result else result)
     if fresh:
         calls[0] = replace(calls[0], fresh=True)
     else:
@@ -238,7 +239,9 @@ def attention_backward(
         kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
     if scatter:
         scatter.add_to(dk, dv)
-    return dq, dk, dv
+    if dq is not result:
+        result.copy_(dq)
+    return result, dk, dv
 
 
 class _DilatedAttention(torch.autograd.Function):
@@ -254,11 +257,14 @@ class _DilatedAttention(torch.autograd.Function):
         ctx.spec = spec
         ctx.save_for_backward(q, k, v, out, lse, *shared)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient that lse does not have
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return None, None, None, None
         q, k, v, out, lse, *shared = ctx.saved_tensors
         dq, dk, dv = attention_backward(dout, q, k, v, out, lse, shared, ctx.spec)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None

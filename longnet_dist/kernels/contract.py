@@ -67,10 +67,11 @@ class Kernel(Protocol):
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
         """What ``backward`` is to know of the rows: ``delta = rowsum(dO ∘ O)`` of the merged ``out``, in its own form.
 
-        Clears ``dq``.
+        Clears ``dq``. ``room`` is a contiguous buffer of
+        ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
         """
 
     def backward(
@@ -105,6 +106,6 @@ class WideSums:
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         return wide_dtype(dtype), wide_dtype(dtype)
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
         dq.zero_()
         return (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)

@@ -104,9 +104,14 @@ class TritonKernel:
             **tiles.options,
         )
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> Tensor:
+    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
         batch, rows, heads, dim = out.shape
-        statistics = lse.new_empty(batch, heads, rows, 2).transpose(1, 2)
+        needed = batch * heads * rows * 2 * lse.element_size()
+        if room is not None and room.nbytes >= needed:
+            space = room.flatten()[: needed // room.element_size()].view(lse.dtype)
+        else:
+            space = lse.new_empty(batch * heads * rows * 2)
+        statistics = space.view(batch, heads, rows, 2).transpose(1, 2)
         statistics_kernel[(batch * heads * triton.cdiv(rows, 64),)](
             dout,
             out,

@@ -1,4 +1,4 @@
-import random
+import math
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.kernels.reference import oracle
 
 pytest.importorskip("triton")
+from longnet_dist.kernels.triton_kernel import TritonKernel
+
 # The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 1.25 and later warn of.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
@@ -54,6 +56,32 @@ def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rate
         assert (a - b).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # on a GPU no news
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rise", [8, -8])
+def test_scores_of_any_size(causal, rise):
+    """Scores that rise or fall by hundreds within a row, so that no guess at their maximum holds."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    q, k, v, dout = inputs(80, 2, 2, 16)
+    ramp = torch.linspace(-rise, rise, 80)[None, :, None, None]
+    actual, expected = attended(q.abs() * 8, k.abs() * ramp, v, dout, DilatedPattern([80, 80], [1, 2]), causal=causal)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).abs().max() < 1e-3 * (1 + b.abs().max())
+
+
+def test_statistics_stand_where_dq_will():
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    out, dout, room = torch.randn(2, 9, 3, 16).half(), torch.randn(2, 9, 3, 16).half(), torch.empty(2, 9, 3, 16).half()
+    lse, dq = torch.randn(2, 9, 3), torch.ones(2, 9, 3, 16)
+    statistics = TritonKernel().start_backward(dout, out, lse, dq, room)
+    assert statistics.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+    assert (statistics[..., 0] - lse / math.log(2)).abs().max() < 1e-6
+    assert (statistics[..., 1] - (out.float() * dout.float()).sum(-1)).abs().max() < 1e-5
+    assert not dq.any()
+
+
 def test_a_stream_takes_keys_from_compact_buffers():
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
@@ -74,25 +102,27 @@ def test_refuses_what_it_cannot_run():
         dilated_attention(q, k, v, DilatedPattern([8], [1]), backend="triton")
 
 
+# Each row compiles kernels of its own, two to five seconds each, and so they are few. In turn: the kernel for Hopper
+# with grouped heads; with the last segment outside the copy engine's view; at D 128; the portable kernels, a head dim
+# that needs padding, twice the same bits; the widest head dim.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("seed", range(10))
-def test_agrees_with_the_oracle_on_a_gpu(seed):
-    rng = random.Random(seed)
-    rows, kv_heads = rng.randint(200, 2300), rng.randint(1, 3)
-    pattern = DilatedPattern([rng.randint(50, rows) for _ in range(3)], [rng.randint(1, 8) for _ in range(3)])
-    dim, dtype = rng.choice([32, 64, 80, 96, 128, 256]), rng.choice([torch.bfloat16, torch.float16])
-    q, k, v, dout = inputs(rows, kv_heads * rng.choice([1, 3]), kv_heads, dim, 2, "cuda", dtype, seed)
-    actual, expected = attended(q, k, v, dout, pattern, causal=rng.random() < 0.5, deterministic=rng.random() < 0.5)
+@pytest.mark.parametrize(
+    ("dim", "dtype", "kv_heads", "group", "rows", "lengths", "rates", "causal", "deterministic"),
+    [
+        (64, torch.bfloat16, 2, 2, 2048, [512, 1024, 2048], [1, 2, 4], True, False),
+        (64, torch.bfloat16, 3, 1, 1501, [700, 1501], [2, 3], False, False),
+        (128, torch.bfloat16, 2, 1, 1024, [512, 1024], [1, 2], True, False),
+        (80, torch.float16, 1, 3, 999, [300, 999], [2, 5], False, True),
+        (256, torch.bfloat16, 1, 1, 640, [640], [1], True, False),
+    ],
+)
+def test_agrees_with_the_oracle_on_a_gpu(dim, dtype, kv_heads, group, rows, lengths, rates, causal, deterministic):
+    q, k, v, dout = inputs(rows, kv_heads * group, kv_heads, dim, 2, "cuda", dtype)
+    options = {"causal": causal, "deterministic": deterministic}
+    actual, expected = attended(q, k, v, dout, DilatedPattern(lengths, rates), **options)
     for a, b in zip(actual, expected, strict=True):
         assert (a - b).norm() < 0.006 * b.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_deterministic_gradients_are_bitwise_equal():
-    q, k, v, dout = inputs(1500, 4, 2, 64, 2, "cuda", torch.bfloat16)
-    pattern = DilatedPattern([300, 900], [1, 3])
-    runs = [attended(q, k, v, dout, pattern, deterministic=True)[0] for _ in range(3)]
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    if deterministic:
+        again, _ = attended(q, k, v, dout, DilatedPattern(lengths, rates), **options)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
