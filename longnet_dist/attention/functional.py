@@ -209,7 +209,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shared: list[Tensor], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shared pieces, start the reduce-scatter, dense pieces, await it: dq like q; dk, dv as wide as they were summed."""
+    """Shared pieces, start the reduce-scatter, dense pieces, await it: dq like q; dk, dv as wide as their sums."""
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
     fresh = spec.may_start_fresh(calls)
