@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 from benchmarks.record import environment
 from longnet_dist.train.checkpoint import checkpoints
 
-MODEL = ("model.dim=512", "model.layers=6", "model.heads=8", "data.sequence_length=256", "train.batch_size=1")
+MODEL = ("model.dim=256", "model.layers=8", "model.heads=4", "data.sequence_length=256", "train.batch_size=1")
 NEVER = 10**9
 
 
@@ -78,7 +78,8 @@ def train(settings: list[str], steps: int) -> tuple[float, int]:
     ranks = max(1, torch.cuda.device_count())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["launch/train.py", *settings, f"train.steps={steps}", "train.validate_every=0", "train.sample_tokens=0"]
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of the checkout; /tmp may be memory
+    Path("runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="runs") as folder:  # on the disk of the checkout; /tmp may be memory
         done = subprocess.run(
             [*command, f"train.output_dir={folder}/run"], env=_environment(), capture_output=True, text=True
         )

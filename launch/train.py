@@ -20,7 +20,8 @@ examples:
   torchrun --nproc_per_node=8 launch/train.py configs/paper.yaml parallel.sequence=4 deepspeed.zero_stage=2
 
 On SIGTERM or SIGUSR1 the ranks finish their step, write a checkpoint and exit with status 75; the same command goes on.
-A mistake or a fault that a person must look at ends with one message and status 2.
+A mistake or a fault that a person must look at ends with one message and status 2; a rank that another one's death or
+silence ends exits with status 69, and the same command goes on.
 """
 
 

@@ -177,8 +177,15 @@ class Watchdog:
             os._exit(failure.status)
 
     def _leave_record(self) -> None:
-        with suppress(OSError, RuntimeError):  # what ends the run matters more
-            self._record()
+        """Leave it if that can be done in time: the disk itself may be what hangs."""
+
+        def record() -> None:
+            with suppress(OSError, RuntimeError):  # what ends the run matters more
+                self._record()
+
+        thread = threading.Thread(target=record, daemon=True)
+        thread.start()
+        thread.join(self._patience)
 
     def _beat(self) -> None:
         self._number += 1

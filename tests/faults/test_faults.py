@@ -25,22 +25,21 @@ def train(folder, world_size, *arguments):
         return ranks.wait(), ranks
 
 
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 3)])
-def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(config, tmp_path, number, stage):
-    settings = (f"deepspeed.zero_stage={stage}", "train.warmup_steps=0", "train.decay_power=1.0e-9")
-    with Ranks(tmp_path / "logs", 2, config, FOREVER, *settings) as ranks:
-        wait_for_step(tmp_path / "run", 2)
-        ranks.send(1, number)
-        ranks.send(1, number)
-        assert ranks.wait() == [75, 75]
-        (checkpoint,) = checkpoints(tmp_path / "run")
-        done = len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
-        assert f"asked to stop: step {done} of 100000 is in {checkpoint}" in ranks.output(0)
-        assert not ranks.errors(0) + ranks.errors(1)
-    steps = f"train.steps={done + 3}"
-    assert train(tmp_path / "logs", 2, config, steps, *settings)[0] == [0, 0]
-    whole = f"train.output_dir={tmp_path / 'whole'}"
-    assert train(tmp_path / "logs", 2, config, steps, whole, *settings)[0] == [0, 0]
+def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(config, corpus, tmp_path):
+    settings = ("train.warmup_steps=0", "train.decay_power=1.0e-9")  # the same rates, however many steps there are
+    done = 0
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        with Ranks(tmp_path / "logs", 2, config, FOREVER, *settings) as ranks:
+            wait_for_step(tmp_path / "run", done + 2)
+            ranks.send(1, number)
+            ranks.send(1, number)
+            assert ranks.wait() == [75, 75]
+            done = len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+            checkpoint = checkpoints(tmp_path / "run")[-1]
+            assert f"asked to stop: step {done} of 100000 is in {checkpoint}" in ranks.output(0)
+            assert not ranks.errors(0) + ranks.errors(1)
+    for file in (config, write_config(tmp_path, "whole", corpus)):
+        assert train(tmp_path / "logs", 2, file, f"train.steps={done + 2}", *settings)[0] == [0, 0]
     ends = [checkpoints(tmp_path / name)[-1] for name in ("run", "whole")]
     for name in TENSOR_FILES:
         resumed, expected = (load_file(end / name) for end in ends)
@@ -122,6 +121,16 @@ def test_a_full_disk_is_one_message_and_keeps_the_checkpoint_before(config, smal
     assert train(tmp_path / "logs", 2, config, steps, *settings)[0] == [0, 0]
     assert [folder.name for folder in checkpoints(small_disk / "run")][:-2] == before
     assert len(read_jsonl(small_disk / "run" / "metrics.jsonl")) == len(before) + 2
+
+
+def test_a_folder_that_cannot_be_written(config, small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    status, ranks = train(tmp_path / "logs", 2, config, f"train.output_dir={small_disk / 'run'}")
+    assert status == [2, 2]
+    for rank in range(2):
+        (line,) = ranks.output(rank).splitlines()
+        assert line.startswith("error: train.output_dir=")
+        assert line.endswith(f"{small_disk} cannot be written; use another folder")
 
 
 def test_a_vanished_token_file(config, corpus, tmp_path):

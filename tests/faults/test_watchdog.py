@@ -2,6 +2,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -68,6 +69,17 @@ def test_a_record_is_left_before_a_silent_rank_ends_the_run(ends, capfd):
         beat_once(store, 1)
         errors_of((0,), capfd)
     assert left[0] == []
+    assert set(ends) == {69}
+
+
+def test_a_record_that_hangs_does_not_keep_the_run_from_ending(ends, capfd):
+    hangs = threading.Event()
+    try:
+        with make(dist.HashStore(), 0, record=hangs.wait) as dog:
+            beat_once(dog._store, 1)
+            errors_of((0,), capfd)
+    finally:
+        hangs.set()
     assert set(ends) == {69}
 
 

@@ -1,21 +1,15 @@
-"""Random bad input to every program: each ends in success or one clear error with exit status 2.
-
-pytest tests/fuzz                    about 150 cases
-FUZZ_CASES=500 pytest tests/fuzz -s  as many in all, and their number
-"""
+"""Random bad input to every program: each ends in success or one clear error with exit status 2."""
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import evaluate, export, generate, prepare_data, train
@@ -23,37 +17,11 @@ from longnet_dist.config.loading import known_keys
 from longnet_dist.config.schema import Config
 from longnet_dist.data.token_file import PREAMBLE, TokenFile
 from longnet_dist.train import loop
+from tests.fuzz.cases import LENGTHS, PROFILE, VALUES
 from tests.fuzz.outcome import check
 from tests.train.runs import TINY, import_deepspeed, run, tiny_config, write_corpus
 
-CASES = int(os.environ.get("FUZZ_CASES", "150"))
-KINDS = 5  # of tests below, which share the cases evenly
-PROFILE = settings(
-    max_examples=CASES // KINDS,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 KEYS = sorted(known_keys(Config))
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.integers(-3, 70),
-    st.sampled_from(
-        [0, 1, 2, 3, 16, 64, 1e-30, 1e30, 1e400, -0.0, float("nan"), "auto", "fp32", "bf16", "never", ".", "/"]
-    ),
-    st.floats(),
-    st.text(max_size=20),
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-LENGTHS = st.lists(st.one_of(st.integers(1, 80), st.sampled_from([0, -1, 2**31, 2**63, 2**64])), max_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +33,6 @@ def trained(tmp_path_factory):
     size = TokenFile.open(corpus).header.max_id + 1
     run(1, tiny_config(folder / "run", corpus, "train.steps=1", f"model.vocab_size={size}"))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def outcomes():
-    """The programs' exit statuses, counted, and printed at the end."""
-    counted = Counter()
-    yield counted
-    print(f"\n{sum(counted.values())} fuzzed inputs: {counted[0]} successes, {counted[2]} clear errors")
 
 
 @pytest.fixture(autouse=True)
