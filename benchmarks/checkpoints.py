@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoints.py [--steps 21] [--every 5] [--rounds 3] [--output FILE] [key=value ...]
 
-Trains the quick start, or what the settings make of it, in one process for each GPU or in one on the CPU. The modes
+Trains the quick start, or what the settings make of it, in one process for each GPU or in two on the CPU. The modes
 take turns, so that a drift of the machine hits all. A run's rate is that of its steps after the first, by the clock of
 its TensorBoard events; what happens before and after them, a checkpoint at the end too, does not count.
 """
@@ -28,6 +28,7 @@ from benchmarks.record import environment
 from longnet_dist.train.checkpoint import checkpoints
 
 MODEL = ("model.dim=256", "model.layers=8", "model.heads=4", "data.sequence_length=256", "train.batch_size=1")
+CPU_PROCESSES = 2
 NEVER = 10**9
 
 
@@ -75,7 +76,7 @@ def main() -> None:
 
 def train(settings: list[str], steps: int) -> tuple[float, int]:
     """Steps a second of a run, and the size of its last checkpoint."""
-    ranks = max(1, torch.cuda.device_count())
+    ranks = torch.cuda.device_count() or CPU_PROCESSES
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["launch/train.py", *settings, f"train.steps={steps}", "train.validate_every=0", "train.sample_tokens=0"]
     Path("runs").mkdir(exist_ok=True)
