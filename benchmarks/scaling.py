@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 
 from benchmarks.exact_peers import PEERS
 from benchmarks.record import environment
-from benchmarks.scaling_jobs import Problem, difference_from_one_rank, hidden_share, stubbed_exchange
+from benchmarks.scaling_jobs import Problem, difference_from_one_rank, profile_exchange, stubbed_exchange
 from benchmarks.scaling_report import summary, table, write_picture
 from longnet_dist.cli import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
@@ -160,10 +160,10 @@ class Benchmark:
         problem = self._problem(self.options.weak_rows * self.ranks, self.ranks)
         path.parent.mkdir(parents=True, exist_ok=True)
 
-        def profile() -> dict[str, float]:
+        def profile() -> dict[str, dict[str, float]]:
             inputs = problem.inputs(self.rank, self.device, self.dtype)
             problem.attend(inputs, team.group)
-            return hidden_share(lambda: problem.attend(inputs, team.group), path)
+            return profile_exchange(lambda: problem.attend(inputs, team.group), path)
 
         self.result["trace"] = self._together(team, profile)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,24 +100,39 @@ def difference_from_one_rank(
     }
 
 
-def hidden_share(run: Callable[[], Any], path: Path, repeats: int = 3) -> dict[str, float]:
-    """Profile ``run``, write the trace, and say how long NCCL's kernels ran, and which share of it beside others."""
+def profile_exchange(run: Callable[[], Any], path: Path, repeats: int = 3) -> dict[str, dict[str, float]]:
+    """Profile ``run`` on a GPU, write the trace, and say how much of the transfers it shows hidden."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(repeats):
             run()
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
+    return hidden_shares(path)
+
+
+def hidden_shares(path: Path) -> dict[str, dict[str, float]]:
+    """Of every kind of NCCL kernel in a profiler's trace: microseconds in all, and the share beside other kernels.
+
+    The exchange is ``SendRecv``; a trace of training (``train.profile``) also has the kinds of ZeRO.
+    """
     with gzip.open(path) as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("cat") == "kernel"]
-    nccl, others = (
-        [(event["ts"], event["ts"] + event["dur"]) for event in events if ("nccl" in event["name"].lower()) == is_nccl]
-        for is_nccl in (True, False)
-    )
-    if not nccl:
-        raise RuntimeError(f"the profiler saw no kernel of NCCL among {len(events)}")
-    hidden = covered(nccl) + covered(others) - covered(nccl + others)
-    return {"nccl_us": covered(nccl) / repeats, "hidden_share": hidden / covered(nccl)}
+        kernels = [event for event in json.load(file)["traceEvents"] if event.get("cat") == "kernel"]
+    transfers: dict[str, list[tuple[float, float]]] = {}
+    others = []
+    for kernel in kernels:
+        span = (kernel["ts"], kernel["ts"] + kernel["dur"])
+        if kind := re.match(r"ncclDevKernel_([A-Za-z]+)", kernel["name"]):
+            transfers.setdefault(kind[1], []).append(span)
+        else:
+            others.append(span)
+    if not transfers:
+        raise RuntimeError(f"no kernel of NCCL is among the {len(kernels)} of {path}")
+    found = {}
+    for kind, spans in transfers.items():
+        hidden = covered(spans) + covered(others) - covered(spans + others)
+        found[kind] = {"microseconds": covered(spans), "hidden_share": hidden / covered(spans)}
+    return found
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -1,3 +1,4 @@
+import gzip
 import json
 from datetime import timedelta
 
@@ -6,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.scaling import Benchmark, _parser
-from benchmarks.scaling_jobs import Problem, covered, stubbed_exchange
+from benchmarks.scaling_jobs import Problem, covered, hidden_shares, stubbed_exchange
 from benchmarks.scaling_report import summary, table
 from tests.distributed import run_distributed
 
@@ -75,6 +76,26 @@ def test_a_stub_keeps_the_rows_at_home():
 def test_covered_counts_overlaps_once():
     assert covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
     assert covered([]) == 0
+
+
+def test_hidden_shares_of_a_trace(tmp_path):
+    def event(name, start, duration, kind="kernel"):
+        return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": duration}
+
+    events = [
+        event("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 0, 10),
+        event("nccl:all_to_all", 0, 10, "gpu_user_annotation"),
+        event("forward_kernel", 4, 3),
+        event("hopper_backward_kernel", 6, 2),
+        event("ncclDevKernel_AllReduce_Sum_f32_RING_LL(x)", 20, 5),
+        {"ph": "M", "name": "process_name"},
+    ]
+    with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    assert hidden_shares(tmp_path / "trace.json.gz") == {
+        "SendRecv": {"microseconds": 10, "hidden_share": 0.4},
+        "AllReduce": {"microseconds": 5, "hidden_share": 0},
+    }
 
 
 def test_summary():
