@@ -121,7 +121,7 @@ class ReduceScatter:
         self._transfer = _Transfer(sent, plan.receive_counts, plan.send_counts, group, overlap)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
-        """Add what the ranks sent to ``dk``, ``dv`` ``(B, n, Hkv, D)``: for each row a sum in the order of ranks."""
+        """Add what the ranks sent to ``dk``, ``dv`` ``(B, n, Hkv, D)``: for each row one sum in a fixed order."""
         add(self._transfer.wait(), dk, dv, self._sums)
 
 

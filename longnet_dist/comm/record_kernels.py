@@ -29,7 +29,7 @@ def _pointers(k, v, places, k_strides, v_strides, num_places, heads, D: tl.const
 @triton.jit
 def _packed(packed, record, batch, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to the keys of packed records; their values stand ``D`` behind."""
-    return packed + ((record * batch + tl.program_id(1)) * (2 * D))[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    return packed + tl.expand_dims((record * batch + tl.program_id(1)) * (2 * D), -1) + tl.arange(0, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -50,8 +50,8 @@ def copy_kernel(packed, k, v, places, k_strides, v_strides, num_places, batch, h
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def add_kernel(packed, k, v, places, order, starts, k_strides, v_strides, num_places, batch, heads, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Add to each place the sum of its records, in their order: a program has ``ROWS`` places of one element."""
+               BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr = 8):  # fmt: skip
+    """Add to each place the sum of its records, in an order that is always the same: ``ROWS`` places a program."""
     index, valid, mask, keys, values = _pointers(
         k, v, places, k_strides, v_strides, num_places, heads, D, BLOCK_D, ROWS
     )  # fmt: skip
@@ -59,13 +59,14 @@ def add_kernel(packed, k, v, places, order, starts, k_strides, v_strides, num_pl
     count = tl.load(starts + index + 1, mask=valid, other=0) - start
     key_sum = tl.zeros([ROWS, BLOCK_D], packed.dtype.element_ty)
     value_sum = tl.zeros([ROWS, BLOCK_D], packed.dtype.element_ty)
-    for number in range(tl.max(count)):
-        present = number < count
-        record = tl.load(order + start + number, mask=present, other=0)
+    for first in range(0, tl.max(count), CHUNK):  # several at once: a row of the first rank can have thousands
+        number = first + tl.arange(0, CHUNK)[None, :]
+        present = number < count[:, None]
+        record = tl.load(order + start[:, None] + number, mask=present, other=0)
         records = _packed(packed, record, batch, D, BLOCK_D)
-        here = mask & present[:, None]
-        key_sum += tl.load(records, mask=here, other=0.0)
-        value_sum += tl.load(records + D, mask=here, other=0.0)
+        here = present[:, :, None] & (tl.arange(0, BLOCK_D) < D)[None, None, :]
+        key_sum += tl.sum(tl.load(records, mask=here, other=0.0), 1)
+        value_sum += tl.sum(tl.load(records + D, mask=here, other=0.0), 1)
     key_sum += tl.load(keys, mask=mask, other=0.0).to(key_sum.dtype)
     value_sum += tl.load(values, mask=mask, other=0.0).to(value_sum.dtype)
     tl.store(keys, key_sum.to(k.dtype.element_ty), mask=mask)

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 16  # records of a program
+_ROWS = 8  # records, or places, of a program
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Which packed records belong to the same place, so that they are added there in a fixed order.
+    """Which packed records belong to the same place, so that one sum of them is added there.
 
     Attributes:
         places: ``(places,)`` int64, each once.
-        order: ``(records,)`` int64, the records by place; those of a place in the order in which they are added.
+        order: ``(records,)`` int64, the records by place; those of a place in the order of their ranks.
         starts: ``(places + 1,)`` int64, where the records of a place begin in ``order``, and their number at the end.
     """
 
@@ -53,7 +53,7 @@ def put(packed: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
 
 
 def add(packed: Tensor, k: Tensor, v: Tensor, sums: Sums) -> None:
-    """Add packed records to ``k``, ``v``: those of a place are summed first, in order and in their own dtype."""
+    """Add packed records to ``k``, ``v``: those of a place are summed first, in their own dtype."""
     if len(sums.places) == 0:
         return
     if _on_gpu(k):

@@ -99,13 +99,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from longnet_dist.comm.record_kernels import add_kernel, copy_kernel
 
-constants = {"D": 64, "BLOCK_D": 64, "ROWS": 16}
+constants = {"D": 64, "BLOCK_D": 64, "ROWS": 8}
 sizes = {"num_places": "i32", "batch": "i32", "heads": "i32"}
 strides = {"k_strides": ("i64",) * 3, "v_strides": ("i64",) * 3}
 fixed = dict.fromkeys(constants, "constexpr")
 places = {"packed": "*fp32", "k": "*bf16", "v": "*bf16", "places": "*i64"}
 signature = {**places, "order": "*i64", "starts": "*i64", **strides, **sizes, **fixed}
-sources = [ASTSource(add_kernel, signature, constants)]
+sources = [ASTSource(add_kernel, {**signature, "CHUNK": "constexpr"}, {**constants, "CHUNK": 8})]
 for pack in (False, True):
     signature = {**places, "packed": "*bf16", **strides, **sizes, **fixed, "PACK": "constexpr"}
     sources.append(ASTSource(copy_kernel, signature, {**constants, "PACK": pack}))
