@@ -57,8 +57,9 @@ pattern, names[:] = DilatedPattern([8192], [2]), [*names, "shared:"]
 (segment,) = shared_segments(pattern, 4096, 8192, 8192, True)
 call = Call(compact_piece(pattern, segment, 4096, 8192), (0, 1), True, 0.1)
 (key, value), (dkey, dvalue) = (torch.empty(2, 1, 4096, 2, dim, dtype=x) for x in (torch.bfloat16, torch.float32))
-kernel.forward(call, q, key, value, out, lse)
-kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
+if capability == 90 and dim == 64:
+    kernel.forward(call, q, key, value, out, lse)
+    kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
 print(" ".join(names))
 """
 
@@ -73,5 +74,6 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
     assert answer.returncode == 0, answer.stderr[-2000:]
     hopper = capability == 90 and triton.__version__.startswith("3.6.")
     dense, shared = answer.stdout.split("shared:")
-    assert ("hopper_backward_kernel" in dense) == ("hopper_backward_kernel" in shared) == hopper
+    assert ("hopper_backward_kernel" in dense) == hopper
+    assert ("hopper_backward_kernel" in shared) == (hopper and dim == 64)
     assert "query_gradient_kernel" in answer.stdout
