@@ -85,6 +85,8 @@ class TrainConfig(Section):
         offload_activations: keep that in pinned memory of the host, copied beside the computation; not with ``none``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
         compile: ``torch.compile`` of the row-wise parts of a block; ``auto``: on a GPU.
+        peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
+        ignore_plan: start although the planner says that the memory does not suffice.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up.
@@ -120,6 +122,8 @@ class TrainConfig(Section):
     offload_activations: bool = False
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
+    peak_tflops: PositiveFloat | None = None
+    ignore_plan: bool = False
     profile: ProfileConfig | None = None
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: int = Field(750, ge=0)

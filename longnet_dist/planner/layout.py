@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.stream import chunks_of
 from longnet_dist.geometry.window import Shards
 
 
@@ -51,8 +50,7 @@ class RunLayout:
         mesh = MeshShape.of(config.parallel, world_size)
         micro_batch_size, accumulation = _split_batch(config, mesh)
         chunk_length = _chunk_length(config, mesh)
-        chunks = chunks_of(config.data.sequence_length, chunk_length, mesh.sequence)
-        return cls(
+        layout = cls(
             config=config,
             device_type=device_type,
             precision=config.precision(device_type),
@@ -60,8 +58,10 @@ class RunLayout:
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
             chunk_length=chunk_length,
-            passes=accumulation * len(chunks),
+            passes=accumulation * -(-config.data.sequence_length // chunk_length),
         )
+        layout.last_chunk  # noqa: B018 (raises if a rank has no row in it; the others are whole multiples of the ranks)
+        return layout
 
     @property
     def num_ranks(self) -> int:

@@ -24,19 +24,23 @@ from longnet_dist.data.batches import Windows
 from longnet_dist.errors import CheckpointError, LongNetError
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.planner.devices import device_of, host_memory_bytes
+from longnet_dist.planner.plan import Plan
+from longnet_dist.planner.table import check_fits
 from longnet_dist.train.checkpoint import CheckpointState, checkpoint_folder, load_weights, restore
 from longnet_dist.train.checkpoint_writer import CheckpointWriter, remove_partial
 from longnet_dist.train.engine import build_engine, prepare_deepspeed
 from longnet_dist.train.evaluation import Evaluation, evaluate
 from longnet_dist.train.generation import Sampling
 from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
-from longnet_dist.train.out_of_memory import remedies
+from longnet_dist.train.out_of_memory import explained
 from longnet_dist.train.plan import RunPlan
 from longnet_dist.train.profile import StepProfiler
 from longnet_dist.train.run_folder import set_aside
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import ReadRows, StepResult, train_step
 from longnet_dist.train.stop_signals import stop_requests
+from longnet_dist.train.throughput import Speed, Throughput
 from longnet_dist.train.trained import continue_text
 from longnet_dist.train.watchdog import Watchdog
 
@@ -53,12 +57,14 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """
     device = launch.device()
     plan = RunPlan.make(config, launch.world_size, device.type)
+    needs = Plan.of(plan, device_of(device), launch.local_world_size, host_memory_bytes())
+    check_fits(needs)
     launch.share_cores()
     prepare_deepspeed(launch, device)
     timeout, records = timedelta(minutes=config.parallel.timeout_minutes), plan.folder.flight_recorder
     record_collectives(records, config.parallel.flight_recorder, os.environ)
     watchdog = _watchdog(launch, timeout, partial(write_collectives, records, launch.rank))
-    with process_group(launch, device, timeout), watchdog, remedies(launch.rank, _sizes(plan)):
+    with process_group(launch, device, timeout), watchdog, explained(launch.rank, needs):
         return Trainer(plan, device).run()
 
 
@@ -71,17 +77,6 @@ def _watchdog(launch: LaunchEnvironment, timeout: timedelta, record: Callable[[]
     keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     with Watchdog(store, keeper, launch.rank, launch.world_size, timeout.total_seconds(), record):
         yield
-
-
-def _sizes(plan: RunPlan) -> str:
-    """What decides how much memory a rank needs."""
-    config = plan.config
-    return (
-        f"model.dim={config.model.dim}, model.layers={config.model.layers}, "
-        f"data.sequence_length={config.data.sequence_length} over {plan.mesh.sequence} sequence ranks, "
-        f"train.micro_batch_size={plan.micro_batch_size}, train.chunk_length={plan.chunk_length} and "
-        f"deepspeed.zero_stage={config.deepspeed.zero_stage}"
-    )
 
 
 class Trainer:
@@ -171,6 +166,7 @@ class Trainer:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.data.sequence_length
         skipped_in_a_row = 0
+        throughput = Throughput(self.plan, self.device)
         bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=not self.is_first, dynamic_ncols=True)
         with bar:
             while self.step < train.steps:
@@ -184,15 +180,24 @@ class Trainer:
                 self.skipped += result.skipped
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._refuse_divergence(skipped_in_a_row, result)
-                speed = tokens_per_step / seconds
+                speed = throughput.step(seconds)
                 bits = result.loss / math.log(2) / bytes_per_token
-                shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed:,.0f} tokens/s"
+                shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed}"
                 bar.set_postfix_str(shown + f", {self.skipped} skipped" * bool(self.skipped), refresh=False)
                 bar.update()
-                metrics = StepMetrics(
-                    self.step, result.loss, result.grad_norm, rate, self.tokens, seconds, speed, self.skipped
-                )
-                yield metrics, result.stop
+                yield self._metrics(result, rate, seconds, speed), result.stop
+
+    def _metrics(self, result: StepResult, learning_rate: float, seconds: float, speed: Speed) -> StepMetrics:
+        return StepMetrics(
+            step=self.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=learning_rate,
+            tokens=self.tokens,
+            step_seconds=seconds,
+            skipped=self.skipped,
+            **speed._asdict(),
+        )
 
     def _refuse_divergence(self, skipped_in_a_row: int, result: StepResult) -> None:
         if skipped_in_a_row >= self.config.train.max_skipped:

@@ -26,6 +26,8 @@ class StepMetrics:
         step_seconds: wall-clock time of the step.
         tokens_per_second: of this step, all ranks.
         skipped: steps of the run until now that changed nothing, because loss or gradient was not finite.
+        tflops_per_gpu, mfu, peak_memory_allocated, peak_memory_reserved: as in
+            :class:`~longnet_dist.train.throughput.Speed`; not in the file where they are None.
     """
 
     step: int
@@ -36,6 +38,10 @@ class StepMetrics:
     step_seconds: float
     tokens_per_second: float
     skipped: int
+    tflops_per_gpu: float | None = None
+    mfu: float | None = None
+    peak_memory_allocated: int | None = None
+    peak_memory_reserved: int | None = None
 
 
 class MetricsLog:
@@ -67,7 +73,8 @@ class MetricsLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Write one step."""
-        fields = {name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()}
+        known = {name: value for name, value in asdict(metrics).items() if value is not None}
+        fields = {name: value if math.isfinite(value) else None for name, value in known.items()}
         self._metrics.write(json.dumps(fields) + "\n")
         step = fields.pop("step")
         for name, value in fields.items():

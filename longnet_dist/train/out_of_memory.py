@@ -8,18 +8,21 @@ from contextlib import contextmanager
 import torch
 
 from longnet_dist.errors import LongNetError
+from longnet_dist.planner.devices import GIB
+from longnet_dist.planner.plan import Plan
+from longnet_dist.planner.table import remedy_lines, table
 
 # What torch's CPU allocator and its check of sizes say; they have no exception class of their own.
 _CPU_MESSAGES = ("DefaultCPUAllocator", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 
 
 @contextmanager
-def remedies(rank: int, settings: str) -> Iterator[None]:
-    """Turn out-of-memory errors inside into one that says what to change.
+def explained(rank: int, plan: Plan) -> Iterator[None]:
+    """Turn out-of-memory errors inside into one that says what the memory was planned for, and what to change.
 
     Args:
         rank: of this process.
-        settings: the keys that decide how much memory is needed, with their values.
+        plan: of the run.
 
     Raises:
         LongNetError: the memory of the device or of the machine is full.
@@ -31,8 +34,11 @@ def remedies(rank: int, settings: str) -> Iterator[None]:
         if not known and not any(message in str(error) for message in _CPU_MESSAGES):
             raise
         reason = (str(error) or "no memory left").splitlines()[0]
+        held = f"; tensors held {_gib(torch.cuda.max_memory_allocated())} at most" if torch.cuda.is_available() else ""
         raise LongNetError(
-            f"rank {rank} is out of memory with {settings}; use a smaller train.micro_batch_size or "
-            f"train.chunk_length, a higher deepspeed.zero_stage, more ranks with a larger parallel.sequence, or a "
-            f"smaller model ({reason})"
+            f"rank {rank} is out of memory ({reason}{held})\n\n{table(plan)}\n\n{remedy_lines(plan)}"
         ) from None
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -151,10 +151,11 @@ def test_a_vanished_token_file(config, corpus, tmp_path):
     ("settings", "message"),
     [
         (("train.learning_rate=1e30", "train.max_skipped=3"), "not finite in the last 3 steps (train.max_skipped)"),
-        (("model.dim=1048576",), "rank 0 is out of memory with model.dim=1048576"),
+        (("model.dim=1048576",), "this run does not fit into the memory of cpu"),
+        (("model.dim=1048576", "train.ignore_plan=true"), "rank 0 is out of memory"),
         (("train.output_dir=/dev/null/run",), "/dev/null is no folder; use another folder"),
     ],
-    ids=["divergence", "memory", "folder"],
+    ids=["divergence", "plan", "memory", "folder"],
 )
 def test_one_message_and_status_2(config, tmp_path, settings, message):
     status, ranks = train(tmp_path / "logs", 2, config, FOREVER, "parallel.data=2", *settings)

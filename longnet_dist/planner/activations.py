@@ -1,0 +1,117 @@
+"""Bytes of a block's activations: what it keeps for backward, and what it holds while it is computed.
+
+A row of a block passes ``x → norm → q, k, v → attention → norm → projection → y → norm → fc1 → gelu → norm → fc2``;
+every arrow's end is a tensor that autograd keeps, except the two projections that are only added.
+"""
+
+from __future__ import annotations
+
+from longnet_dist.planner.layout import RunLayout
+from longnet_dist.planner.model_cost import block_parameters, inner_dim, key_dim
+
+WIDE = 4  # bytes of a float32
+SDPA_BLOCK_NUMBERS = 1 << 22  # as kernels/sdpa.py cuts its views
+_BEHIND = ("norm_out", "y", "norm2", "fc1", "gelu", "norm3")  # the attention
+
+
+def kept_by_block(layout: RunLayout) -> int:
+    """Bytes that a block keeps from forward to backward, on the device or offloaded, for the rows of a micro-batch."""
+    mode, tensors = layout.config.train.activation_checkpointing, _tensors(layout)
+    kept = {"none": list(tensors), "selective": ["x", "out", "lse"], "full": ["x"]}[mode]
+    return layout.local_rows * sum(tensors[name] for name in kept)
+
+
+def held_by_block(layout: RunLayout) -> int:
+    """Bytes that the backward of a block holds at most beyond what all blocks keep."""
+    if layout.config.train.activation_checkpointing == "none":
+        return _held_by_autograd(layout)
+    return _held_by_checkpointing(layout) + block_parameters(layout.config.model) * (WIDE + layout.itemsize)
+
+
+def _held_by_autograd(layout: RunLayout) -> int:
+    """Gradients on their way.
+
+    Two moments can be the largest: within the feed-forward, when the whole block is there, and within the attention,
+    when the feed-forward has been differentiated and attention has float32 sums of its own.
+    """
+    model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
+    width = model.dim * itemsize
+    behind = sum(tensors[name] for name in _BEHIND)
+    in_attention = 2 * width + attention_backward_bytes(layout) + _narrowed(layout) - behind
+    return rows * max(width + inner_dim(model) * itemsize, in_attention)
+
+
+def _held_by_checkpointing(layout: RunLayout) -> int:
+    """Gradients on their way and what is computed again (model/checkpointing.py), row-wise parts a tile at a time.
+
+    The largest of three moments: behind the attention, within it, before it.
+    """
+    model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
+    tile = min(layout.config.train.feed_forward_tile or rows, rows)
+    width, inner = model.dim * itemsize, inner_dim(model) * itemsize
+    projections = tensors["q"] + tensors["k"] + tensors["v"]
+    full = layout.config.train.activation_checkpointing == "full"
+    attended = tensors["out"] + tensors["lse"] if full else 0
+    behind = sum(tensors[name] for name in _BEHIND) + 3 * width + inner
+    gradients = attention_backward_bytes(layout)
+    return max(
+        rows * (3 * width + attended + (projections if full else 0)) + tile * behind,
+        rows * (2 * width + attended + projections + gradients),
+        rows * (width + gradients) + tile * (tensors["norm1"] + 2 * projections + 2 * width),
+    )
+
+
+def attention_backward_bytes(layout: RunLayout) -> int:
+    """Bytes a row that the backward of attention holds: gradients of q, k, v as wide as they are summed, statistics.
+
+    On a GPU (kernels/triton_kernel.py) dQ is summed in float32 and the rest in place. On a CPU (kernels/sdpa.py) all
+    sums are float32, and so many rows as fill a block have theirs twice.
+    """
+    model, itemsize = layout.config.model, layout.itemsize
+    keys = 2 * key_dim(model)
+    if layout.device_type == "cuda":
+        return model.dim * WIDE + keys * itemsize + 2 * WIDE * model.heads
+    block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_rows * model.dim))
+    return (model.dim + keys) * WIDE + int(block * (model.dim + keys) * itemsize) + WIDE * model.heads
+
+
+def _narrowed(layout: RunLayout) -> int:
+    """Bytes a row of the gradients in the precision of the run, where their sums are wider."""
+    if layout.itemsize == WIDE:
+        return 0
+    keys = 0 if layout.device_type == "cuda" else 2 * key_dim(layout.config.model)
+    return (layout.config.model.dim + keys) * layout.itemsize
+
+
+def _tensors(layout: RunLayout) -> dict[str, int]:
+    """Bytes a row of every tensor that a block's autograd graph keeps; a norm also keeps two float32 numbers a row."""
+    model, itemsize = layout.config.model, layout.itemsize
+    width, keys, inner = model.dim * itemsize, key_dim(model) * itemsize, inner_dim(model) * itemsize
+    statistics = 2 * WIDE
+    return {
+        "x": width,
+        "norm1": width + statistics,
+        "q": width,
+        "k": keys,
+        "v": keys,
+        **_head_norms(layout),
+        "out": width,
+        "lse": model.heads * WIDE,
+        "norm_out": width + statistics,
+        "y": width,
+        "norm2": width + statistics,
+        "fc1": inner,
+        "gelu": inner,
+        "norm3": inner + statistics,
+    }
+
+
+def _head_norms(layout: RunLayout) -> dict[str, int]:
+    """What the RMSNorms of queries and keys keep: their inputs; on a CPU torch makes them of parts, in float32."""
+    model = layout.config.model
+    if not model.qk_norm:
+        return {}
+    numbers = model.dim + key_dim(model)
+    if layout.device_type == "cpu":
+        return {"qk_norm": 2 * numbers * WIDE}
+    return {"qk_norm": numbers * layout.itemsize + (model.heads + key_dim(model) // model.head_dim) * WIDE}

@@ -1,0 +1,106 @@
+"""Seconds of a step by part: FLOPs and bytes over the rates of the device."""
+
+from __future__ import annotations
+
+from longnet_dist.planner.activations import WIDE, kept_by_block
+from longnet_dist.planner.devices import Device
+from longnet_dist.planner.exchange import exchange_of
+from longnet_dist.planner.layout import RunLayout
+from longnet_dist.planner.model_cost import attention_flops, block_matrix_weights, inner_dim, num_parameters
+
+# Tensors of a row that row-wise work reads and writes: (of the model's width, of the inner width).
+FORWARD_PASSES = (16, 4)  # three norms 2 each, positions 4, two residuals 3 each; gelu and norm 2 each
+BACKWARD_PASSES = (24, 6)  # norms 3 each, positions 4, residuals 6, dQ to the run's precision 5; gelu and norm 3 each
+EAGER = 1.6  # without torch.compile intermediate results travel, too
+LOGIT_BYTES = 50  # of a logit, from the product to its gradient
+UPDATE_BYTES = 50  # of a sharded parameter: gradient, its norm, clipping, moments, master weight
+HOST_UPDATE_BYTES_PER_SECOND = 30e9  # AdamW on the processors of the host
+
+
+def step_seconds(layout: RunLayout, device: Device) -> dict[str, float]:
+    """Seconds of each part of an optimizer step on one rank; empty where the device's speed is unknown."""
+    tflops = device.bf16_tflops if layout.precision == "bf16" else device.fp32_tflops
+    if tflops is None:
+        return {}
+    peak, rates = 1e12 * tflops, device.rates
+    seconds = {
+        "matmul": _matmul_flops(layout) / (peak * rates.matmul),
+        "attention": _attention_seconds(layout, device, peak),
+        "row-wise": _row_wise_bytes(layout) / (device.bandwidth * rates.bandwidth),
+    }
+    computing = sum(seconds.values())
+    seconds["offload"] = _offload_seconds(layout, device, computing)
+    seconds["exchange"] = _exchange_seconds(layout, device)
+    seconds["update"] = _update_seconds(layout, device)
+    seconds["fixed"] = rates.step_seconds
+    return seconds
+
+
+def _rows(layout: RunLayout) -> float:
+    """Rows of a step on a rank."""
+    sequences = layout.micro_batch_size * layout.accumulation
+    return layout.config.data.sequence_length / layout.mesh.sequence * sequences
+
+
+def _recorded(layout: RunLayout) -> float:
+    """Forwards of a streamed step beyond the first: all chunks but the last pass twice."""
+    return (layout.num_chunks - 1) / layout.num_chunks
+
+
+def _forwards(layout: RunLayout) -> float:
+    """How often the row-wise parts of the blocks are computed forward."""
+    return 1 + (layout.config.train.activation_checkpointing != "none") + _recorded(layout)
+
+
+def _matmul_flops(layout: RunLayout) -> float:
+    model = layout.config.model
+    blocks = model.layers * block_matrix_weights(model) * (2 * _forwards(layout) + 4)
+    head = model.vocab_size * model.dim * (2 * 2 + 4)  # backward of the chunked loss makes the logits again
+    return _rows(layout) * (blocks + head)
+
+
+def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
+    model, rates = layout.config.model, device.rates
+    sequences = layout.micro_batch_size * layout.accumulation / layout.mesh.sequence
+    flops = model.layers * attention_flops(model, layout.config.data.sequence_length) * sequences
+    forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _recorded(layout)
+    wide = rates.wide_heads if model.head_dim > 64 else 1.0
+    return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide)
+
+
+def _row_wise_bytes(layout: RunLayout) -> float:
+    model, forwards = layout.config.model, _forwards(layout)
+    width, inner = (f * forwards + b for f, b in zip(FORWARD_PASSES, BACKWARD_PASSES, strict=True))
+    compiled = layout.config.train.compile
+    compiled = layout.device_type == "cuda" if compiled == "auto" else compiled
+    blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize
+    return _rows(layout) * (blocks * (1 if compiled else EAGER) + model.vocab_size * LOGIT_BYTES)
+
+
+def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> float:
+    """What copies to the host and back take beyond the computation that they run beside."""
+    if not layout.config.train.offload_activations:
+        return 0.0
+    moved = 2 * layout.config.model.layers * kept_by_block(layout) * layout.passes
+    return max(0.0, moved / (device.host_link * device.rates.host_link) - computing)
+
+
+def _exchange_seconds(layout: RunLayout, device: Device) -> float:
+    """Exchanges of rows: what their latency exposes, and their bytes if they do not run beside the computation."""
+    exchange = exchange_of(layout)
+    exposed = 0.0 if layout.config.parallel.overlap else exchange.bytes / device.link
+    latency = exchange.collectives * device.rates.collective_seconds
+    return layout.config.model.layers * layout.passes * (exposed + latency)
+
+
+def _update_seconds(layout: RunLayout, device: Device) -> float:
+    """Reduction of gradients, AdamW, and the new weights' way to all ranks."""
+    number, ranks, stage = num_parameters(layout.config.model), layout.num_ranks, layout.config.deepspeed.zero_stage
+    shard = number / ranks if stage else number
+    memory = (shard * UPDATE_BYTES + number * (WIDE + layout.itemsize)) / (device.bandwidth * device.rates.bandwidth)
+    gathers = 2 * layout.passes if stage == 3 else 1
+    travel = number * (2 * WIDE + gathers * layout.itemsize) * (ranks - 1) / ranks / device.link
+    if not layout.config.deepspeed.offload_optimizer:
+        return memory + travel
+    copies = shard * (WIDE + layout.itemsize) / (device.host_link * device.rates.host_link)
+    return travel + copies + shard * UPDATE_BYTES / HOST_UPDATE_BYTES_PER_SECOND

@@ -1,0 +1,33 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KEYS = {"parameters", "flops_per_token", "peak_gpu_bytes", "peak_host_bytes", "step_seconds", "longest_sequence"}
+
+
+def run(*words):
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_json_and_table_say_the_same():
+    words = (str(ROOT / "configs" / "paper.yaml"), "parallel.sequence=4", "--device", "h100")
+    printed = run(*words, "--json")
+    assert printed.returncode == 0, printed.stderr
+    values = json.loads(printed.stdout)
+    assert values.keys() >= KEYS
+    assert values["ranks"] == {"data": 1, "sequence": 4}
+    shown = run(*words).stdout
+    assert f"{values['longest_sequence']:,}" in shown
+    assert f"{values['parameters']:,}" in shown
+    assert f"{values['peak_gpu_bytes'] / 2**30:,.2f}" in shown
+
+
+def test_mistakes_end_with_one_message_and_status_2():
+    result = run(str(ROOT / "configs" / "paper.yaml"), "--device", "abacus")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: device must be cpu or one of h100-nvl,")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,78 @@
+"""The formulas against counted bytes: on the CPU with its kernel, and with buffers as the GPU's kernel has them."""
+
+import pytest
+import torch
+
+from longnet_dist.attention import functional
+from longnet_dist.model.block import Block
+from longnet_dist.model.longnet import LongNet, positions_of
+from longnet_dist.planner.activations import held_by_block, kept_by_block
+from tests.planner.layouts import small_layout
+from tests.planner.live_bytes import LiveBytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODELS = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True})
+
+
+class BuffersOfTriton:
+    """A kernel with the buffers of kernels/triton_kernel.py, which runs on GPUs alone, and none of its work."""
+
+    starts_fresh = True
+
+    def accumulator_dtype(self, dtype):
+        return dtype
+
+    def gradient_dtypes(self, dtype):
+        return torch.float32, dtype
+
+    def forward(self, call, q, k, v, out, lse):
+        out.zero_()
+        lse.zero_()
+
+    def start_backward(self, dout, out, lse, dq):
+        dq.zero_()
+        batch, rows, heads, _ = out.shape
+        return lse.new_empty(batch, heads, rows, 2).transpose(1, 2)
+
+    def backward(self, call, dout, q, k, v, out, lse, statistics, dq, dk, dv):
+        dk.zero_()
+        dv.zero_()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_what_autograd_keeps_of_a_block(precision, model):
+    """Every storage that is saved for backward, once; parameters and tables are not the block's."""
+    layout = small_layout(rows=1024, device_type="cpu", model=model, train={"precision": precision})
+    config, saved = layout.config.model, {}
+    block = Block(config, positions_of(config), None).to(DTYPES[precision])
+    x = torch.randn(1, 1024, config.dim, dtype=DTYPES[precision], requires_grad=True)
+    block(x, None, None)  # which makes the tables
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, None, None)
+    others = [*block.parameters(), *(block.self_attn.positions._cached[1] if config.positions != "none" else [])]
+    known = {tensor.untyped_storage()._cdata for tensor in others}
+    counted = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
+    assert kept_by_block(layout) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("model", MODELS[:4], ids=str)
+def test_the_peak_of_a_model_on_a_gpu(monkeypatch, model):
+    """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
+    monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
+    layout = small_layout(rows=4096, model=model)
+    network = LongNet(layout.config.model).to(torch.bfloat16)
+    tokens = torch.randint(0, 256, (1, 4096))
+    network(tokens, tokens).loss.backward()  # so that tables and gradients exist
+    with LiveBytes() as live:
+        tables = network.positions._cached[1] if network.positions else []
+        live.add([*network.parameters(), *(p.grad for p in network.parameters()), tokens, *tables])
+        before = live.now
+        network(tokens, tokens).loss.backward()
+    planned = layout.config.model.layers * kept_by_block(layout) + held_by_block(layout)
+    assert planned == pytest.approx(live.peak - before, rel=0.04)
