@@ -25,7 +25,7 @@ def held_by_block(layout: RunLayout) -> int:
     """Bytes that the backward of a block holds at most beyond what all blocks keep."""
     if layout.config.train.activation_checkpointing == "none":
         return _held_by_autograd(layout)
-    return _held_by_checkpointing(layout) + block_parameters(layout.config.model) * (WIDE + layout.itemsize)
+    return _held_by_checkpointing(layout)
 
 
 def _held_by_autograd(layout: RunLayout) -> int:
@@ -52,12 +52,14 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     projections = tensors["q"] + tensors["k"] + tensors["v"]
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
-    behind = sum(tensors[name] for name in _BEHIND) + 3 * width + inner
+    behind = sum(tensors[name] for name in _BEHIND) + 5 * width + inner
+    before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
     gradients = attention_backward_bytes(layout)
+    weights = block_parameters(model)
     return max(
-        rows * (3 * width + attended + (projections if full else 0)) + tile * behind,
-        rows * (2 * width + attended + projections + gradients),
-        rows * (width + gradients) + tile * (tensors["norm1"] + 2 * projections + 2 * width),
+        rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
+        rows * (2 * width + attended + projections + gradients) + weights * itemsize,
+        rows * (width + gradients) + tile * before + weights * WIDE,
     )
 
 

@@ -115,7 +115,7 @@ def _record_bytes(layout: RunLayout) -> int:
 def _logits(layout: RunLayout) -> int:
     """The final norm's input and output, their gradient, and a chunk of logits (model/loss.py)."""
     model, rows, itemsize = layout.config.model, layout.local_rows, layout.itemsize
-    chunk = min(model.loss_chunk, rows) * model.vocab_size * (2 * WIDE + itemsize)
+    chunk = min(model.logits_rows, rows) * model.vocab_size * (2 * WIDE + itemsize)
     weight_sums = model.vocab_size * model.dim * (WIDE + itemsize)
     return chunk + weight_sums + 3 * rows * model.dim * itemsize
 

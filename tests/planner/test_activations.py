@@ -5,6 +5,7 @@ import torch
 
 from longnet_dist.attention import functional
 from longnet_dist.model.block import Block
+from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet, positions_of
 from longnet_dist.planner.activations import held_by_block, kept_by_block
 from tests.planner.layouts import small_layout
@@ -61,12 +62,15 @@ def test_what_autograd_keeps_of_a_block(precision, model):
     assert kept_by_block(layout) == pytest.approx(counted, rel=0.01)
 
 
-@pytest.mark.parametrize("model", MODELS[:4], ids=str)
-def test_the_peak_of_a_model_on_a_gpu(monkeypatch, model):
+@pytest.mark.parametrize("tile", [None, 512])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", MODELS[:2], ids=str)
+def test_the_peak_of_a_model_on_a_gpu(monkeypatch, model, mode, tile):
     """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
     monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
-    layout = small_layout(rows=4096, model=model)
-    network = LongNet(layout.config.model).to(torch.bfloat16)
+    train = {"activation_checkpointing": mode, "feed_forward_tile": tile}
+    layout = small_layout(rows=4096, model=model, train=train)
+    network = LongNet(layout.config.model, execution=Execution(mode, tile=tile)).to(torch.bfloat16)
     tokens = torch.randint(0, 256, (1, 4096))
     network(tokens, tokens).loss.backward()  # so that tables and gradients exist
     with LiveBytes() as live:
@@ -75,4 +79,4 @@ def test_the_peak_of_a_model_on_a_gpu(monkeypatch, model):
         before = live.now
         network(tokens, tokens).loss.backward()
     planned = layout.config.model.layers * kept_by_block(layout) + held_by_block(layout)
-    assert planned == pytest.approx(live.peak - before, rel=0.04)
+    assert planned == pytest.approx(live.peak - before, rel=0.05)
