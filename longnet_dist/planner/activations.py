@@ -37,7 +37,7 @@ def _held_by_autograd(layout: RunLayout) -> int:
     model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
     width = model.dim * itemsize
     behind = sum(tensors[name] for name in _BEHIND)
-    in_attention = 2 * width + attention_backward_bytes(layout) + _narrowed(layout) - behind
+    in_attention = 2 * width + attention_backward_bytes(layout) - behind
     return rows * max(width + inner_dim(model) * itemsize, in_attention)
 
 
@@ -59,30 +59,30 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     return max(
         rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
         rows * (2 * width + attended + projections + gradients) + weights * itemsize,
-        rows * (width + gradients) + tile * before + weights * WIDE,
+        rows * (width + _gradients(layout)) + tile * before + weights * WIDE,
     )
 
 
 def attention_backward_bytes(layout: RunLayout) -> int:
-    """Bytes a row that the backward of attention holds: gradients of q, k, v as wide as they are summed, statistics.
+    """Bytes a row that the backward of attention holds: gradients of q, k, v, and their sums where these are wider.
 
-    On a GPU (kernels/triton_kernel.py) dQ is summed in float32 and the rest in place. On a CPU (kernels/sdpa.py) all
-    sums are float32, and so many rows as fill a block have theirs twice.
+    On a GPU (kernels/triton_kernel.py) dQ alone is summed apart, in float32; its statistics of the rows stand in the
+    room of the result. On a CPU (kernels/sdpa.py) all sums are float32, and as many rows as fill a block have theirs
+    twice.
     """
     model, itemsize = layout.config.model, layout.itemsize
-    keys = 2 * key_dim(model)
+    gradients = _gradients(layout)
     if layout.device_type == "cuda":
-        return model.dim * WIDE + keys * itemsize + 2 * WIDE * model.heads
+        return gradients + (model.dim * WIDE if itemsize < WIDE else 2 * WIDE * model.heads)
+    numbers = model.dim + 2 * key_dim(model)
     block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_rows * model.dim))
-    return (model.dim + keys) * WIDE + int(block * (model.dim + keys) * itemsize) + WIDE * model.heads
+    wide = numbers * WIDE if itemsize < WIDE else 0
+    return gradients + wide + int(block * numbers * itemsize) + WIDE * model.heads
 
 
-def _narrowed(layout: RunLayout) -> int:
-    """Bytes a row of the gradients in the precision of the run, where their sums are wider."""
-    if layout.itemsize == WIDE:
-        return 0
-    keys = 0 if layout.device_type == "cuda" else 2 * key_dim(layout.config.model)
-    return (layout.config.model.dim + keys) * layout.itemsize
+def _gradients(layout: RunLayout) -> int:
+    """Bytes a row of the gradients of q, k, v in the precision of the run."""
+    return (layout.config.model.dim + 2 * key_dim(layout.config.model)) * layout.itemsize
 
 
 def _tensors(layout: RunLayout) -> dict[str, int]:
