@@ -207,17 +207,29 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shared: list[Tensor], spec: AttentionSpec
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    shared: list[Tensor],
+    spec: AttentionSpec,
+    narrow: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shared pieces, start the reduce-scatter, dense pieces, await it: dq like q; dk, dv as wide as their sums."""
+    """Shared pieces, start the reduce-scatter, dense pieces, await it: dk, dv as wide as they were summed, and dq.
+
+    A ``narrow`` dq is like q; a wide one, as it was summed, spares its narrow copy.
+    """
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
     fresh = spec.may_start_fresh(calls)
     query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
-    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # till the end, room for the kernel's statistics
-    dq = result if query_dtype == q.dtype else torch.empty(q.shape, dtype=query_dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
+    # The narrow copy comes last; till then it is room for the kernel's statistics.
+    copy = torch.empty(q.shape, dtype=q.dtype, device=q.device) if narrow and query_dtype != q.dtype else None
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-    statistics = kernel.start_backward(dout, out, lse, dq, None if dq is result else result)
+    statistics = kernel.start_backward(dout, out, lse, dq, copy)
     if fresh:
         calls[0] = replace(calls[0], fresh=True)
     else:
@@ -239,9 +251,7 @@ def attention_backward(
         kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
     if scatter:
         scatter.add_to(dk, dv)
-    if dq is not result:
-        result.copy_(dq)
-    return result, dk, dv
+    return dq if copy is None else copy.copy_(dq), dk, dv
 
 
 class _DilatedAttention(torch.autograd.Function):

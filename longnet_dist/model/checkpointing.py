@@ -92,7 +92,8 @@ class Passage:
         """Gradients of the attention's output and of the weights behind it."""
         assert self.shelf is not None
         self.shelf.fetch()
-        self.shelf.fetch_below()
+        if self.checkpointing == "selective":
+            self.shelf.fetch_below()
         x, out, lse = (self.shelf.take(name) for name in ("x", "out", "lse"))
         assert x is not None, "the backward of a block can run once"
         if out is None or lse is None:
@@ -110,9 +111,11 @@ class Passage:
         assert kept is not None
         q, k, v = kept.projections or self._projections(kept.x)
         dout = torch.unflatten(dout, 0, self.shape)
-        gradients = attention_backward(dout, q, k, v, kept.out, kept.lse, kept.shared, self.spec)
+        gradients = attention_backward(dout, q, k, v, kept.out, kept.lse, kept.shared, self.spec, narrow=False)
         x, dx = kept.x, kept.dx
         del q, k, v, kept, dout
+        assert self.shelf is not None
+        self.shelf.fetch_below()  # which "full" leaves until now, when most memory is free again
         return dx, self.parts.add_projection_gradients(x, tuple(part.flatten(0, 1) for part in gradients), dx)
 
     def _projections(self, x: Tensor) -> list[Tensor]:
