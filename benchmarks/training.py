@@ -37,7 +37,7 @@ FULL = ("train.activation_checkpointing=full",)
 HOST = ("train.offload_activations=true",)
 ROPE = ("model.positions=rope",)  # xPos spans no dense attention of this length
 BIG_MODEL = ("model.name=1.3b", *SELECTIVE, *HOST)
-VOCABULARY = ("model.vocab_size=100277",)
+VOCABULARY = ("model.vocab_size=100277", "model.loss_chunk=1024")  # divides all lengths: one graph
 # Llama-3-8B's sizes; its three matrices of 14,336 in the feed-forward have as many weights as two of 21,504.
 LLAMA = (
     "model.dim=4096", "model.layers=32", "model.heads=32", "model.kv_heads=8", "model.ffn_dim=21504",
@@ -132,7 +132,7 @@ class Benchmark:
                 fails = rows
             else:
                 fits = rows
-            middle = (fits + fails) // 2 if fails else 2 * rows
+            middle = (fits + fails) // 2 if fails else min(2 * rows, options.most)
             rows = middle // options.resolution * options.resolution
             if rows == fits:
                 return
@@ -228,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=2**20, help="of throughput (default %(default)s)")
     add("--tiles", type=int, nargs="+", default=[65536, 16384, 262144], help="of throughput; the first for the others")
     add("--start", type=int, default=2**22, help="of the longest sequence (default %(default)s)")
+    add("--most", type=int, default=2**26, help="rows to try: the host must hold 2 bytes · E · layers of each")
     add("--resolution", type=int, default=2**18, help="of the longest sequence (default %(default)s)")
     add("--baseline-rows", type=int, nargs="+", default=[32768, 131072, 262144])
     add("--curve-rows", type=int, default=32768)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ class LongNet(nn.Module):
         execution: Execution = _PLAIN,
     ) -> None:
         super().__init__()
-        self.config, self.group = config, group
+        self.config, self.group, self.execution = config, group, execution
         self.positions = positions_of(config)
         self.embed_scale = config.dim**0.5
         self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
@@ -110,11 +111,16 @@ class LongNet(nn.Module):
             x = block(x, start, total_rows, cache)
         if stream and stream.recording:
             return LongNetOutput(None, None, None, None)
-        x = self.norm(x)
+        x = self._normed(x)
         if labels is None:
             return LongNetOutput(None, self.head(x), None, None)
         loss_sum, num_labels = self.head(x, labels), (labels != IGNORE_INDEX).sum()
         return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """``norm`` of a tile of rows at a time, so that no kernel of torch's must count beyond 32 bits."""
+        tiles = torch.split(x, self.execution.tile or x.shape[1], dim=1)
+        return self.norm(x) if len(tiles) == 1 else torch.cat([self.norm(tile) for tile in tiles], dim=1)
 
 
 def positions_of(config: LongNetConfig) -> Positions | None:
