@@ -84,7 +84,7 @@ class TrainConfig(Section):
             that the attention is computed again too.
         offload_activations: keep that in pinned memory of the host, copied beside the computation; not with ``none``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
-        compile: ``torch.compile`` of the row-wise parts of a block; ``auto``: on a GPU.
+        compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
         peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
         ignore_plan: start although the planner says that the memory does not suffice.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.

@@ -95,7 +95,9 @@ class LanguageModelHead(nn.Module):
         weight = self.weight if len(self.weight) == self.vocab_size else self.weight[: self.vocab_size]
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), self.chunk, self._compiles)
+        return linear_cross_entropy(
+            x.flatten(0, 1), weight, labels.flatten(), self.chunk, self._compiles and self.training
+        )
 
 
 def _wide(x: Tensor) -> torch.dtype:

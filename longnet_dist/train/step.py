@@ -96,8 +96,13 @@ def train_step(
 
 def _forward(engine: Any, read: ReadRows, stream: Stream, shards: Shards) -> Any:
     """The model's output for this rank's rows of the present chunk."""
-    tokens, labels = (part.to(engine.device) for part in read(shards.window(stream.rank)))
+    tokens, labels = (_to(engine.device, part) for part in read(shards.window(stream.rank)))
     return engine(tokens, labels, stream=stream)
+
+
+def _to(device: torch.device, tensor: Tensor) -> Tensor:
+    """On the device; from pinned memory, so that the host does not wait for what the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def total_over_ranks(value: Tensor) -> Tensor:

@@ -164,6 +164,13 @@ def test_compiled_parts_compute_the_same(graphs):
     assert not graphs["graph_break"]
 
 
+def test_an_evaluation_is_not_compiled(graphs):
+    model = LongNet(model_config(), execution=Execution(compile=True)).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 9, dtype=torch.int64))
+    assert graphs["stats"]["unique_graphs"] == 0
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which torch's compiler reads
 def test_blocks_without_checkpointing_compile_too(graphs):
     assert_same(gradients(Execution(compile=True), 30, 1), gradients(Execution(), 30, 1))
