@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 from benchmarks.record import environment
 from longnet_dist.train.checkpoint import checkpoints
 
-MODEL = ("model.dim=256", "model.layers=8", "model.heads=4", "data.sequence_length=256", "train.batch_size=1")
+MODEL = ("model.dim=512", "model.layers=12", "model.heads=8", "data.sequence_length=64", "train.batch_size=1")
 CPU_PROCESSES = 2
 NEVER = 10**9
 
