@@ -4,7 +4,8 @@
     python benchmarks/training.py --parts longest baseline curves --output benchmarks/results/training_h100.json
 
 * ``throughput``: the median step of models and lengths, with every memory option of its own.
-* ``longest``: the longest sequence of one whole training step, by doubling and halving, to ``--resolution`` rows.
+* ``longest``: the longest sequence of whole training steps, by doubling and halving, to ``--resolution`` rows. The
+  first step compiles and pins memory, the second is timed.
 * ``baseline``: the same model with dense attention (cuDNN), checkpointed by torch and compiled, beside it.
 * ``curves``: the losses of 50 steps with and without each option, from one seed.
 
@@ -125,7 +126,7 @@ class Benchmark:
         options = self.options
         fits, fails, rows = 0, None, options.start
         while rows >= options.resolution and (fails is None or fails - fits > options.resolution):
-            point = self._point("longest", name, rows, settings, dense, warmup=0, steps=1)
+            point = self._point("longest", name, rows, settings, dense, warmup=1, steps=1)
             if point is None:
                 return
             if "error" in point:
@@ -235,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--curve-steps", type=int, default=50)
     add("--curve-precision", choices=("fp32", "bf16"), default="bf16")
     add("--seconds", type=float, default=530.0, help="of the whole program (default %(default)s)")
-    add("--trial-seconds", type=float, default=150.0, help="of one measurement (default %(default)s)")
+    add("--trial-seconds", type=float, default=240.0, help="of one measurement (default %(default)s)")
     add("--least-seconds", type=float, default=30.0, help="begin none with less time left (default %(default)s)")
     add("--data", type=Path, help="token file of bytes (default: the standard library's source)")
     add("--output", type=Path, default=Path("benchmarks/results/training.json"), help="and .png")
