@@ -47,7 +47,9 @@ def state_of(layout: RunLayout) -> State:
     on_device = 0 if deepspeed.offload_optimizer else shard
     host = 0 if on_device else (4 * WIDE + itemsize) * shard
     optimizer = 3 * WIDE * on_device
-    bucket = REDUCE_BUCKET_NUMBERS * (WIDE if deepspeed.zero_stage == 3 else itemsize)
+    # A CPU has only the pages of it that are written.
+    numbers = REDUCE_BUCKET_NUMBERS if layout.device_type == "cuda" else min(number, REDUCE_BUCKET_NUMBERS)
+    bucket = numbers * (WIDE if deepspeed.zero_stage == 3 else itemsize)
     # Sums of a shard, the same side by side, and in float32 runs those that autograd made.
     update = on_device * ((3 if itemsize == WIDE else 2) * WIDE + unfused)
     if deepspeed.zero_stage == 3:

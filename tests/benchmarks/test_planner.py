@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from benchmarks import planner
+from benchmarks.planner import main, markdown, suggest
+
+
+def result(name, fit, factors, planned=100.0, measured=104.0):
+    parts = {"matmul": 3.0, "attention": 2.0, "row-wise": 1.0, "fixed": 0.5}
+    seconds = sum(parts[part] * factor for part, factor in factors.items()) + 0.5
+    return {
+        "name": name,
+        "fit": fit,
+        "planned": {"step_parts": parts, "step_seconds": 6.5, "peak_gpu_bytes": planned},
+        "seconds": [99.0, seconds, seconds],
+        "measured": {"peak_memory_allocated": measured, "peak_memory_reserved": 1.1 * measured},
+        "outside_of_torch_bytes": 7,
+    }
+
+
+def test_constants_come_from_the_cases_to_fit_alone():
+    slow = dict.fromkeys(("matmul", "attention", "row-wise"), 2.0)
+    suggested = suggest([result("a", True, slow), result("b", False, dict.fromkeys(slow, 9.0))])
+    assert 1.3 < suggested["divide the rate of matmul by"] < 3
+    assert suggested["fragmentation"] == pytest.approx(0.1)
+    assert suggested["context_bytes"] == 7
+    assert suggest([result("b", False, slow)]) == {}
+
+
+def test_the_table_has_errors_in_per_cent():
+    table = markdown([result("a", True, {"matmul": 1.0}), {"name": "b", "fit": False, "error": ["broken"]}])
+    assert "| a | yes | 0.000 | 0.000 | -3.8% | 6.500 | 3.500 | +85.7% |" in table
+    assert "broken" in table
+
+
+@pytest.mark.slow
+def test_a_case_is_measured_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planner, "CPU_CASES", planner.CPU_CASES[:1])
+    output = tmp_path / "planner.json"
+    words = ["--cpu", "--output", str(output)]
+    main(words)
+    (result,) = json.loads(output.read_text())["cases"]
+    assert len(result["seconds"]) == 5
+    assert result["planned"]["peak_host_bytes"] == pytest.approx(result["measured"]["peak_memory_allocated"], rel=0.5)
+    assert "tiny 1K" in output.with_suffix(".md").read_text()
+    capsys.readouterr()
+    main(words)  # nothing is left to measure
+    assert "tiny 1K" not in capsys.readouterr().out.splitlines()
