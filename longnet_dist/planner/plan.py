@@ -51,8 +51,14 @@ class Plan:
             device: that each rank has; a CPU's memory is that of the whole machine.
             local_ranks: ranks of one machine, which share its memory.
             host_limit: memory of the machine, bytes, if it is known.
+
+        Raises:
+            ConfigError: sizes behind all numbers of the machine.
         """
-        return cls(layout, device, local_ranks, host_limit, memory_of(layout), step_seconds(layout, device))
+        try:
+            return cls(layout, device, local_ranks, host_limit, memory_of(layout), step_seconds(layout, device))
+        except OverflowError:
+            raise ConfigError("the sizes of this configuration are beyond any machine; use smaller ones") from None
 
     @property
     def peak_gpu_bytes(self) -> int:

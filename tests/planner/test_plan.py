@@ -97,5 +97,10 @@ def test_a_host_that_is_too_small():
     assert not plan(2**12, local_ranks=8, host_limit=16 * GIB).fits()
 
 
+def test_sizes_behind_all_numbers():
+    with pytest.raises(ConfigError, match="beyond any machine"):
+        plan(model=PAPER | {"dim": 12 * 10**310})
+
+
 def test_more_ranks_hold_a_longer_sequence():
     assert plan(ranks=8).longest_sequence > 7 * plan().longest_sequence
