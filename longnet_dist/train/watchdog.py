@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from longnet_dist.cli import LOST_RANK_STATUS, USER_ERROR_STATUS
 from longnet_dist.errors import LongNetError, LostRankError
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).parents[1]  # as in the frames of its code: a link is not followed there
 MAX_INTERVAL_SECONDS = 5.0
 BEATS_IN_TIMEOUT = 40
 SILENT_SHARE = (

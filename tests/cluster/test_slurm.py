@@ -135,6 +135,7 @@ def test_a_rank_that_dies_or_hangs_ends_its_job_which_is_queued_again_and_finish
     assert state(cluster, job) == "COMPLETED", text
     assert "requeued, to go on from the newest checkpoint" in text
     assert ("did not answer for" if number == signal.SIGSTOP else "lost another rank") in text
+    assert "at the launcher" not in text, "a rank that is named is somewhere in the package"
     assert steps(run) == list(range(1, 15))
 
 

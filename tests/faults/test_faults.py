@@ -68,6 +68,7 @@ def test_a_frozen_rank_is_named_and_ends_the_run_in_time(corpus, tmp_path):
                 (error,) = ranks.errors(other)
                 assert f"rank {frozen}" in error.partition("ends the run: ")[2]
                 assert "did not answer for" in error
+                assert frozen == 0 or "at train/" in error
                 assert "Traceback" not in ranks.output(other)
 
 
