@@ -19,8 +19,6 @@ from longnet_dist.model.rows import RowParts
 
 _PLAIN = Execution()
 
-_PLAIN = Execution()
-
 
 class Block(nn.Module):
     r"""A MAGNETO block (arXiv 2210.06423, section 2): LayerNorm before and inside both sub-layers.
@@ -36,13 +34,6 @@ class Block(nn.Module):
         positions: shared by all blocks; None for none.
         group: the sequence-parallel group; None for one device.
         overlap: as in :class:`~longnet_dist.LongNet`.
-        execution: what is kept, and how much is computed at once.
-        memory: shared by all blocks of a model that offloads; None otherwise.
-
-    Args:
-        config: of the model.
-        positions: shared by all blocks; None for none.
-        group: the sequence-parallel group; None for one device.
         execution: what is kept, and how much is computed at once.
         memory: shared by all blocks of a model that offloads; None otherwise.
     """
