@@ -15,7 +15,9 @@ from longnet_dist.planner.state import state_of
 HOST_PROCESS_BYTES = 4 * 2**30  # of a process that has CUDA and all libraries loaded
 MASTER_COPY_BYTES = 12  # of a parameter, in the copy that an asynchronous checkpoint is written from
 CHECKPOINT = "checkpoint"
-OFFLOAD_BLOCKS = 3  # blocks whose activations are on the device meanwhile: computed, leaving or coming
+# Blocks whose offloaded activations are on the device meanwhile: the next one comes from the beginning of a block's
+# backward, or under "full" from its end (model/checkpointing.py).
+OFFLOAD_BLOCKS = {"selective": 2, "full": 1}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     always = {"parameters": state.parameters, "optimizer": state.optimizer} | _always(layout)
     computing = always | {"parameters": state.parameters + state.gathered}
     kept, held = kept_by_block(layout), held_by_block(layout)
-    all_kept = min(model.layers, OFFLOAD_BLOCKS if layout.config.train.offload_activations else model.layers) * kept
+    train = layout.config.train
+    blocks = OFFLOAD_BLOCKS[train.activation_checkpointing] if train.offload_activations else model.layers
+    all_kept = min(model.layers, blocks) * kept
     attention = min(held, rows * attention_backward_bytes(layout))
     block = {"block": held - attention, "attention": attention, "exchange": _in_flight(layout, exchange)}
     gathered = _gathered(layout, exchange)
