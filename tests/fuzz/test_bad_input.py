@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import evaluate, export, generate, prepare_data, train
+from launch import evaluate, export, generate, plan, prepare_data, train
 from longnet_dist.config.loading import known_keys
 from longnet_dist.config.schema import Config
 from longnet_dist.data.token_file import PREAMBLE, TokenFile
@@ -88,6 +88,9 @@ def test_configurations_and_overrides(capsys, inputs, outcomes, data):
         st.lists(st.text(max_size=12).filter(lambda word: not word.startswith("-")), max_size=1), "words"
     )
     outcomes[check(capsys, train, [folder / "config.yaml", *words], folder)] += 1
+    device = data.draw(st.sampled_from(["h100", "cpu", "l4", "none"]), "device")
+    gpus = data.draw(st.integers(-1, 5000), "gpus")
+    outcomes[check(capsys, plan, [folder / "config.yaml", *words, "--gpus", gpus, "--device", device], folder)] += 1
 
 
 def spoil(data, content):
