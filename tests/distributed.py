@@ -7,20 +7,28 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 120.0,
+    start_method: Literal["fork", "spawn"] = "fork",
+) -> list[Any]:
     """Results of ``fn(*args)`` on ranks ``0 … world_size-1`` of a gloo world; raises if a rank did.
 
-    Processes are forked, so that all imports are already done, and meet at a file: about 0.1 s a call.
+    Processes are forked, so that all imports are already done, and meet at a file: about 0.1 s a call. Spawned ones
+    take seconds, and have nothing of what this process did before.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_run, (fn, world_size, folder, args, timeout_seconds), world_size, start_method="fork")
+        arguments = (fn, world_size, folder, args, timeout_seconds)
+        mp.start_processes(_run, arguments, world_size, start_method=start_method)
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world_size)]
 
 

@@ -142,6 +142,7 @@ def test_what_a_run_leaves(tmp_path, corpus, capfd):
     metrics = run(2, config)
     folder = config.train.output_dir
     keys = ["step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "skipped"]
+    keys += ["tflops_per_gpu", "peak_memory_allocated"]
     assert [list(line) for line in metrics] == [keys] * 5
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
     assert [line["tokens"] for line in metrics] == [256, 512, 768, 1024, 1280]
