@@ -34,6 +34,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.jobs import Job, model_flops
+from benchmarks.pictures import draw_over_length, new_figure
 from benchmarks.record import environment
 from benchmarks.text import DEFAULT_FOLDERS, write_text
 from longnet_dist import DilatedPattern, LongNetConfig
@@ -222,23 +223,14 @@ class Benchmark:
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
     """Seconds against tokens, both logarithmic, a line for each mode: Figure 5 of the paper."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     labels = ("LongNet, forward", "LongNet, training step", "dense, forward", "dense, training step")
-    for mode, label in zip(MODES, labels, strict=True):
-        line = [(p["tokens"], statistics.median(p["seconds"])) for p in points if p["mode"] == mode and "seconds" in p]
-        if line:
-            axes.plot(*zip(*sorted(line), strict=True), "--" if "dense" in mode else "-", marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens in one sequence")
-    axes.set_ylabel("seconds")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    lines = {
+        label: [(p["tokens"], statistics.median(p["seconds"])) for p in points if p["mode"] == mode and "seconds" in p]
+        for mode, label in zip(MODES, labels, strict=True)
+    }
+    figure = new_figure(7, 5)
+    drawn = {label: line for label, line in lines.items() if line}
+    draw_over_length(figure.add_subplot(), drawn, "tokens in one sequence", "seconds")
     figure.savefig(path, dpi=150)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import draw_over_length, new_figure
+
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Ratios of times: what the exchange costs, how time scales with GPUs, how far exact attention is."""
@@ -77,12 +79,6 @@ def table(result: dict[str, Any]) -> str:
 
 def write_picture(result: dict[str, Any], path: Path) -> None:
     """Time against rows, both logarithmic: a line for each number of GPUs, and the exact peers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     lines: dict[str, list[tuple[int, float]]] = {}
     for case in result.get("cases", []):
         if "ms" in case["overlapped"]:
@@ -92,15 +88,8 @@ def write_picture(result: dict[str, Any], path: Path) -> None:
         if "ms" in peer["exact"]:
             point = (peer["rows"], peer["exact"]["ms"])
             lines.setdefault(f"exact, {peer['name']}, {peer['gpus']} GPUs", []).append(point)
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "--" if "exact" in label else "-", marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("rows of the sequence")
-    axes.set_ylabel("ms, forward + backward")
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend()
+    figure = new_figure(7, 5)
+    draw_over_length(figure.add_subplot(), lines, "rows of the sequence", "ms, forward + backward")
     figure.savefig(path, dpi=150)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
+from benchmarks.pictures import draw_over_length, new_figure
 from benchmarks.record import environment
 from benchmarks.trials import OUT_OF_MEMORY, Trial, isolated
 from longnet_dist.cli import run_cli
@@ -178,25 +179,16 @@ class Benchmark:
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
     """Seconds of a step over its length, and the curves."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.5)
     lengths, curves = figure.subplots(1, 2)
-    for label, line in _lines(points):
-        lengths.plot(*zip(*line, strict=True), "--" if label == "dense" else "-", marker="o", label=label)
-    lengths.set_xscale("log", base=2)
-    lengths.set_yscale("log")
-    lengths.set(xlabel="tokens in one sequence", ylabel="seconds a training step")
+    draw_over_length(lengths, dict(_lines(points)), "tokens in one sequence", "seconds a training step")
     for point in points:
         if point["part"] == "curves" and "losses" in point:
             curves.plot(point["losses"], lw=1, label=point["name"])
     curves.set(xlabel="step", ylabel="loss, nats a token")
-    for axes in (lengths, curves):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+    curves.grid(alpha=0.3)
+    if curves.lines:
+        curves.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
