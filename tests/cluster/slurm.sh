@@ -29,9 +29,9 @@ node_lines() {
     local i
     for i in $(seq "$nodes"); do
         if [[ $namespaces = 1 ]]; then
-            echo "NodeName=node$i NodeHostname=node$i NodeAddr=$NETWORK.1$i Port=16818 CPUs=$(nproc) State=UNKNOWN"
+            echo "NodeName=node$i NodeHostname=node$i NodeAddr=$NETWORK.1$i Port=16818 CPUs=$(nproc --all) State=UNKNOWN"
         else
-            echo "NodeName=node$i NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((16900 + i)) CPUs=$(nproc) State=UNKNOWN"
+            echo "NodeName=node$i NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((16900 + i)) CPUs=$(nproc --all) State=UNKNOWN"
         fi
     done
 }
