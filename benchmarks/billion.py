@@ -45,6 +45,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
 from longnet_dist.planner.devices import device_of
 from longnet_dist.planner.model_cost import matrix_weights
+from longnet_dist.train.run_folder import write_text as write_file
 
 MODES = ("forward", "train", "dense", "dense-train")
 REPEAT_BELOW_SECONDS = 5.0
@@ -214,9 +215,7 @@ class Benchmark:
         if self.rank == 0:
             output: Path = self.options.output
             output.parent.mkdir(parents=True, exist_ok=True)
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(self.result, indent=2) + "\n")
-            partial.rename(output)
+            write_file(output, json.dumps(self.result, indent=2) + "\n")
             draw(self.result["points"], output.with_suffix(".png"))
             print(_line(point), flush=True)
 

@@ -44,6 +44,7 @@ from longnet_dist.cli import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
 from longnet_dist.errors import ConfigError
+from longnet_dist.train.run_folder import write_text
 
 PARTS = ("check", "scaling", "peers", "trace")
 REPEAT_SECONDS = 0.1
@@ -245,9 +246,7 @@ class Benchmark:
             output: Path = self.options.output
             output.parent.mkdir(parents=True, exist_ok=True)
             self.result["summary"] = summary(self.result)
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(self.result, indent=1) + "\n")
-            partial.rename(output)
+            write_text(output, json.dumps(self.result, indent=1) + "\n")
 
 
 def _median_of_slowest(answers: list[dict[str, Any]]) -> dict[str, Any]:

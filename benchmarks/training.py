@@ -32,6 +32,7 @@ from benchmarks.record import environment
 from benchmarks.trials import OUT_OF_MEMORY, Trial, isolated
 from longnet_dist.cli import run_cli
 from longnet_dist.data.prepare import default_token_file
+from longnet_dist.train.run_folder import write_text
 
 PARTS = ("throughput", "longest", "baseline", "curves")
 SELECTIVE = ("train.activation_checkpointing=selective",)
@@ -171,9 +172,7 @@ class Benchmark:
     def _write(self) -> None:
         output: Path = self.options.output
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(self.result, indent=1) + "\n")
-        partial.rename(output)
+        write_text(output, json.dumps(self.result, indent=1) + "\n")
         draw(self.result["points"], output.with_suffix(".png"))
 
 

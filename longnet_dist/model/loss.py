@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from longnet_dist.kernels.contract import wide_dtype
 from longnet_dist.model.compiled import run
 
 IGNORE_INDEX = -100
@@ -40,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool) -> Tensor:
         ctx.save_for_backward(x, weight, labels)
         ctx.chunk, ctx.compile = chunk, compile
-        loss = torch.zeros((), dtype=_wide(x), device=x.device)
+        loss = torch.zeros((), dtype=wide_dtype(x.dtype), device=x.device)
         x, weight = x.detach(), weight.detach()
         for rows in _chunks(len(x), chunk):
             loss += run(_loss_of, compile, x[rows], weight, labels[rows])
@@ -50,14 +51,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, labels = (tensor.detach() for tensor in ctx.saved_tensors)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=_wide(x))
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(x.dtype))
         for rows in _chunks(len(x), ctx.chunk):
             run(_write_gradients, ctx.compile, x[rows], weight, labels[rows], dloss, dx[rows], dweight)
         return dx, dweight.to(weight.dtype), None, None, None
 
 
 def _loss_of(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(x, weight).to(_wide(x))
+    logits = F.linear(x, weight).to(wide_dtype(x.dtype))
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -98,10 +99,6 @@ class LanguageModelHead(nn.Module):
         return linear_cross_entropy(
             x.flatten(0, 1), weight, labels.flatten(), self.chunk, self._compiles and self.training
         )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:

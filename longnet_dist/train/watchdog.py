@@ -24,9 +24,8 @@ from longnet_dist.errors import LongNetError, LostRankError
 PACKAGE = Path(__file__).parents[1]  # as in the frames of its code: a link is not followed there
 MAX_INTERVAL_SECONDS = 5.0
 BEATS_IN_TIMEOUT = 40
-SILENT_SHARE = (
-    0.5  # of the time-out; the rest is for finding all silent ranks, for the main thread to end itself, and spare
-)
+# Of the time-out; the rest is for finding all silent ranks, for the main thread to end itself, and spare.
+SILENT_SHARE = 0.5
 FAILURE = "watchdog/failure"
 INFORMED = "watchdog/informed"  # number of ranks that know of the failure
 REMEDY = "look for a process that is stopped or a machine that is lost, and go on with train.resume=auto"
