@@ -38,7 +38,8 @@ class Measurement:
     def run(self) -> None:
         """Check all, time the good ones, print a table."""
         with ThreadPoolExecutor(self.options.workers) as pool:
-            futures = {pool.submit(self._call, "check", c, c["package"], CHECK_SECONDS): c for c in self.all}
+            what = "compile" if self.options.checked else "check"
+            futures = {pool.submit(self._call, what, c, c["package"], CHECK_SECONDS): c for c in self.all}
             for future in as_completed(futures):
                 self._checked(futures[future], *future.result())
         good = [c for c in self.all if c["check"].get("bad") == {}]
@@ -59,7 +60,8 @@ class Measurement:
         while group and self._left() > 15:
             results, failure = self._call("time", group, group[0]["package"], TIME_SECONDS)
             for result in results:
-                candidate = next(c for c in group if c["id"] == result.pop("id"))
+                number = result.pop("id")
+                candidate = next(c for c in group if c["id"] == number)
                 candidate.setdefault("time", {}).update(result)
             self._write()
             if not failure:
@@ -111,6 +113,7 @@ def main() -> None:
     add("--output", type=Path, required=True)
     add("--budget", type=float, default=420.0, help="seconds in all (default %(default)s)")
     add("--only", default="", help="candidates whose name has this text")
+    add("--checked", action="store_true", help="all were found right before: only compile and time them")
     add("--workers", type=int, default=14, help="checks at once (default %(default)s)")
     add("--cache", type=Path, default=Path("/tmp/kernel_cache"), help="of compiled kernels (default %(default)s)")
     Measurement(parser.parse_args()).run()

@@ -1,6 +1,6 @@
 """What ``measure.py`` runs in processes of their own: one check, or the times of several candidates of a package.
 
-    PYTHONPATH=PACKAGE python worker.py check|time JSON
+    PYTHONPATH=PACKAGE python worker.py check|compile|time JSON
 
 Prints a line ``RESULT JSON`` for each result. ``DEVICE=cpu`` tries the checks in Triton's interpreter.
 """
@@ -94,13 +94,29 @@ def _errors(tensors: list[Tensor], pattern: DilatedPattern, causal: bool, forwar
     return {name: torch.nan_to_num((a.double() - b).norm() / b.norm(), nan=9.0).item() for name, a, b in pairs}
 
 
+def compile_for_times(candidate: dict[str, Any]) -> None:
+    """Run what ``time_all`` times once, on a few rows, so that its kernels are in the cache."""
+    use(candidate)
+    pattern, dim, forward = DilatedPattern.geometric(2048, 32768), candidate["dim"], candidate["kind"] == "forward"
+    for _, kv_heads, causal in _cases(dim):
+        tensors = inputs(MILLION // 16, 768 // dim, kv_heads, dim)
+        _pass(tensors, spec_of("triton", tensors[:3], pattern, causal), forward)()
+    torch.cuda.synchronize()
+    _result({"id": candidate["id"], "bad": {}})
+
+
+def _cases(dim: int) -> list[tuple[str, int, bool]]:
+    """Name, key-value heads and mask of what is timed."""
+    heads = 768 // dim
+    return [("causal", heads, True), ("full", heads, False), *([("grouped", 4, True)] if dim == 64 else [])]
+
+
 def time_all(candidates: list[dict[str, Any]]) -> None:
     """Milliseconds and TFLOP/s at a million rows of 768 numbers; all candidates have one kind and head dim."""
     kept = triton_kernel.forward_tiles, dict(hopper_kernel.TILES)
     pattern, dim = DilatedPattern.geometric(2048, 32768), candidates[0]["dim"]
     heads = 768 // dim
-    cases = [("causal", heads, True), ("full", heads, False), *([("grouped", 4, True)] if dim == 64 else [])]
-    for case, kv_heads, causal in cases:
+    for case, kv_heads, causal in _cases(dim):
         tensors = inputs(MILLION, heads, kv_heads, dim)
         for candidate in candidates:
             triton_kernel.forward_tiles = kept[0]
@@ -139,4 +155,4 @@ def _result(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"check": check, "time": time_all}[sys.argv[1]](json.loads(sys.argv[2]))
+    {"check": check, "compile": compile_for_times, "time": time_all}[sys.argv[1]](json.loads(sys.argv[2]))
