@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from longnet_dist.kernels.contract import Call
 from longnet_dist.kernels.hopper_backward import hopper_backward_kernel
 
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-# Head dim: rows of a tile of queries and of keys, warps that compute, stages, registers a thread (None: all there are).
-# At D 64 two programs share a multiprocessor; at D 128 there is shared memory for one.
-TILES: dict[int, tuple[int, int, int, int, int | None]] = {64: (64, 64, 4, 3, 128), 128: (64, 128, 8, 2, None)}
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTiles:
+    """Rows of a tile of queries and of keys, warps that compute, stages, and whether K is read from registers."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    key_registers: bool
+
+
+# By head dim: the fastest of benchmarks/results/attention_kernels.md.
+TILES = {64: HopperTiles(128, 128, 8, 3, True), 128: HopperTiles(64, 128, 8, 2, False)}
 
 
 def takes_backward(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> bool:
@@ -52,14 +64,14 @@ def backward(
     """One launch for dQ, dK and dV of a piece."""
     rate = call.piece.dilation_rate
     key_rate = 1 if call.piece.compact else rate
-    queries, keys, warps, stages, registers = TILES[q.shape[3]]
+    tiles = TILES[q.shape[3]]
     hopper_backward_kernel[(programs,)](
-        _matrix(dout, rate, queries),
-        _matrix(q, rate, queries),
-        _matrix(k, key_rate, keys),
-        _matrix(v, key_rate, keys),
+        _matrix(dout, rate, 64),
+        _matrix(q, rate, 64),
+        _matrix(k, key_rate, tiles.keys),
+        _matrix(v, key_rate, tiles.keys),
         statistics,
-        _matrix(dq, rate, queries),
+        _matrix(dq, rate, tiles.queries),
         dk,
         dv,
         *(x.stride()[:3] for x in (dout, q, k, v, statistics, dq, dk, dv)),
@@ -67,14 +79,15 @@ def backward(
         k.shape[1],
         *arguments,
         D=q.shape[3],
-        QUERIES=queries,
-        KEYS=keys,
+        QUERIES=tiles.queries,
+        KEYS=tiles.keys,
         CAUSAL=call.causal,
         COMPACT=call.piece.compact,
+        GROUPED=q.shape[2] > k.shape[2],
         FRESH=call.fresh,
-        STAGES=stages,
-        num_warps=warps,
-        maxnreg=registers,
+        STAGES=tiles.stages,
+        KEY_REGISTERS=tiles.key_registers,
+        num_warps=tiles.warps,
     )
 
 
@@ -94,5 +107,5 @@ def _flat(x: Tensor, rate: int) -> bool:
 def _matrix(x: Tensor, rate: int, rows: int) -> TensorDescriptor:
     batch, length, heads, dim = x.shape
     width = (rate - 1) * x.stride(1) + heads * dim
-    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], _TYPES[x.dtype])
+    layout = gl.NVMMASharedLayout(128, x.element_size() * 8, 2)
     return TensorDescriptor(x, [batch * length // rate, width], [rate * x.stride(1), 1], [rows, dim], layout)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from longnet_dist.kernels.triton_forward import LOG2_E
-from longnet_dist.kernels.triton_tiles import UNSPECIALIZED, load_tile, locate, pointers, row_pointers
+from longnet_dist.kernels.triton_tiles import UNSPECIALIZED, load_tile, locate, pointers, row_pointers, rows_of
 
 
 @triton.jit
@@ -54,33 +54,33 @@ def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, 
 @triton.jit
 def _add_queries(
     key, value, dkey, dvalue, dout, q, lse, delta, dq, dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
-    batch, head, row, r, start, last, key_index, keys, factor, scale,
+    batch, head, rows, start, last, key_index, keys, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of ``QUERIES`` queries from ``start`` on in the gradients of a key tile, computed transposed."""
     index = start + tl.arange(0, QUERIES)
     valid = index < last
-    query = load_tile(q, q_strides, batch, head, row, r, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    query = load_tile(q, q_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     # Queries behind the last have weight exp(-inf) = 0.
-    row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf"))
+    row_lse = tl.load(
+        row_pointers(lse, lse_strides, batch, head, rows[0], rows[1], index), mask=valid, other=float("inf")
+    )
     scores = tl.dot(key, query.T, input_precision=PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
-    doutput = load_tile(dout, dout_strides, batch, head, row, r, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
-    row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, row, r, index), mask=valid, other=0.0)
+    row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, rows[0], rows[1], index), mask=valid, other=0.0)
     gradient = tl.dot(value, doutput.T, input_precision=PRECISION)
     gradient = (weights * (gradient - row_delta[None, :])).to(query.dtype)
     dkey = tl.dot(gradient, query, dkey, input_precision=PRECISION)
     if ADD_DQ:
         dquery = tl.dot(gradient.T, key, input_precision=PRECISION) * scale
         if REDUCE:
-            origin = row + r * start
-            position = [batch, (origin // r).to(tl.int32), (origin % r).to(tl.int32), head, 0]
-            dq.atomic_add(position, dquery.reshape(1, QUERIES, 1, 1, BLOCK_D))
+            dq.atomic_add([batch, rows[2] + start, rows[3], head, 0], dquery.reshape(1, QUERIES, 1, 1, BLOCK_D))
         else:
             mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-            dq_pointers = pointers(dq, dq_strides, batch, head, row, r, index, BLOCK_D)
+            dq_pointers = pointers(dq, dq_strides, batch, head, rows[0], rows[1], index, BLOCK_D)
             tl.atomic_add(dq_pointers, dquery, mask=mask, sem="relaxed")
     return dkey, dvalue
 
@@ -109,15 +109,14 @@ def key_gradient_kernel(
     first_key = tile * KEYS
     if first_key >= keys:
         return
-    key_row, step = row, r
-    if COMPACT:
-        key_row, step = row * 0, 1
+    key_rows = rows_of(row * 0, 1, 0) if COMPACT else rows_of(row, r, 0)
     key_index = first_key + tl.arange(0, KEYS)
-    key = load_tile(k, k_strides, batch, kv_head, key_row, step, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-    value = load_tile(v, v_strides, batch, kv_head, key_row, step, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+    key = load_tile(k, k_strides, batch, kv_head, key_rows, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+    value = load_tile(v, v_strides, batch, kv_head, key_rows, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
     dkey = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dvalue = tl.zeros([KEYS, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
+    rows = rows_of(row, r, first)
     # Masked: tiles of queries that see only some of the keys.
     masked = first
     if CAUSAL:
@@ -131,20 +130,20 @@ def key_gradient_kernel(
             dkey, dvalue = _add_queries(
                 key, value, dkey, dvalue, dout, q, lse, delta, dq,
                 dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
-                batch, head, row, r, start, last, key_index, keys, factor, scale,
+                batch, head, rows, start, last, key_index, keys, factor, scale,
                 D, BLOCK_D, QUERIES, CAUSAL, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
         for start in tl.range(masked, last, QUERIES):
             dkey, dvalue = _add_queries(
                 key, value, dkey, dvalue, dout, q, lse, delta, dq,
                 dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
-                batch, head, row, r, start, last, key_index, keys, factor, scale,
+                batch, head, rows, start, last, key_index, keys, factor, scale,
                 D, BLOCK_D, QUERIES, CAUSAL, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
     dkey *= scale
     mask = (key_index < keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    dk_pointers = pointers(dk, dk_strides, batch, kv_head, key_row, step, key_index, BLOCK_D)
-    dv_pointers = pointers(dv, dv_strides, batch, kv_head, key_row, step, key_index, BLOCK_D)
+    dk_pointers = pointers(dk, dk_strides, batch, kv_head, key_rows[0], key_rows[1], key_index, BLOCK_D)
+    dv_pointers = pointers(dv, dv_strides, batch, kv_head, key_rows[0], key_rows[1], key_index, BLOCK_D)
     if not FRESH:
         dkey += tl.load(dk_pointers, mask=mask, other=0.0).to(tl.float32)
         dvalue += tl.load(dv_pointers, mask=mask, other=0.0).to(tl.float32)
@@ -172,13 +171,12 @@ def query_gradient_kernel(
     first += tile * QUERIES
     if first >= last:
         return
-    key_row, step = row, r
-    if COMPACT:
-        key_row, step = row * 0, 1
+    rows = rows_of(row, r, first)
+    key_rows = rows_of(row * 0, 1, 0) if COMPACT else rows_of(row, r, 0)
     index = first + tl.arange(0, QUERIES)
     valid = index < last
-    query = load_tile(q, q_strides, batch, head, row, r, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
-    doutput = load_tile(dout, dout_strides, batch, head, row, r, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    doutput = load_tile(dout, dout_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf"))
     row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, row, r, index), mask=valid, other=0.0)
     dquery = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -187,8 +185,8 @@ def query_gradient_kernel(
     if CAUSAL:
         stop = tl.minimum(keys, first + QUERIES)
     for start in tl.range(0, stop, KEYS):
-        key = load_tile(k, k_strides, batch, kv_head, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        value = load_tile(v, v_strides, batch, kv_head, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+        key = load_tile(k, k_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+        value = load_tile(v, v_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         scores = tl.dot(query, key.T, input_precision=PRECISION)
         key_index = start + tl.arange(0, KEYS)
         weights = _weights(scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL)

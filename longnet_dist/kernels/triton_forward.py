@@ -7,9 +7,58 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.kernels.triton_tiles import UNSPECIALIZED, load_tile, locate, pointers, row_pointers
+from longnet_dist.kernels.triton_tiles import UNSPECIALIZED, load_tile, locate, pointers, row_pointers, rows_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attend(
+    query, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head, rows, begin, end, index, keys, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    FIXED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running softmax after keys ``begin … end-1``; with ``FIXED`` its ``maximum`` is kept, whatever the scores."""
+    for start in tl.range(begin, end, KEYS):
+        key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+        scores = tl.dot(query, key.T, input_precision=PRECISION) * factor
+        if MASKED:
+            key_index = start + tl.arange(0, KEYS)
+            seen = (key_index < keys)[None, :]
+            if CAUSAL:
+                seen = seen & (key_index[None, :] <= index[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
+        level = maximum
+        if not FIXED:
+            new = tl.maximum(maximum, tl.max(scores, 1))
+            level = tl.where(new == -float("inf"), 0.0, new)
+            shrink = tl.math.exp2(maximum - level)
+            total *= shrink
+            result *= shrink[:, None]
+            maximum = new
+        weights = tl.math.exp2(scores - level[:, None])
+        total += tl.sum(weights, 1)
+        value = load_tile(v, v_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
+        result = tl.dot(weights.to(value.dtype), value, result, input_precision=PRECISION)
+    return maximum, total, result
+
+
+@triton.jit
+def _start(
+    running, lse_pointers, valid, out_strides, batch, head, rows, first, last,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of the earlier branches: (maximum = lse, sum = 1, accumulator = out)."""
+    if FRESH:
+        maximum = tl.full([QUERIES], -float("inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    else:
+        maximum = tl.load(lse_pointers, mask=valid, other=0.0) * LOG2_E
+        total = tl.full([QUERIES], 1.0, tl.float32)
+        result = load_tile(running, out_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+        result = result.to(tl.float32)
+    return maximum, total, result
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("r", "heads"))
@@ -18,7 +67,7 @@ def forward_kernel(
     tiles, segments, heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``QUERIES`` queries of a (batch, head, segment) against all keys it sees.
 
@@ -37,56 +86,46 @@ def forward_kernel(
     first += tile * QUERIES
     if first >= last:
         return
-    key_row, step = row, r
-    if COMPACT:
-        key_row, step = row * 0, 1
-
+    rows = rows_of(row, r, first)
+    key_rows = rows_of(row * 0, 1, 0) if COMPACT else rows_of(row, r, 0)
     index = first + tl.arange(0, QUERIES)
     valid = index < last
     columns = tl.arange(0, BLOCK_D)[None, :] < D
     lse_pointers = row_pointers(lse, lse_strides, batch, head, row, r, index)
-    if FRESH:
-        maximum = tl.full([QUERIES], -float("inf"), tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    else:
-        maximum = tl.load(lse_pointers, mask=valid, other=0.0) * LOG2_E
-        total = tl.full([QUERIES], 1.0, tl.float32)
-        result = load_tile(running, out_strides, batch, head, row, r, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
-        result = result.to(tl.float32)
-
-    query = load_tile(q, q_strides, batch, head, row, r, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     factor = scale * LOG2_E
-    stop, full = keys, keys
+    # Keys from ``full`` on, which come first: masked for some query, or the last ones where no maximum is known yet.
+    stop, full = keys, keys // KEYS * KEYS
     if CAUSAL:
         stop = tl.minimum(keys, first + QUERIES)
-        full = tl.minimum(keys, first + 1)
-    full = full // KEYS * KEYS
-    for start in tl.range(0, full, KEYS):
-        key = load_tile(k, k_strides, batch, head // group, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        scores = tl.dot(query, key.T, input_precision=PRECISION)
-        new = tl.maximum(maximum, tl.max(scores, 1) * factor)
-        weights = tl.math.exp2(scores * factor - new[:, None])
-        shrink = tl.math.exp2(maximum - new)
-        total = total * shrink + tl.sum(weights, 1)
-        value = load_tile(v, v_strides, batch, head // group, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
-        maximum = new
-    for start in tl.range(full, stop, KEYS):
-        key = load_tile(k, k_strides, batch, head // group, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        scores = tl.dot(query, key.T, input_precision=PRECISION) * factor
-        key_index = start + tl.arange(0, KEYS)
-        seen = (key_index < keys)[None, :]
-        if CAUSAL:
-            seen = seen & (key_index[None, :] <= index[:, None])
-        scores = tl.where(seen, scores, -float("inf"))
-        new = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new[:, None])
-        shrink = tl.math.exp2(maximum - new)
-        total = total * shrink + tl.sum(weights, 1)
-        value = load_tile(v, v_strides, batch, head // group, key_row, step, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
-        maximum = new
+        full = tl.minimum(keys, first) // KEYS * KEYS
+    if FRESH:
+        full = tl.minimum(full, tl.maximum(stop - 1, 0) // KEYS * KEYS)
+    maximum, total, result = _start(
+        running, lse_pointers, valid, out_strides, batch, head, rows, first, last,
+        D, BLOCK_D, QUERIES, FRESH, DESCRIPTORS,
+    )  # fmt: skip
+    maximum, total, result = _attend(
+        query, maximum, total, result, k, v, k_strides, v_strides, batch, head // group, key_rows, full, stop,
+        index, keys, factor, D, BLOCK_D, KEYS, CAUSAL, True, False, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+    # The maximum only guards against overflow. What the first keys, or the earlier branches, left does so for nearly
+    # all others, and then nothing waits for it and nothing is scaled again.
+    maximum = tl.where(maximum == -float("inf"), 0.0, maximum)
+    maximum, total, result = _attend(
+        query, maximum, total, result, k, v, k_strides, v_strides, batch, head // group, key_rows, 0, full,
+        index, keys, factor, D, BLOCK_D, KEYS, CAUSAL, False, True, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+    safe = ((total > 1 / LIMIT) & (total < LIMIT)) | (index >= last)
+    if tl.min(safe.to(tl.int32), 0) == 0:
+        maximum, total, result = _start(
+            running, lse_pointers, valid, out_strides, batch, head, rows, first, last,
+            D, BLOCK_D, QUERIES, FRESH, DESCRIPTORS,
+        )  # fmt: skip
+        maximum, total, result = _attend(
+            query, maximum, total, result, k, v, k_strides, v_strides, batch, head // group, key_rows, 0, stop,
+            index, keys, factor, D, BLOCK_D, KEYS, CAUSAL, True, False, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
 
     out_pointers = pointers(out, out_strides, batch, head, row, r, index, BLOCK_D)
     tl.store(out_pointers, (result / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None] & columns)

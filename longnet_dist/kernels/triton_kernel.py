@@ -50,7 +50,7 @@ def forward_tiles(dim: int, wide: bool, causal: bool) -> Tiles:
     if wide:
         return Tiles(32, 32, 4, 2)
     if dim <= 64:  # 128 registers: four programs a multiprocessor
-        return Tiles(64, 64, 4, 3, 128 if causal else None)
+        return Tiles(64, 64, 4, 3, 128) if causal else Tiles(128, 64, 4, 3)
     return Tiles(64, 64, 4, 3) if dim <= 128 else Tiles(64, 32, 4, 2)
 
 
@@ -101,6 +101,7 @@ class TritonKernel:
             *launch.arguments(launch.queries, tiles.queries, q.shape[2]),
             **launch.constants(described),
             FRESH=call.fresh,
+            LIMIT=2.0**15 if q.dtype == torch.float16 else 2.0**100,
             **tiles.options,
         )
 
@@ -161,7 +162,7 @@ class TritonKernel:
         wide = q.element_size() > 2
         hopper = _hopper() if q.is_cuda else None
         if hopper and fits(call.piece, q.shape[1]) and hopper.takes_backward(call, (dout, q, dq), (k, v)):
-            rows = hopper.TILES[launch.dim][1]
+            rows = hopper.TILES[launch.dim].keys
             (programs,) = launch.grid(launch.keys, rows, k.shape[2])
             arguments = launch.arguments(launch.keys, rows, k.shape[2])
             hopper.backward(call, dout, q, k, v, statistics, dq, dk, dv, programs, arguments)

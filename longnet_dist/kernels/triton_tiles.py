@@ -56,22 +56,28 @@ def row_pointers(base, strides, batch, head, row, step, index):
 
 
 @triton.jit
+def rows_of(row, step, first):
+    """``(row, step, tile, column)`` of rows ``row + step·i``, ``i >= first``: row ``i`` is ``[tile + i, column]`` in a
+    view ``(rows / step, step)``. Divides once, where a loop would for every tile."""
+    origin = row + step * first
+    return row, step, (origin // step).to(tl.int32) - first, (origin % step).to(tl.int32)
+
+
+@triton.jit
 def load_tile(
-    source, strides, batch, head, row, step, first, stop,
+    source, strides, batch, head, rows, first, stop,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``first … first+ROWS-1`` as a ``(ROWS, BLOCK_D)`` tile; columns from ``D`` on are 0.
+    """Rows ``first … first+ROWS-1`` of ``rows_of`` as a ``(ROWS, BLOCK_D)`` tile; columns from ``D`` on are 0.
 
     Rows from ``stop`` on hold 0 or, through a descriptor, rows of the next segment.
     """
     if DESCRIPTORS:
-        origin = row + step * first
-        position = [batch, (origin // step).to(tl.int32), (origin % step).to(tl.int32), head, 0]
-        tile = source.load(position).reshape(ROWS, BLOCK_D)
+        tile = source.load([batch, rows[2] + first, rows[3], head, 0]).reshape(ROWS, BLOCK_D)
     else:
         index = first + tl.arange(0, ROWS)
         mask = (index < stop)[:, None]
         if D < BLOCK_D:
             mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
-        tile = tl.load(pointers(source, strides, batch, head, row, step, index, BLOCK_D), mask=mask, other=0.0)
+        tile = tl.load(pointers(source, strides, batch, head, rows[0], rows[1], index, BLOCK_D), mask=mask, other=0.0)
     return tile
