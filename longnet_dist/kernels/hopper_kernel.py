@@ -14,7 +14,6 @@ from longnet_dist.kernels.contract import Call
 from longnet_dist.kernels.hopper_backward import hopper_backward_kernel
 
 
-
 @dataclass(frozen=True, slots=True)
 class HopperTiles:
     """Rows of a tile of queries and of keys, warps that compute, stages, and whether K is read from registers."""
