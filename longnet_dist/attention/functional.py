@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -151,25 +152,55 @@ class AttentionSpec:
         """The segments whose keys this window takes from compact buffers."""
         return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal)
 
-    def dense_calls(self, kv_heads: int) -> list[Call]:
-        """The calls whose keys are the window's own rows, one that covers every row and head (r = 1) first."""
-        pieces = dense_pieces(self.pattern, *self.window, self.shards.total_rows, self.causal)
-        return [self._call(piece, kv_heads) for piece in sorted(pieces, key=lambda piece: not self._covers_all(piece))]
+    def dense_calls(self, kv_heads: int) -> tuple[Call, ...]:
+        """The calls whose keys are the window's own rows.
 
-    def may_start_fresh(self, calls: list[Call]) -> bool:
-        """Whether the first call can write buffers that were never written, where later ones add."""
-        return self.kernel.starts_fresh and bool(calls) and self._covers_all(calls[0].piece)
+        One that covers every row and head (r = 1) comes first; it is fresh if the kernel can write buffers that were
+        never written, where later calls add.
+        """
+        total, fresh = self.shards.total_rows, self.kernel.starts_fresh
+        return _dense_calls(self._maker(kv_heads), self.pattern, self.window, total, fresh)
 
-    def _covers_all(self, piece: Piece) -> bool:
-        return piece.dilation_rate == 1 and (piece.query_start, piece.query_stop) == self.window
-
-    def shared_calls(self, kv_heads: int) -> list[Call]:
+    def shared_calls(self, kv_heads: int) -> tuple[Call, ...]:
         """The calls of the shared segments, in their order."""
-        return [self._call(compact_piece(self.pattern, s, *self.window), kv_heads) for s in self.shared()]
+        return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
 
-    def _call(self, piece: Piece, kv_heads: int) -> Call:
-        offsets = self.pattern.offsets(self.pattern.branches[piece.branch], kv_heads)
+    def _maker(self, kv_heads: int) -> _CallMaker:
+        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic)
+
+
+class _CallMaker(NamedTuple):
+    """What calls of all pieces have in common."""
+
+    kv_heads: int
+    causal: bool
+    scale: float
+    deterministic: bool
+
+    def call(self, piece: Piece, pattern: DilatedPattern) -> Call:
+        offsets = pattern.offsets(pattern.branches[piece.branch], self.kv_heads)
         return Call(piece, offsets, self.causal, self.scale, self.deterministic)
+
+
+@lru_cache(maxsize=256)
+def _dense_calls(
+    maker: _CallMaker, pattern: DilatedPattern, window: tuple[int, int], total_rows: int, starts_fresh: bool
+) -> tuple[Call, ...]:
+    def covers_all(piece: Piece) -> bool:
+        return piece.dilation_rate == 1 and (piece.query_start, piece.query_stop) == window
+
+    pieces = dense_pieces(pattern, *window, total_rows, maker.causal)
+    calls = [maker.call(piece, pattern) for piece in sorted(pieces, key=lambda piece: not covers_all(piece))]
+    if starts_fresh and calls and covers_all(calls[0].piece):
+        calls[0] = replace(calls[0], fresh=True)
+    return tuple(calls)
+
+
+@lru_cache(maxsize=256)
+def _shared_calls(
+    maker: _CallMaker, pattern: DilatedPattern, window: tuple[int, int], segments: tuple[Segment, ...]
+) -> tuple[Call, ...]:
+    return tuple(maker.call(compact_piece(pattern, segment, *window), pattern) for segment in segments)
 
 
 def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,9 +217,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
     calls = spec.dense_calls(kv_heads)
     out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
     lse = _per_head(q, wide_dtype(q.dtype))
-    if spec.may_start_fresh(calls):
-        calls[0] = replace(calls[0], fresh=True)
-    else:
+    if not (calls and calls[0].fresh):
         out.zero_()
         lse.fill_(-torch.inf)
     for call in calls:
@@ -223,16 +252,13 @@ def attention_backward(
     """
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
-    fresh = spec.may_start_fresh(calls)
     query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
     dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
     # The narrow copy comes last; till then it is room for the kernel's statistics.
     copy = torch.empty(q.shape, dtype=q.dtype, device=q.device) if narrow and query_dtype != q.dtype else None
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
     statistics = kernel.start_backward(dout, out, lse, dq, copy)
-    if fresh:
-        calls[0] = replace(calls[0], fresh=True)
-    else:
+    if not (calls and calls[0].fresh):
         dk.zero_()
         dv.zero_()
     scatter = None

@@ -209,8 +209,9 @@ def _consume(
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("r", "kv_heads"))
 def hopper_backward_kernel(
     dout, q, k, v, statistics, dq, dk, dv,
+    rows, key_rows,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
-    rows, key_rows, tiles, segments, kv_heads, group, head_block, w, r,
+    tiles, segments, kv_heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, scale,
     D: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
     GROUPED: gl.constexpr, FRESH: gl.constexpr, STAGES: gl.constexpr, KEY_REGISTERS: gl.constexpr,

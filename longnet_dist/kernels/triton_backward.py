@@ -53,7 +53,7 @@ def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, 
 
 @triton.jit
 def _add_queries(
-    key, value, dkey, dvalue, dout, q, lse, delta, dq, dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
+    key, value, dkey, dvalue, dout, q, statistics, dq, dout_strides, q_strides, statistics_strides, dq_strides,
     batch, head, rows, start, last, key_index, keys, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,14 +63,13 @@ def _add_queries(
     valid = index < last
     query = load_tile(q, q_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     # Queries behind the last have weight exp(-inf) = 0.
-    row_lse = tl.load(
-        row_pointers(lse, lse_strides, batch, head, rows[0], rows[1], index), mask=valid, other=float("inf")
-    )
+    place = row_pointers(statistics, statistics_strides, batch, head, rows[0], rows[1], index)
+    row_lse = tl.load(place, mask=valid, other=float("inf"))
     scores = tl.dot(key, query.T, input_precision=PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
-    row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, rows[0], rows[1], index), mask=valid, other=0.0)
+    row_delta = tl.load(place + 1, mask=valid, other=0.0)
     gradient = tl.dot(value, doutput.T, input_precision=PRECISION)
     gradient = (weights * (gradient - row_delta[None, :])).to(query.dtype)
     dkey = tl.dot(gradient, query, dkey, input_precision=PRECISION)
@@ -87,8 +86,8 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("r", "heads", "kv_heads"))
 def key_gradient_kernel(
-    dout, q, k, v, lse, delta, dq, dk, dv,
-    dout_strides, q_strides, k_strides, v_strides, lse_strides, delta_strides, dq_strides, dk_strides, dv_strides,
+    dout, q, k, v, statistics, dq, dk, dv,
+    dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
@@ -128,15 +127,15 @@ def key_gradient_kernel(
         head = kv_head * group + member
         for start in tl.range(first, tl.minimum(masked, last), QUERIES):
             dkey, dvalue = _add_queries(
-                key, value, dkey, dvalue, dout, q, lse, delta, dq,
-                dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
+                key, value, dkey, dvalue, dout, q, statistics, dq,
+                dout_strides, q_strides, statistics_strides, dq_strides,
                 batch, head, rows, start, last, key_index, keys, factor, scale,
                 D, BLOCK_D, QUERIES, CAUSAL, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
         for start in tl.range(masked, last, QUERIES):
             dkey, dvalue = _add_queries(
-                key, value, dkey, dvalue, dout, q, lse, delta, dq,
-                dout_strides, q_strides, lse_strides, delta_strides, dq_strides,
+                key, value, dkey, dvalue, dout, q, statistics, dq,
+                dout_strides, q_strides, statistics_strides, dq_strides,
                 batch, head, rows, start, last, key_index, keys, factor, scale,
                 D, BLOCK_D, QUERIES, CAUSAL, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
@@ -153,8 +152,8 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("r", "heads", "kv_heads"))
 def query_gradient_kernel(
-    dout, q, k, v, lse, delta, dq,
-    dout_strides, q_strides, k_strides, v_strides, lse_strides, delta_strides, dq_strides,
+    dout, q, k, v, statistics, dq,
+    dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides,
     tiles, segments, heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
@@ -177,8 +176,9 @@ def query_gradient_kernel(
     valid = index < last
     query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     doutput = load_tile(dout, dout_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
-    row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, row, r, index), mask=valid, other=float("inf"))
-    row_delta = tl.load(row_pointers(delta, delta_strides, batch, head, row, r, index), mask=valid, other=0.0)
+    place = row_pointers(statistics, statistics_strides, batch, head, row, r, index)
+    row_lse = tl.load(place, mask=valid, other=float("inf"))
+    row_delta = tl.load(place + 1, mask=valid, other=0.0)
     dquery = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
     stop = keys

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longnet_dist.geometry.window import Piece
 from longnet_dist.kernels.contract import Call, wide_dtype
 from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.kernels.triton_forward import forward_kernel
+from longnet_dist.kernels.triton_launch import Geometry, Launch, Problem, View, block_dim, block_view
 
 _log = logging.getLogger(__name__)
 HOPPER_TRITON = "3.6."
@@ -35,14 +32,12 @@ class Tiles:
     registers: int | None = None
 
     @property
+    def constants(self) -> dict[str, int]:
+        return {"QUERIES": self.queries, "KEYS": self.keys}
+
+    @property
     def options(self) -> dict[str, int | None]:
-        return {
-            "QUERIES": self.queries,
-            "KEYS": self.keys,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "maxnreg": self.registers,
-        }
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def forward_tiles(dim: int, wide: bool, causal: bool) -> Tiles:
@@ -83,49 +78,19 @@ class TritonKernel:
         return wide_dtype(dtype), dtype
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        for part in _parts(call, q.shape[1]):
-            self._forward(part, q, k, v, out, lse)
-
-    def _forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        launch = _Launch(call, q, k)
-        tiles = forward_tiles(launch.block_dim, q.element_size() > 2, call.causal)
-        described = launch.describable((q, out), (k, v))
-        forward_kernel[launch.grid(launch.queries, tiles.queries, q.shape[2])](
-            launch.query_source(q, tiles.queries, described),
-            launch.key_source(k, tiles.keys, described),
-            launch.key_source(v, tiles.keys, described),
-            launch.query_source(out, tiles.queries, described),
-            out,
-            lse,
-            *(x.stride()[:3] for x in (q, k, v, out, lse)),
-            *launch.arguments(launch.queries, tiles.queries, q.shape[2]),
-            **launch.constants(described),
-            FRESH=call.fresh,
-            LIMIT=2.0**15 if q.dtype == torch.float16 else 2.0**100,
-            **tiles.options,
-        )
+        for launch in _forward(call, *map(Geometry.of, (q, k, v, out, lse))):
+            launch(q, k, v, out, out, lse)
 
     def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
-        batch, rows, heads, dim = out.shape
+        batch, rows, heads, _ = out.shape
         needed = batch * heads * rows * 2 * lse.element_size()
         if room is not None and room.nbytes >= needed:
             space = room.flatten()[: needed // room.element_size()].view(lse.dtype)
         else:
             space = lse.new_empty(batch * heads * rows * 2)
         statistics = space.view(batch, heads, rows, 2).transpose(1, 2)
-        statistics_kernel[(batch * heads * triton.cdiv(rows, 64),)](
-            dout,
-            out,
-            lse,
-            statistics,
-            dq,
-            *(x.stride()[:3] for x in (dout, out, lse, statistics, dq)),
-            rows,
-            heads,
-            D=dim,
-            BLOCK_D=_block_dim(dim),
-            ROWS=64,
-        )
+        tensors = (dout, out, lse, statistics, dq)
+        _statistics(*map(Geometry.of, tensors))(*tensors)
         return statistics
 
     def backward(
@@ -142,69 +107,111 @@ class TritonKernel:
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        for part in _parts(call, q.shape[1]):
-            self._backward(part, dout, q, k, v, statistics, dq, dk, dv)
+        tensors = (dout, q, k, v, statistics, dq, dk, dv)
+        for launch in _backward(call, *map(Geometry.of, tensors)):
+            launch(*tensors)
 
-    def _backward(
-        self,
-        call: Call,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        statistics: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        lse, delta = statistics.unbind(-1)
-        launch = _Launch(call, q, k)
-        wide = q.element_size() > 2
-        hopper = _hopper() if q.is_cuda else None
-        if hopper and fits(call.piece, q.shape[1]) and hopper.takes_backward(call, (dout, q, dq), (k, v)):
-            rows = hopper.TILES[launch.dim].keys
-            (programs,) = launch.grid(launch.keys, rows, k.shape[2])
-            arguments = launch.arguments(launch.keys, rows, k.shape[2])
-            hopper.backward(call, dout, q, k, v, statistics, dq, dk, dv, programs, arguments)
-            return
-        tiles = key_gradient_tiles(launch.block_dim, wide)
-        described = launch.describable((dout, q, dq), (k, v))
-        add_dq = not call.deterministic
-        reduced = add_dq and described and dq.is_cuda  # Triton's interpreter cannot
-        key_gradient_kernel[launch.grid(launch.keys, tiles.keys, k.shape[2])](
-            launch.query_source(dout, tiles.queries, described),
-            launch.query_source(q, tiles.queries, described),
-            launch.key_source(k, tiles.keys, described),
-            launch.key_source(v, tiles.keys, described),
-            lse,
-            delta,
-            launch.query_source(dq, tiles.queries, reduced),
-            dk,
-            dv,
-            *(x.stride()[:3] for x in (dout, q, k, v, lse, delta, dq, dk, dv)),
-            *launch.arguments(launch.keys, tiles.keys, k.shape[2]),
-            **launch.constants(described),
-            FRESH=call.fresh,
-            ADD_DQ=add_dq,
-            REDUCE=reduced,
-            **tiles.options,
-        )
-        if add_dq:
-            return
-        tiles = query_gradient_tiles(launch.block_dim, wide)
-        query_gradient_kernel[launch.grid(launch.queries, tiles.queries, q.shape[2])](
-            launch.query_source(dout, tiles.queries, described),
-            launch.query_source(q, tiles.queries, described),
-            launch.key_source(k, tiles.keys, described),
-            launch.key_source(v, tiles.keys, described),
-            lse,
-            delta,
-            dq,
-            *(x.stride()[:3] for x in (dout, q, k, v, lse, delta, dq)),
-            *launch.arguments(launch.queries, tiles.queries, q.shape[2]),
-            **launch.constants(described),
-            **tiles.options,
-        )
+
+@lru_cache(maxsize=512)
+def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> tuple[Launch, ...]:
+    """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
+    return tuple(_forward_launch(part, q, k, v, out, lse) for part in Problem(call, q, k).parts())
+
+
+def _forward_launch(problem: Problem, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> Launch:
+    tiles = forward_tiles(problem.block_dim, problem.wide, problem.call.causal)
+    described, heads = problem.describable((q, out), (k, v)), q.shape[2]
+    constants = {"FRESH": problem.call.fresh, "LIMIT": 2.0**15 if q.dtype == torch.float16 else 2.0**100}
+    rate, key_rate = problem.piece.dilation_rate, problem.key_rate
+    views = (
+        block_view(q, rate, tiles.queries),
+        block_view(k, key_rate, tiles.keys),
+        block_view(v, key_rate, tiles.keys),
+        block_view(out, rate, tiles.queries),
+    )
+    return Launch(
+        forward_kernel,
+        problem.programs(problem.queries, tiles.queries, heads),
+        (*(views if described else (None,) * 4), None, None),
+        problem.numbers(problem.queries, tiles.queries, heads, q, k, v, out, lse),
+        problem.constants(described) | tiles.constants | constants,
+        tiles.options,
+    )
+
+
+@lru_cache(maxsize=64)
+def _statistics(dout: Geometry, out: Geometry, lse: Geometry, statistics: Geometry, dq: Geometry) -> Launch:
+    batch, rows, heads, dim = out.shape
+    buffers = (dout, out, lse, statistics, dq)
+    return Launch(
+        statistics_kernel,
+        batch * heads * triton.cdiv(rows, 64),
+        (None,) * 5,
+        (*(x.stride[:3] for x in buffers), rows, heads),
+        {"D": dim, "BLOCK_D": block_dim(dim), "ROWS": 64},
+        {},
+    )
+
+
+@lru_cache(maxsize=512)
+def _backward(
+    call: Call,
+    dout: Geometry,
+    q: Geometry,
+    k: Geometry,
+    v: Geometry,
+    statistics: Geometry,
+    dq: Geometry,
+    dk: Geometry,
+    dv: Geometry,
+) -> tuple[Launch, ...]:
+    """On ``dout, q, k, v, statistics, dq, dk, dv``."""
+    buffers = (dout, q, k, v, statistics, dq, dk, dv)
+    hopper = _hopper() if q.device.type == "cuda" else None
+    launches: list[Launch] = []
+    for part in Problem(call, q, k).parts():
+        if hopper and hopper.takes_backward(part, (dout, q, dq), (k, v)):
+            launches.append(hopper.backward_launch(part, buffers))
+        else:
+            launches.extend(_portable_backward(part, buffers))
+    return tuple(launches)
+
+
+def _portable_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> list[Launch]:
+    """dK and dV with dQ on the way or, deterministic, dQ in a launch of its own."""
+    dout, q, k, v, _, dq, _, _ = buffers
+    rate, key_rate = problem.piece.dilation_rate, problem.key_rate
+    described, add_dq = problem.describable((dout, q, dq), (k, v)), not problem.call.deterministic
+    reduced = add_dq and described and q.device.type == "cuda"  # Triton's interpreter cannot
+    constants = problem.constants(described)
+
+    def views(tiles: Tiles, reduced: bool) -> tuple[View | None, ...]:
+        queries = [block_view(x, rate, tiles.queries) for x in (dout, q, dq)]
+        keys = [block_view(x, key_rate, tiles.keys) for x in (k, v)]
+        sources = (*queries[:2], *keys) if described else (None,) * 4
+        return (*sources, None, queries[2] if reduced else None, None, None)
+
+    tiles, heads = key_gradient_tiles(problem.block_dim, problem.wide), k.shape[2]
+    key_gradients = Launch(
+        key_gradient_kernel,
+        problem.programs(problem.keys, tiles.keys, heads),
+        views(tiles, reduced),
+        problem.numbers(problem.keys, tiles.keys, heads, *buffers),
+        constants | tiles.constants | {"FRESH": problem.call.fresh, "ADD_DQ": add_dq, "REDUCE": reduced},
+        tiles.options,
+    )
+    if add_dq:
+        return [key_gradients]
+    tiles, heads = query_gradient_tiles(problem.block_dim, problem.wide), q.shape[2]
+    query_gradient = Launch(
+        query_gradient_kernel,
+        problem.programs(problem.queries, tiles.queries, heads),
+        views(tiles, False)[:6],
+        problem.numbers(problem.queries, tiles.queries, heads, *buffers[:6]),
+        constants | tiles.constants,
+        tiles.options,
+    )
+    return [key_gradients, query_gradient]
 
 
 @lru_cache(maxsize=1)
@@ -218,122 +225,3 @@ def _hopper() -> ModuleType | None:
         triton.__version__,
     )
     return None
-
-
-class _Launch:
-    """What the kernels are told about a call.
-
-    Attributes:
-        queries: the most queries that a (segment, head) of the piece has.
-        keys: the most keys.
-    """
-
-    def __init__(self, call: Call, q: Tensor, k: Tensor) -> None:
-        self.call, self.piece = call, call.piece
-        self.batch, _, heads, self.dim = q.shape
-        self.block_dim = _block_dim(self.dim)
-        self.group = heads // k.shape[2]
-        self.tensor_cores = q.dtype != torch.float32
-        piece = self.piece
-        width = piece.segment_length
-        self.queries = -(-min(width, piece.query_stop - piece.query_start) // piece.dilation_rate)
-        self.keys = -(-min(width, piece.key_stop - piece.first_segment * width) // piece.dilation_rate)
-
-    def grid(self, rows: int, tile: int, heads: int) -> tuple[int]:
-        return (-(-rows // tile) * self.piece.num_segments * self.batch * heads,)
-
-    def arguments(self, rows: int, tile: int, heads: int) -> tuple[Any, ...]:
-        piece = self.piece
-        return (
-            -(-rows // tile),
-            piece.num_segments,
-            heads,
-            self.group,
-            _head_block(self.call.offsets),
-            piece.segment_length,
-            piece.dilation_rate,
-            piece.first_segment,
-            piece.window_start,
-            piece.query_start,
-            piece.query_stop,
-            piece.key_stop,
-            self.call.scale,
-        )
-
-    def constants(self, described: bool) -> dict[str, Any]:
-        return {
-            "D": self.dim,
-            "BLOCK_D": self.block_dim,
-            "CAUSAL": self.call.causal,
-            "COMPACT": self.piece.compact,
-            "DESCRIPTORS": described,
-            "PRECISION": "tf32" if self.tensor_cores else "ieee",
-        }
-
-    def describable(self, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> bool:
-        """Whether the copy engine can see all these buffers as ``(B, rows / r, r, H, D)``."""
-        rate = self.piece.dilation_rate
-        return (
-            fits(self.piece, queries[0].shape[1])
-            and all(_describable(x, rate) for x in queries)
-            and all(_describable(x, self._key_rate) for x in keys)
-        )
-
-    def query_source(self, x: Tensor, rows: int, described: bool) -> Tensor | TensorDescriptor:
-        """A buffer of query rows as the kernel wants it."""
-        return _descriptor(x, self.piece.dilation_rate, rows) if described else x
-
-    def key_source(self, x: Tensor, rows: int, described: bool) -> Tensor | TensorDescriptor:
-        """A buffer of key rows as the kernel wants it."""
-        return _descriptor(x, self._key_rate, rows) if described else x
-
-    @property
-    def _key_rate(self) -> int:
-        return 1 if self.piece.compact else self.piece.dilation_rate
-
-
-def fits(piece: Piece, rows: int) -> bool:
-    """Whether all rows of the piece stand in ``rows // r`` whole rows of the view ``(rows / r, r, ...)``.
-
-    A last row that is not whole would let the copy engine read behind the buffer.
-    """
-    whole = rows // piece.dilation_rate * piece.dilation_rate
-    return max(piece.query_stop, 0 if piece.compact else piece.key_stop) - piece.window_start <= whole
-
-
-def _parts(call: Call, rows: int) -> Iterator[Call]:
-    """The call, cut before its last segment where that reaches rows that the copy engine cannot see (``fits``)."""
-    piece = call.piece
-    if fits(piece, rows) or piece.num_segments == 1:
-        yield call
-        return
-    cut = (piece.first_segment + piece.num_segments - 1) * piece.segment_length
-    most = replace(piece, num_segments=piece.num_segments - 1, query_stop=cut, key_stop=cut)
-    last = replace(piece, first_segment=piece.first_segment + piece.num_segments - 1, num_segments=1, query_start=cut)
-    for part in (most, last):
-        yield replace(call, piece=part)
-
-
-def _describable(x: Tensor, rate: int) -> bool:
-    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-    return aligned and x.shape[1] >= rate
-
-
-def _descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor:
-    batch, length, heads, dim = x.shape
-    stride = x.stride()
-    return TensorDescriptor(
-        x,
-        [batch, length // rate, rate, heads, dim],
-        [stride[0], rate * stride[1], stride[1], stride[2], 1],
-        [1, rows, 1, 1, _block_dim(dim)],
-    )
-
-
-def _block_dim(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def _head_block(offsets: tuple[int, ...]) -> int:
-    """The ``b`` for which head ``h`` has offset ``(h // b) % r``: 1 under "modulo", ``ceil(H / r)`` under "blocked"."""
-    return next((head for head, offset in enumerate(offsets) if offset), len(offsets))
