@@ -107,8 +107,8 @@ class Benchmark:
         try:
             self._warm_up(mode)
             job = Job(self.config, Windows(self.file, "all", tokens), chunk, self.device, trains, dense)
+            self._forget_peak_memory()
             while len(seconds) < REPEATS and max(seconds, default=0.0) < REPEAT_BELOW_SECONDS:
-                self._forget_peak_memory()
                 loss, elapsed = self._timed(job)
                 losses.append(loss)
                 seconds.append(elapsed)
@@ -176,16 +176,17 @@ class Benchmark:
             return torch.cuda.max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def _text(self) -> tuple[TokenFile, int]:
-        """The token file, made by rank 0 if need be, and how many of its bytes are no repetition."""
-        path, facts, needed = self.options.data, [0], 2 ** max(self.options.powers) + 1
+    def _text(self) -> tuple[TokenFile, int | None]:
+        """The token file, made by rank 0 if need be, and then how many of its bytes are no repetition."""
+        path, needed = self.options.data, 2 ** max(self.options.powers) + 1
+        facts: list[Any] = [None]
         if self.rank == 0 and not path.exists():
             facts = [write_text(path, needed, self.options.text or DEFAULT_FOLDERS)]
         dist.broadcast_object_list(facts, 0)
         file = TokenFile.open(path)
         if file.header.num_tokens < needed:
             raise ConfigError(f"{path} has {file.header.num_tokens} tokens, {needed} are needed; use another --data")
-        return file, facts[0] or file.header.num_bytes
+        return file, facts[0]
 
     def _head(self) -> dict[str, Any]:
         """What the result file says beside its points, and the points of an earlier run that it agrees with."""
