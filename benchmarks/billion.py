@@ -56,6 +56,9 @@ WARM_UP_DENSE = 2**12  # rows
 def main(arguments: list[str] | None = None) -> None:
     """Measure as the command line says; every rank runs this."""
     options = _parser().parse_args(arguments)
+    if options.draw:
+        draw([json.loads(path.read_text()) for path in options.draw], options.output.with_suffix(".png"))
+        return
     launch = LaunchEnvironment.read(os.environ)
     device = launch.device()
     launch.share_cores()
@@ -217,21 +220,26 @@ class Benchmark:
             output: Path = self.options.output
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, json.dumps(self.result, indent=2) + "\n")
-            draw(self.result["points"], output.with_suffix(".png"))
+            draw([self.result], output.with_suffix(".png"))
             print(_line(point), flush=True)
 
 
-def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Seconds against tokens, both logarithmic, a line for each mode: Figure 5 of the paper."""
-    labels = ("LongNet, forward", "LongNet, training step", "dense, forward", "dense, training step")
-    lines = {
-        label: [(p["tokens"], statistics.median(p["seconds"])) for p in points if p["mode"] == mode and "seconds" in p]
-        for mode, label in zip(MODES, labels, strict=True)
-    }
-    figure = new_figure(7, 5)
-    drawn = {label: line for label, line in lines.items() if line}
-    draw_over_length(figure.add_subplot(), drawn, "tokens in one sequence", "seconds")
-    figure.savefig(path, dpi=150)
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Seconds, and nanoseconds a token, against tokens: Figure 5 of the paper; a line for each mode and machine."""
+    labels = dict(zip(MODES, ("forward", "training step", "dense, forward", "dense, training step"), strict=True))
+    seconds, a_token = {}, {}
+    for result in results:
+        machine = f", {result['ranks']} × {result['gpu'] or 'CPU'}" if len(results) > 1 else ""
+        for mode, label in labels.items():
+            points = [p for p in result["points"] if p["mode"] == mode and "seconds" in p]
+            if points:
+                line = [(p["tokens"], statistics.median(p["seconds"])) for p in points]
+                seconds[label + machine] = line
+                a_token[label + machine] = [(tokens, 1e9 * time / tokens) for tokens, time in line]
+    figure = new_figure(12, 5)
+    draw_over_length(figure.add_subplot(1, 2, 1), seconds, "tokens in one sequence", "seconds")
+    draw_over_length(figure.add_subplot(1, 2, 2), a_token, "tokens in one sequence", "nanoseconds a token")
+    figure.savefig(path, dpi=130)
 
 
 def _line(point: dict[str, Any]) -> str:
@@ -263,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=Path("data/billion.tokens"), help="token file; made from files if missing")
     add("--text", nargs="+", metavar="FOLDER", help="whose text files make it (default: Python's, /usr, /opt)")
     add("--output", type=Path, default=Path("benchmarks/results/billion.json"), help="and .png")
+    add("--draw", type=Path, nargs="+", metavar="FILE", help="measure nothing; draw these results in one picture")
     return parser
 
 

@@ -31,12 +31,14 @@ def environment() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """Of the checkout, or what COMMIT says where the code was copied without its history."""
+    """What COMMIT says, for code that was copied without its history, else that of the checkout."""
+    if commit := os.environ.get("COMMIT"):
+        return commit
     root = Path(__file__).parents[1]
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
-    return answer.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return answer.stdout.strip() or "unknown"
 
 
 def _cpu_name() -> str:

@@ -73,8 +73,7 @@ class Block(nn.Module):
         execution, attention = self.execution, self.self_attn
         spec, turn = attention.prepare(x, start, total_rows, cache)
         weights = dict(self.named_parameters())
-        # Evaluations come in too many shapes to compile for each.
-        compile = execution.compile and self.training
+        compile = execution.compiles(self.training, cache is not None)
         parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, compile)
         passage = Passage(parts, spec, execution.checkpointing, (x.shape[0], x.shape[1]), self._shelf())
         return passage.run(x.flatten(0, 1)).view_as(x)

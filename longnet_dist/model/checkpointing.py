@@ -32,7 +32,7 @@ class Execution:
             attention's output, ``full`` its input.
         offload: whether that waits in the memory of the host; not with ``none``.
         tile: rows that are projected, normed and fed forward at once; None for all.
-        compile: whether these row-wise parts are compiled.
+        compile: whether these row-wise parts are compiled, in training and in streams.
     """
 
     checkpointing: Checkpointing = "none"
@@ -45,6 +45,10 @@ class Execution:
         """As a run's configuration says, on a kind of device, ``"cuda"`` or ``"cpu"``."""
         compiles = device_type == "cuda" if train.compile == "auto" else train.compile
         return cls(train.activation_checkpointing, train.offload_activations, train.feed_forward_tile, compiles)
+
+    def compiles(self, training: bool, streamed: bool) -> bool:
+        """Whether a pass is compiled; other evaluations come in too many shapes to compile for each."""
+        return self.compile and (training or streamed)
 
 
 @dataclass

@@ -68,7 +68,7 @@ class LongNet(nn.Module):
         executions = [*[execution] * (config.layers - 1), last]
         self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap, each, memory) for each in executions)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.head = LanguageModelHead(config.dim, config.vocab_size, config.logits_rows, execution.compile)
+        self.head = LanguageModelHead(config.dim, config.vocab_size, config.logits_rows)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -114,7 +114,8 @@ class LongNet(nn.Module):
         x = self._normed(x)
         if labels is None:
             return LongNetOutput(None, self.head(x), None, None)
-        loss_sum, num_labels = self.head(x, labels), (labels != IGNORE_INDEX).sum()
+        compile = self.execution.compiles(self.training, stream is not None)
+        loss_sum, num_labels = self.head(x, labels, compile), (labels != IGNORE_INDEX).sum()
         return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
 
     def _normed(self, x: Tensor) -> Tensor:

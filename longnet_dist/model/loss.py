@@ -81,24 +81,24 @@ class LanguageModelHead(nn.Module):
         dim: model dim ``E``.
         vocab_size: ``V``. Whoever ties ``weight`` to an embedding may give it more rows: these are no outputs.
         chunk: rows of logits that the loss holds at once.
-        compile: whether what happens to them is compiled.
     """
 
-    def __init__(self, dim: int, vocab_size: int, chunk: int, compile: bool = False) -> None:
+    def __init__(self, dim: int, vocab_size: int, chunk: int) -> None:
         super().__init__()
-        self.vocab_size, self.chunk, self._compiles = vocab_size, chunk, compile
+        self.vocab_size, self.chunk = vocab_size, chunk
         self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
         nn.init.normal_(self.weight, std=dim**-0.5)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits ``(B, n, V)`` of ``x (B, n, E)``, or, with labels ``(B, n)``, the scalar loss sum."""
+    def forward(self, x: Tensor, labels: Tensor | None = None, compile: bool = False) -> Tensor:
+        """Logits ``(B, n, V)`` of ``x (B, n, E)``, or, with labels ``(B, n)``, the scalar loss sum.
+
+        ``compile``: whether what happens to a chunk of logits is compiled.
+        """
         # A slice of a parameter keeps what ZeRO gathered alive until backward, so it is taken only where it differs.
         weight = self.weight if len(self.weight) == self.vocab_size else self.weight[: self.vocab_size]
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(
-            x.flatten(0, 1), weight, labels.flatten(), self.chunk, self._compiles and self.training
-        )
+        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), self.chunk, compile)
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.errors import ConfigError, DataError
+from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import save_pretrained
 from longnet_dist.train.checkpoint import CheckpointState, load_weights, newest_checkpoint, read_state
@@ -27,6 +28,10 @@ from longnet_dist.train.plan import objective
 from longnet_dist.train.run_folder import RunFolder
 from longnet_dist.train.stream_state import StreamTask
 from longnet_dist.train.streamed_evaluation import StateFile, evaluate_stream
+
+COMPILED_FROM = 2**26  # tokens
+COMPILED_TILE = 2**16  # rows
+_PLAIN = Execution()
 
 
 def evaluate_run(
@@ -88,7 +93,10 @@ def evaluate_run_streamed(
     if rows < ranks:
         raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
     windows = run.windows(data, split, rows - rows % ranks)
-    with run.model_on(launch) as (model, _, device):
+    # Compiling takes a minute, which a GPU needs for some hundred million tokens.
+    compile = launch.device().type == "cuda" and rows >= COMPILED_FROM
+    execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
+    with run.model_on(launch, execution) as (model, _, device):
         sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
         task = StreamTask(*sha256, split, windows.rows_of(0), str(next(model.parameters()).dtype))
         file = StateFile(state_path or run.folder.path / f"{data.stem}.stream.safetensors", task, resume)
@@ -163,19 +171,22 @@ class _Run:
             )
         return Windows(token_file, split, length, **objective(self.config.model))
 
-    def model(self, group: dist.ProcessGroup | None, device: torch.device) -> LongNet:
+    def model(self, group: dist.ProcessGroup | None, device: torch.device, execution: Execution = _PLAIN) -> LongNet:
         """The trained model, in evaluation mode and the precision of its training."""
-        model = LongNet(self.config.model, group=group, overlap=self.config.parallel.overlap)
+        overlap = self.config.parallel.overlap
+        model = LongNet(self.config.model, group=group, overlap=overlap, execution=execution)
         load_weights(self.checkpoint, model)
         bf16 = self.config.precision(device.type) == "bf16"
         return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
 
     @contextmanager
-    def model_on(self, launch: LaunchEnvironment) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
+    def model_on(
+        self, launch: LaunchEnvironment, execution: Execution = _PLAIN
+    ) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
         """The model on all ranks of a launch, which share every sequence."""
         device = launch.device()
         launch.share_cores()
         timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
         with process_group(launch, device, timeout):
             mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
-            yield self.model(mesh.sequence_group, device), mesh, device
+            yield self.model(mesh.sequence_group, device, execution), mesh, device

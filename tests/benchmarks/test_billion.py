@@ -42,6 +42,8 @@ def test_every_length_and_mode_is_measured_and_drawn(arguments, capsys):
     assert result["text_distinct_bytes"] is None  # it was there before
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("tokens/s") == 8
+    main(["--draw", str(output), str(output), "--output", str(output.with_name("both.json"))])
+    assert output.with_name("both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_cut_run_goes_on_and_another_is_refused(arguments):

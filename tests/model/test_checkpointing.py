@@ -171,6 +171,21 @@ def test_an_evaluation_is_not_compiled(graphs):
     assert graphs["stats"]["unique_graphs"] == 0
 
 
+def test_a_streamed_evaluation_is_compiled_once_for_all_chunks(graphs):
+    model = LongNet(model_config(), execution=Execution("selective", tile=10, compile=True)).eval()
+    plain = LongNet(model_config()).eval()
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.arange(60)[None] % 7
+    with torch.no_grad():
+        expected = plain(tokens, tokens).loss_sum
+        stream, total = model.stream(60), torch.zeros(())
+        for shards in stream.forward(20):
+            rows = slice(*shards.window(0))
+            total = total + model(tokens[:, rows], tokens[:, rows], stream=stream).loss_sum
+    assert abs(total - expected) < 1e-4 * expected
+    assert graphs["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which torch's compiler reads
 def test_blocks_without_checkpointing_compile_too(graphs):
     assert_same(gradients(Execution(compile=True), 30, 1), gradients(Execution(), 30, 1))
