@@ -24,21 +24,21 @@ class Rates:
 
     Attributes:
         matmul: share of the peak in the matrix products of a block: 650–690 TFLOP/s of 989.
-        attention_forward: share of the peak at head dim 64 (benchmarks/results/attention.json: 344 TFLOP/s).
-        attention_backward: the same, counting 2.5 times the forward's FLOPs (319 TFLOP/s).
-        wide_heads: by how much head dim 128 is faster (381 against 326 TFLOP/s).
+        attention_forward: share of the peak at head dim 64 (benchmarks/results/attention_candidates.json: 405 TFLOP/s).
+        attention_backward: the same, counting 2.5 times the forward's FLOPs (345 TFLOP/s).
+        wide_heads: by how much head dim 128 is faster (397 against 361 TFLOP/s).
         bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
         host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
         step_seconds: of a step whatever it computes: launches, the host's part, reading data.
-        collective_seconds: latency of one exchange (issue 4: 41–102 µs up to 4 MiB a rank).
+        collective_seconds: latency of one exchange (NCCL on two H200: 41–102 µs up to 4 MiB a rank).
         fragmentation: share of the allocated memory that the allocator holds beyond it.
         context_bytes: what CUDA, NCCL and compiled kernels occupy outside of torch's allocator.
     """
 
     matmul: float = 0.67
-    attention_forward: float = 0.348
-    attention_backward: float = 0.322
-    wide_heads: float = 1.17
+    attention_forward: float = 0.409
+    attention_backward: float = 0.349
+    wide_heads: float = 1.10
     bandwidth: float = 0.90
     host_link: float = 0.78
     step_seconds: float = 0.02
