@@ -26,7 +26,7 @@ from longnet_dist.geometry.window import (
     shared_segments,
 )
 from longnet_dist.kernels.choice import choose_kernel
-from longnet_dist.kernels.contract import Call, Kernel, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Kernel, wide_dtype
 
 
 def dilated_attention(
@@ -257,7 +257,7 @@ def attention_backward(
     # The narrow copy comes last; till then it is room for the kernel's statistics.
     copy = torch.empty(q.shape, dtype=q.dtype, device=q.device) if narrow and query_dtype != q.dtype else None
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-    statistics = kernel.start_backward(dout, out, lse, dq, copy)
+    given = BackwardInputs(dout, q, k, v, out, lse, kernel.start_backward(dout, out, lse, dq, copy))
     if not (calls and calls[0].fresh):
         dk.zero_()
         dv.zero_()
@@ -271,10 +271,10 @@ def attention_backward(
         )
         buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
         for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
-            kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
+            kernel.backward(call, given._replace(k=key, v=value), Gradients(dq, dkey, dvalue))
         scatter = ReduceScatter(plan, spec.group, gradients, spec.overlap)
     for call in calls:
-        kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
+        kernel.backward(call, given, Gradients(dq, dk, dv))
     if scatter:
         scatter.add_to(dk, dv)
     return dq if copy is None else copy.copy_(dq), dk, dv

@@ -12,7 +12,7 @@ Buffers, with the shape legend of the package:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,26 @@ class Call:
     fresh: bool = False
 
 
+class BackwardInputs(NamedTuple):
+    """What the backward of a piece reads: the *merged* ``out`` and ``lse``, and what ``start_backward`` gave."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    statistics: Tensor
+
+
+class Gradients(NamedTuple):
+    """What it adds to."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
 class Kernel(Protocol):
     """A backend of dilated attention.
 
@@ -74,21 +94,8 @@ class Kernel(Protocol):
         ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
         """
 
-    def backward(
-        self,
-        call: Call,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        statistics: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """Add the piece's part of the gradients to ``dq, dk, dv``, in place, given the *merged* ``out`` and ``lse``.
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        """Add the piece's part of the gradients to ``sums``, in place.
 
         ``P_ij = exp(scale·q_i·k_j - lse_i)``, ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - delta)``, ``dQ = scale·dS K``,
         ``dK = scale·dSᵀ Q`` with ``delta = rowsum(dO ∘ O)``.

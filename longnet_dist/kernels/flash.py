@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longnet_dist.kernels.contract import Call, WideSums
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, WideSums
 from longnet_dist.kernels.views import dense_problems, views
 
 MOST_PROBLEMS = 65_535  # the batch is a grid dimension of most flash kernels (flash-attention#1786)
@@ -115,20 +115,9 @@ class FlashKernel(WideSums):
             out_.mul_((lse_ - merged).exp_()[..., None]).addcmul_(part, (part_lse - merged).exp_()[..., None])
             lse_.copy_(merged)
 
-    def backward(
-        self,
-        call: Call,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        statistics: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        dout, q, k, v, out, lse, _ = given
+        dq, dk, dv = sums
         for queries, keys, causal in _problems(call, (dout, q, out, lse, dq), (k, v, dk, dv)):
             (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = queries, keys
             parts = self.engine.backward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.contract import Call, WideSums, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, WideSums, wide_dtype
 
 
 def oracle(
@@ -72,20 +72,9 @@ class ReferenceKernel(WideSums):
             out[queries] = out[queries] * (lse[queries] - merged).exp()[..., None] + piece_out
             lse[queries] = merged
 
-    def backward(
-        self,
-        call: Call,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        statistics: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        dout, q, k, v, _, lse, statistics = given
+        dq, dk, dv = sums
         for queries, keys, hidden in _blocks(call, q.shape[2]):
             wide = wide_dtype(q.dtype)
             weights = (self._scores(call, q[queries], k[keys], hidden) - lse[queries][..., None]).exp()

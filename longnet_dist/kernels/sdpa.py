@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.kernels.contract import Call, WideSums
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, WideSums
 from longnet_dist.kernels.views import View, dense_problems, views
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -29,20 +29,9 @@ class SdpaKernel(WideSums):
                 out_.mul_((lse_ - merged).exp_()[..., None]).add_(part * (part_lse - merged).exp_()[..., None])
                 lse_.copy_(merged)
 
-    def backward(
-        self,
-        call: Call,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        statistics: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        dout, q, k, v, out, lse, _ = given
+        dq, dk, dv = sums
         for view in _blocks(call, q.shape[3]):
             for queries, keys, causal in dense_problems(view, (dout, q, out, lse, dq), (k, v, dk, dv)):
                 (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = _heads_first(queries), _heads_first(keys)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longnet_dist.kernels.contract import Call, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, wide_dtype
 from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.kernels.triton_forward import forward_kernel
 from longnet_dist.kernels.triton_launch import Geometry, Launch, Problem, View, block_dim, block_view
@@ -93,21 +93,8 @@ class TritonKernel:
         _statistics(*map(Geometry.of, tensors))(*tensors)
         return statistics
 
-    def backward(
-        self,
-        call: Call,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        statistics: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        tensors = (dout, q, k, v, statistics, dq, dk, dv)
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        tensors = (given.dout, given.q, given.k, given.v, given.statistics, *sums)
         for launch in _backward(call, *map(Geometry.of, tensors)):
             launch(*tensors)
 

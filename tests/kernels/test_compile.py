@@ -40,7 +40,7 @@ torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
 
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
-from longnet_dist.kernels.contract import Call
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients
 from longnet_dist.kernels.triton_kernel import TritonKernel
 from longnet_dist.kernels.triton_launch import Geometry
 
@@ -53,7 +53,7 @@ for deterministic in (False, True):
     call = Call(dense_pieces(pattern, 0, 4096, 4096, True)[0], (0, 1), True, 0.1, deterministic)
     kernel.forward(call, q, k, v, out, lse)
     statistics = kernel.start_backward(dout, out, lse, dq)
-    kernel.backward(call, dout, q, k, v, out, lse, statistics, dq, dk, dv)
+    kernel.backward(call, BackwardInputs(dout, q, k, v, out, lse, statistics), Gradients(dq, dk, dv))
 # Keys of a segment that other ranks share, as the exchange leaves them, with gradients in float32.
 pattern, names[:] = DilatedPattern([8192], [2]), [*names, "shared:"]
 (segment,) = shared_segments(pattern, 4096, 8192, 8192, True)
@@ -61,7 +61,8 @@ call = Call(compact_piece(pattern, segment, 4096, 8192), (0, 1), True, 0.1)
 (key, value), (dkey, dvalue) = (torch.empty(2, 1, 4096, 2, dim, dtype=x) for x in (torch.bfloat16, torch.float32))
 if capability == 90 and dim == 64:
     kernel.forward(call, q, key, value, out, lse)
-    kernel.backward(call, dout, q, key, value, out, lse, statistics, dq, dkey, dvalue)
+    given = BackwardInputs(dout, q, key, value, out, lse, statistics)
+    kernel.backward(call, given, Gradients(dq, dkey, dvalue))
 print(" ".join(names))
 """
 
