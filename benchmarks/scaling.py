@@ -157,7 +157,7 @@ class Benchmark:
             return {"exact": {"error": failed}} if failed else self._times(team, {"exact": (made[0], nullcontext)})
 
     def _trace(self) -> None:
-        team, path = self.teams[self.ranks], self.options.output.with_suffix(f".rank{self.rank}.json.gz")
+        team, path = self.teams[self.ranks], self.options.output.with_suffix(f".rank{self.rank}.trace.json.gz")
         problem = self._problem(self.options.weak_rows * self.ranks, self.ranks)
         path.parent.mkdir(parents=True, exist_ok=True)
 
