@@ -169,8 +169,7 @@ def _consume(
     key, value, q_tiles, dout_tiles, lse_tiles, delta_tiles, gradients, dq_tile, key_ready, ready, free, dq,
     row, dq_column, dq_head, group, first, first_key, keys, masked, num_diagonal, tail, num_tiles, count, scale,
     KEYS: gl.constexpr, QUERIES: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
-    GROUPED: gl.constexpr,
-    DTYPE: gl.constexpr, KEY_REGISTERS: gl.constexpr,
+    GROUPED: gl.constexpr, DTYPE: gl.constexpr, KEY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The warps that compute: ``(dK, dV)`` ``(KEYS, D)``."""
     WARPS: gl.constexpr = gl.num_warps()

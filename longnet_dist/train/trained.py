@@ -29,7 +29,7 @@ from longnet_dist.train.run_folder import RunFolder
 from longnet_dist.train.stream_state import StreamTask
 from longnet_dist.train.streamed_evaluation import StateFile, evaluate_stream
 
-COMPILED_FROM = 2**26  # tokens
+COMPILED_FROM = 2**28  # tokens
 COMPILED_TILE = 2**16  # rows
 _PLAIN = Execution()
 
@@ -93,7 +93,7 @@ def evaluate_run_streamed(
     if rows < ranks:
         raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
     windows = run.windows(data, split, rows - rows % ranks)
-    # Compiling takes a minute, which a GPU needs for some hundred million tokens.
+    # For a shorter text compiling takes longer than it saves.
     compile = launch.device().type == "cuda" and rows >= COMPILED_FROM
     execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
     with run.model_on(launch, execution) as (model, _, device):
