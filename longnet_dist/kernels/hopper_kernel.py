@@ -14,17 +14,15 @@ from longnet_dist.kernels.triton_launch import Geometry, Launch, Problem, View
 
 @dataclass(frozen=True, slots=True)
 class HopperTiles:
-    """Rows of a tile of queries and of keys, warps that compute, stages, and whether K is read from registers."""
+    """Rows of a tile of queries, and how many such tiles there is room for."""
 
     queries: int
-    keys: int
-    warps: int
     stages: int
-    key_registers: bool
 
 
 # By head dim: the fastest of benchmarks/results/attention_kernels.md.
-TILES = {64: HopperTiles(128, 128, 8, 3, True), 128: HopperTiles(64, 128, 8, 2, False)}
+TILES = {64: HopperTiles(128, 3), 128: HopperTiles(64, 2)}
+KEYS = 128  # of a program
 
 
 def takes_backward(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
@@ -52,31 +50,31 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
     views = (
         _matrix(dout, rate, 64),
         _matrix(q, rate, 64),
-        _matrix(k, key_rate, tiles.keys),
-        _matrix(v, key_rate, tiles.keys),
+        _matrix(k, key_rate, 64),
+        _matrix(v, key_rate, 64),
         None,
-        _matrix(dq, rate, tiles.queries),
+        _matrix(dq, rate, 64, 64),
         None,
         None,
     )
+    grouped = q.shape[2] > heads
     constants = {
         "D": problem.dim,
         "QUERIES": tiles.queries,
-        "KEYS": tiles.keys,
+        "STAGES": tiles.stages,
         "CAUSAL": problem.call.causal,
         "COMPACT": problem.piece.compact,
-        "GROUPED": q.shape[2] > heads,
+        "GROUPED": grouped,
         "FRESH": problem.call.fresh,
-        "STAGES": tiles.stages,
-        "KEY_REGISTERS": tiles.key_registers,
+        "LATE": problem.call.causal or grouped or problem.dim == 128,
     }
     return Launch(
         hopper_backward_kernel,
-        problem.programs(problem.keys, tiles.keys, heads),
+        problem.programs(problem.keys, KEYS, heads),
         views,
-        (q.shape[1], k.shape[1], *problem.numbers(problem.keys, tiles.keys, heads, *buffers)),
+        (q.shape[1], k.shape[1], *problem.numbers(problem.keys, KEYS, heads, *buffers)),
         constants,
-        {"num_warps": tiles.warps},
+        {"num_warps": 4},
     )
 
 
@@ -93,9 +91,9 @@ def _flat(x: Geometry, rate: int) -> bool:
     )
 
 
-def _matrix(x: Geometry, rate: int, rows: int) -> View:
-    """Tiles of ``rows`` rows of a head, ``rate`` rows apart."""
+def _matrix(x: Geometry, rate: int, rows: int, columns: int | None = None) -> View:
+    """Tiles of ``rows`` rows of a head, ``rate`` rows apart, or of ``columns`` columns of them."""
     batch, length, heads, dim = x.shape
     width = (rate - 1) * x.stride[1] + heads * dim
-    layout = gl.NVMMASharedLayout(128, x.dtype.itemsize * 8, 2)
-    return View(TensorDescriptor, ([batch * length // rate, width], [rate * x.stride[1], 1], [rows, dim], layout))
+    block, layout = [rows, columns or dim], gl.NVMMASharedLayout(128, x.dtype.itemsize * 8, 2)
+    return View(TensorDescriptor, ([batch * length // rate, width], [rate * x.stride[1], 1], block, layout))
