@@ -87,7 +87,7 @@ class Benchmark:
         facts = environment() | {"command": shlex.join(["torchrun", f"--nproc_per_node={self.ranks}", *sys.argv])}
         if device.type == "cuda":
             facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        shape = {name: getattr(options, name) for name in ("heads", "dim", "base")}
+        shape = {name: getattr(options, name) for name in ("heads", "dim", "base", "lean")}
         self.result: dict[str, Any] = {
             "environment": facts,
             "ranks": self.ranks,
@@ -230,7 +230,8 @@ class Benchmark:
         return {"error": errors[0]} if errors else {"answers": [answer for answer, _ in told[: team.size]]}
 
     def _problem(self, rows: int, gpus: int) -> Problem:
-        return Problem(rows, gpus, self.options.heads, self.options.dim, self.options.base)
+        options = self.options
+        return Problem(rows, gpus, options.heads, options.dim, options.base, options.lean)
 
     def _team(self, size: int, timeout: timedelta) -> Team:
         mesh = Mesh.build(MeshShape(self.ranks // size, size), timeout)
@@ -273,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--heads", type=int, default=12)
     add("--dim", type=int, default=64, help="of a head (default %(default)s)")
     add("--base", type=int, default=2048, help="shortest segment (default %(default)s)")
+    add("--lean", action="store_true", help="as a training step does, 16 bytes a number of q, not 20")
     add("--repeats", type=int, default=7)
     add("--timeout-minutes", type=float, default=5.0, help="of a collective (default %(default)s)")
     add(

@@ -17,19 +17,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_dist import DilatedPattern, dilated_attention
+from longnet_dist.attention.functional import AttentionSpec, attention_backward, attention_forward
 from longnet_dist.geometry.exchange import plan_exchange
 from longnet_dist.geometry.window import Shards
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Causal dilated attention of ``rows`` rows over the first ``gpus`` ranks; a geometric pattern up to all rows."""
+    """Causal dilated attention of ``rows`` rows over the first ``gpus`` ranks; a geometric pattern up to all rows.
+
+    ``lean`` computes what fits, as a block of a training step does: dq stays float32, and the gradient of the output,
+    of a loss ``½ Σ out²``, is the output itself.
+    """
 
     rows: int
     gpus: int
     heads: int
     dim: int
     base: int
+    lean: bool = False
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -52,17 +58,27 @@ class Problem:
         }
 
     def inputs(self, rank: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """q, k, v and the gradient of the output of a rank's rows, ``(1, n, H, D)``."""
+        """q, k, v and, unless lean, the gradient of the output, of a rank's rows, ``(1, n, H, D)``."""
         start, stop = self.shards.window(rank)
         shape = (1, stop - start, self.heads, self.dim)
-        return [torch.randn(shape, device=device, dtype=dtype).requires_grad_(i < 3) for i in range(4)]
+        wanted = (False,) * 3 if self.lean else (True, True, True, False)
+        return [torch.randn(shape, device=device, dtype=dtype).requires_grad_(needed) for needed in wanted]
 
     def attend(self, inputs: list[Tensor], group: dist.ProcessGroup | None, overlap: bool = True) -> list[Tensor]:
         """One forward and backward: out, dq, dk, dv."""
+        if self.lean:
+            return self._attend_lean(*inputs, group, overlap)
         q, k, v, dout = inputs
         out = dilated_attention(q, k, v, self.pattern, group=group, overlap=overlap, total_rows=self.rows)
         assert isinstance(out, Tensor)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    def _attend_lean(
+        self, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, overlap: bool
+    ) -> list[Tensor]:
+        spec = AttentionSpec.of(q, k, v, self.pattern, True, None, group, "auto", False, overlap, self.rows, cache=None)
+        out, lse, shared = attention_forward(q, k, v, spec)
+        return [out, *attention_backward(out, q, k, v, out, lse, shared, spec, narrow=False)]
 
 
 @contextmanager

@@ -56,6 +56,14 @@ def test_the_traffic_is_what_is_sent():
         assert sum(moved[0]) > 0
 
 
+def test_lean_is_the_same_attention():
+    lean, plain = Problem(64, 1, 2, 4, 16, lean=True), Problem(64, 1, 2, 4, 16)
+    inputs = lean.inputs(0, CPU, torch.float32)
+    found = lean.attend(inputs, None)
+    expected = plain.attend([*(x.clone().requires_grad_() for x in inputs), found[0]], None)
+    torch.testing.assert_close(found, expected)
+
+
 def stubbed_difference():
     problem = Problem(64, 2, 2, 4, 16)
     torch.manual_seed(dist.get_rank())
