@@ -58,6 +58,8 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         None,
     )
     grouped = q.shape[2] > heads
+    # dK behind dQ was the faster in all but one of the measured cases: bidirectional without groups at head dim 64.
+    late = problem.call.causal or grouped or problem.dim == 128
     constants = {
         "D": problem.dim,
         "QUERIES": tiles.queries,
@@ -66,7 +68,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "COMPACT": problem.piece.compact,
         "GROUPED": grouped,
         "FRESH": problem.call.fresh,
-        "LATE": problem.call.causal or grouped or problem.dim == 128,
+        "LATE": late,
     }
     return Launch(
         hopper_backward_kernel,
@@ -92,7 +94,7 @@ def _flat(x: Geometry, rate: int) -> bool:
 
 
 def _matrix(x: Geometry, rate: int, rows: int, columns: int | None = None) -> View:
-    """Tiles of ``rows`` rows of a head, ``rate`` rows apart, or of ``columns`` columns of them."""
+    """Tiles of ``rows`` rows of a head, ``rate`` rows apart; of ``columns`` columns, if not all of the head's."""
     batch, length, heads, dim = x.shape
     width = (rate - 1) * x.stride[1] + heads * dim
     block, layout = [rows, columns or dim], gl.NVMMASharedLayout(128, x.dtype.itemsize * 8, 2)

@@ -118,21 +118,6 @@ def _transposed_product(rows, tile):
 
 
 @gluon.jit
-def _weights(scores, tile, start, tiles, work, factor, form, MASKED: gl.constexpr):
-    """P of the keys and the 64 queries from ``start`` on, which stand in ``tile``."""
-    lse = tiles.lse.index(tile).load(QUERY)
-    weights = gl.exp2(scores * factor - lse[None, :])
-    if MASKED:
-        key_index = work.first_key + gl.arange(0, 64, KEY)
-        index = start + gl.arange(0, 64, QUERY)
-        seen = (key_index < work.keys)[:, None] & (index < work.count)[None, :]
-        if form.CAUSAL:
-            seen = seen & (key_index[:, None] <= work.first + index[None, :])
-        weights = gl.where(seen, weights, 0.0)
-    return weights
-
-
-@gluon.jit
 def _step(
     step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form,
     W: gl.constexpr, MASKED: gl.constexpr,
@@ -143,36 +128,23 @@ def _step(
     group that computes dQ of one of them wants dS of both groups for it; with 64, each computes half of the columns,
     and of the step before, so that neither group waits for the other.
     """
-    DTYPE: gl.constexpr = tiles.key.dtype
     operand: gl.constexpr = gl.DotOperandLayout(0, dkey.type.layout, 2)
     slot = step % form.STAGES
     zero = opaque_zero()
-    if form.HALVES == 1:
+    if form.HALVES == 1:  # too few registers for K and V
         key_rows, value_rows = tiles.key.index(W + zero), tiles.value.index(W + zero)
     _, start = query_tile(step, work, form)
     tile = slot * form.HALVES
-    query, doutput = tiles.q.index(tile), tiles.dout.index(tile)
-    gradient = _transposed_product(value_rows, doutput)
-    weights = _weights(scores, tile, start, tiles, work, factor, form, MASKED)
-    dvalue = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), operand), doutput, dvalue, is_async=True)
-    delta = tiles.delta.index(tile).load(QUERY) * scale
+    query = tiles.q.index(tile)
+    gradient = _transposed_product(value_rows, tiles.dout.index(tile))
+    weights, delta, dvalue = _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED)
     gradient = warpgroup_mma_wait(1, deps=[gradient])
-    ds = (weights * (gradient * scale - delta[None, :])).to(DTYPE)
+    ds = (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype)
     if form.HALVES == 2:
-        if W == 1:
-            _hand_over(ds, tiles.early_ds.index(W), 0, 0, W)
-        else:
-            tiles.early_ds.index(W).store(ds)
-        first_query, query, doutput = query, tiles.q.index(tile + 1), tiles.dout.index(tile + 1)
-        scores = _transposed_product(key_rows, query)
-        dkey = warpgroup_mma(gl.convert_layout(ds, operand), first_query, dkey, is_async=True)
-        gradient = _transposed_product(value_rows, doutput)
-        scores, dvalue = warpgroup_mma_wait(2, deps=[scores, dvalue])
-        weights = _weights(scores, tile + 1, start + 64, tiles, work, factor, form, MASKED)
-        dvalue = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), operand), doutput, dvalue, is_async=True)
-        delta = tiles.delta.index(tile + 1).load(QUERY) * scale
-        gradient, dkey = warpgroup_mma_wait(1, deps=[gradient, dkey])
-        ds = (weights * (gradient * scale - delta[None, :])).to(DTYPE)
+        query = tiles.q.index(tile + 1)
+        ds, dkey, dvalue = _second_half(
+            ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form, W, MASKED
+        )
     if not form.LATE:
         dkey = warpgroup_mma(gl.convert_layout(ds, operand), query, dkey, is_async=True)
     now, before = 0, 0  # which of two buffers of dS
@@ -196,9 +168,8 @@ def _step(
         else:  # too few registers to hold dS
             dkey = warpgroup_mma(tiles.late_ds.index(2 * now + W + zero), query, dkey, is_async=True)
     later = step + 1  # after the last step: scores of some old tile
-    mbarrier.wait(
-        tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2, pred=later < work.group * work.num_tiles
-    )
+    bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
+    mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
     scores = _transposed_product(key_rows, tiles.q.index(later % form.STAGES * form.HALVES))
     if form.LATE:
         dquery, dvalue = warpgroup_mma_wait(2, deps=[dquery, dvalue])
@@ -217,6 +188,44 @@ def _step(
     else:
         scores = warpgroup_mma_wait(0, deps=[scores])
     return scores, dkey, dvalue
+
+
+@gluon.jit
+def _second_half(
+    ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form,
+    W: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """dS of the first 64 queries of a step to its place and to dK, then that of the others."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, dkey.type.layout, 2)
+    if W == 1:
+        _hand_over(ds, tiles.early_ds.index(W), 0, 0, W)
+    else:
+        tiles.early_ds.index(W).store(ds)
+    scores = _transposed_product(key_rows, tiles.q.index(tile + 1))
+    dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile), dkey, is_async=True)
+    gradient = _transposed_product(value_rows, tiles.dout.index(tile + 1))
+    scores, dvalue = warpgroup_mma_wait(2, deps=[scores, dvalue])
+    weights, delta, dvalue = _weigh(scores, tile + 1, start + 64, dvalue, tiles, work, factor, scale, form, MASKED)
+    gradient, dkey = warpgroup_mma_wait(1, deps=[gradient, dkey])
+    return (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype), dkey, dvalue
+
+
+@gluon.jit
+def _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED: gl.constexpr):
+    """P of the keys and the 64 queries from ``start`` on, which stand in ``tile``; their delta; dV, not waited for."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, dvalue.type.layout, 2)
+    lse = tiles.lse.index(tile).load(QUERY)
+    weights = gl.exp2(scores * factor - lse[None, :])
+    if MASKED:
+        key_index = work.first_key + gl.arange(0, 64, KEY)
+        index = start + gl.arange(0, 64, QUERY)
+        seen = (key_index < work.keys)[:, None] & (index < work.count)[None, :]
+        if form.CAUSAL:
+            seen = seen & (key_index[:, None] <= work.first + index[None, :])
+        weights = gl.where(seen, weights, 0.0)
+    narrow = gl.convert_layout(weights.to(tiles.key.dtype), operand)
+    dvalue = warpgroup_mma(narrow, tiles.dout.index(tile), dvalue, is_async=True)
+    return weights, tiles.delta.index(tile).load(QUERY) * scale, dvalue
 
 
 @gluon.jit
