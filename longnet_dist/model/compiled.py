@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+WIDEST_ROW = 4096
+"""Numbers of a row that a norm's kernel holds in registers."""
+
 
 def run(function: Callable[..., Any], compile: bool, *given: Any) -> Any:
     """``function(*given)``, compiled if ``compile`` says so.
@@ -15,9 +18,45 @@ def run(function: Callable[..., Any], compile: bool, *given: Any) -> Any:
     It is compiled once for each shape of its tensors, whatever weights it is given: all blocks share what is compiled.
     What torch cannot compile whole is an error.
     """
-    return (_compiled(function) if compile else function)(*given)
+    if not compile:
+        return function(*given)
+    with _whole_rows():
+        return _compiled(function)(*given)
 
 
 @lru_cache(maxsize=16)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _whole_rows() -> Any:
+    """Lets Inductor hold rows of up to ``WIDEST_ROW`` numbers in registers, where it would not go beyond 1,024.
+
+    The norm inside the feed-forward, fused with its GELU, then reads a row once and computes its error function once,
+    instead of twice forward and three times backward.
+    """
+    from torch._inductor.virtualized import V
+
+    return V.set_choices_handler(_choices())
+
+
+@lru_cache(maxsize=1)
+def _choices() -> Any:
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class WholeRows(InductorChoices):
+        """Inductor's own choices, but for rows that fit in registers."""
+
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction:
+                return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST_ROW))
+            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+        def uuid(self) -> str:
+            """What a compiled graph is found by again depends on it."""
+            return f"longnet_dist rows of {WIDEST_ROW}"
+
+    return WholeRows()

@@ -33,9 +33,8 @@ class FeedForward(nn.Module):
 
 
 def feed_forward(x: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
-    """:class:`FeedForward` on its parameters by name."""
+    """:class:`FeedForward` on its parameters by name; folded ones (model/folded.py) have none of the norm."""
     inner = F.gelu(F.linear(x, weights["fc1.weight"], weights["fc1.bias"]))
-    inner = F.layer_norm(
-        inner, inner.shape[-1:], weights["ffn_layernorm.weight"], weights["ffn_layernorm.bias"], norm_eps
-    )
+    norm = weights.get("ffn_layernorm.weight"), weights.get("ffn_layernorm.bias")
+    inner = F.layer_norm(inner, inner.shape[-1:], *norm, norm_eps)
     return F.linear(inner, weights["fc2.weight"], weights["fc2.bias"])

@@ -21,6 +21,7 @@ from longnet_dist.attention.positions import Turn
 from longnet_dist.kernels.contract import wide_dtype
 from longnet_dist.model.compiled import run
 from longnet_dist.model.feed_forward import feed_forward
+from longnet_dist.model.folded import folded, unfold_gradients
 
 Weights = Mapping[str, Tensor]
 _BEFORE = tuple(f"{name}." for name in ("self_attn_layer_norm", *(f"self_attn.{x}_proj" for x in "qkv")))
@@ -150,19 +151,21 @@ class RowParts:
 
     def output_gradients(self, x: Tensor, out: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention."""
-        dx, dout, sums, weights = torch.empty_like(x), torch.empty_like(out), _zeros(self.after), _detached(self.after)
+        dx, dout, weights = torch.empty_like(x), torch.empty_like(out), folded(_detached(self.after))
+        sums = _zeros(weights)
         for rows in self._tiles(x):
             given = x[rows], out[rows], dz[rows], weights, self.eps
             self._run(write_output_gradients, *given, dx[rows], dout[rows], sums)
-        return dx, dout, _narrow(sums, self.after)
+        return dx, dout, _gradients(sums, self.after)
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
         """Add to ``dx`` what comes through q, k, v; gradients of the weights before the attention."""
-        sums, weights = _zeros(self.before), _detached(self.before)
+        weights = folded(_detached(self.before))
+        sums = _zeros(weights)
         for rows in self._tiles(x):
             tiles = tuple(gradient[rows] for gradient in gradients)
             self._run(add_projection_gradients, x[rows], tiles, *self._before(rows, weights), dx[rows], sums)
-        return _narrow(sums, self.before)
+        return _gradients(sums, self.before)
 
     def _before(self, rows: slice, weights: Weights) -> tuple[Turn | None, Weights, int, float]:
         return self.turn and self.turn.rows(rows), weights, self.head_dim, self.eps
@@ -189,12 +192,15 @@ def _zeros(weights: Weights) -> dict[str, Tensor]:
     return {name: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for name, weight in weights.items()}
 
 
-def _narrow(sums: dict[str, Tensor], weights: Weights) -> list[Tensor]:
+def _gradients(sums: dict[str, Tensor], weights: Weights) -> list[Tensor]:
+    """Of ``weights``, from the sums of those of ``folded(weights)``."""
+    unfold_gradients(sums, _detached(weights))
     return [sums[name].to(weight.dtype) for name, weight in weights.items()]
 
 
 def _norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+    """LayerNorm; with folded weights without its own."""
+    return F.layer_norm(x, x.shape[-1:], weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), eps)
 
 
 def _part(weights: Weights, prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,51 @@
+"""Norms whose own weights are taken over by the linear maps behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+# A LayerNorm of a block, and the maps that take its output.
+_MAPS = {
+    "self_attn_layer_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.inner_attn_ln": ("self_attn.out_proj",),
+    "final_layer_norm": ("ffn.fc1",),
+    "ffn.ffn_layernorm": ("ffn.fc2",),
+}
+
+
+def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""``weights`` without those of the norms, which the linear maps behind them do as well.
+
+    :math:`(\hat x ∘ γ + β)W^\top + b = \hat x W'^\top + b'` with :math:`W' = W ∘ γ` and :math:`b' = b + Wβ`. The
+    gradients of γ and β follow from those of :math:`W'` and :math:`b'`, which spares two sums over all rows for each
+    norm.
+
+    Args:
+        weights: parameters of a block by name; norms and maps that are not among them are left alone.
+    """
+    changed = dict(weights)
+    for norm, linear in _pairs(weights):
+        weight = weights[f"{linear}.weight"]
+        changed[f"{linear}.bias"] = weights[f"{linear}.bias"] + (weight * weights[f"{norm}.bias"]).sum(-1)
+        changed[f"{linear}.weight"] = weight * weights[f"{norm}.weight"]
+        changed.pop(f"{norm}.weight", None)
+        changed.pop(f"{norm}.bias", None)
+    return changed
+
+
+def unfold_gradients(gradients: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """From the gradients of ``folded(weights)`` those of ``weights``, in place."""
+    for norm, linear in _pairs(weights):
+        gain, shift = weights[f"{norm}.weight"], weights[f"{norm}.bias"]
+        wide, bias = gradients[f"{linear}.weight"], gradients[f"{linear}.bias"]
+        weight = weights[f"{linear}.weight"].to(wide.dtype)
+        for name, part in ((f"{norm}.weight", (wide * weight).sum(0)), (f"{norm}.bias", bias @ weight)):
+            gradients[name] = gradients[name] + part if name in gradients else part
+        wide.mul_(gain).addr_(bias, shift.to(wide.dtype))
+
+
+def _pairs(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    names = ((norm, linear) for norm, linears in _MAPS.items() for linear in linears)
+    return ((norm, linear) for norm, linear in names if f"{norm}.weight" in weights)
