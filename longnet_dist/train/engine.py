@@ -67,6 +67,9 @@ def build_engine(
         config=deepspeed_config(config, precision, micro_batch_size, accumulation),
         dist_init_required=False,
     )
+    if config.deepspeed.zero_stage in (1, 2) and not config.deepspeed.offload_optimizer:
+        # It looks for numbers that are not finite in seven launches a parameter; the norm, next, shows them as well.
+        engine.optimizer.check_overflow = lambda partition_gradients: None
     return engine
 
 

@@ -22,6 +22,7 @@ from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.errors import CheckpointError, LongNetError
+from longnet_dist.geometry.window import Shards
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.planner.devices import device_of, host_memory_bytes
@@ -36,6 +37,7 @@ from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve,
 from longnet_dist.train.out_of_memory import explained
 from longnet_dist.train.plan import RunPlan
 from longnet_dist.train.profile import StepProfiler
+from longnet_dist.train.rows_ahead import Rows, RowsAhead
 from longnet_dist.train.run_folder import set_aside
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import ReadRows, StepResult, train_step
@@ -100,6 +102,7 @@ class Trainer:
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
+        self._rows_ahead = RowsAhead(self._read_step, device)
         self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
             self._resume(plan.resume.checkpoint, plan.resume.state)
@@ -211,9 +214,22 @@ class Trainer:
         self, step: int, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> StepResult:
         """Step ``step``, counted from 0."""
-        micro_batches = [self._reader(step, number) for number in range(self.plan.accumulation)]
+        micro_batches = self._micro_batches(step)
         sequence_length, chunk_length = self.config.data.sequence_length, self.plan.chunk_length
         return train_step(self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested)
+
+    def _micro_batches(self, step: int) -> list[ReadRows]:
+        """Of a step; all rows of a sequence are there already unless it is streamed, which may not fit in memory."""
+        if self.plan.chunk_length < self.config.data.sequence_length:
+            return [self._reader(step, number) for number in range(self.plan.accumulation)]
+        rows = self._rows_ahead.of(step, step + 1 >= self.config.train.steps)
+        return [lambda _, rows=part: rows for part in rows]  # type: ignore[misc]
+
+    def _read_step(self, step: int) -> list[Rows]:
+        """All rows of this rank in a step."""
+        shards = Shards.even(self.config.data.sequence_length, self.mesh.shape.sequence)
+        window = shards.window(self.mesh.sequence_rank)
+        return [self._reader(step, number)(window) for number in range(self.plan.accumulation)]
 
     def _reader(self, step: int, number: int) -> ReadRows:
         """Reads rows of micro-batch ``number`` of this data rank."""
