@@ -52,6 +52,7 @@ OPTIONS = {
     "selective": (*SELECTIVE, "train.compile=false"),
     "full": (*FULL, "train.compile=false"),
     "tiles": (*SELECTIVE, "train.compile=false", "train.feed_forward_tile=3000"),
+    "projections": (*SELECTIVE, "train.compile=false", "train.keep_projections=6"),
     "host": (*FULL, *HOST, "train.compile=false"),
     "optimizer on the host": (*SELECTIVE, "train.compile=false", "deepspeed.offload_optimizer=true"),
 }
@@ -83,11 +84,16 @@ class Benchmark:
         self._point("throughput", "not compiled", rows, (*tiled, *SELECTIVE, "train.compile=false"))
         self._point("throughput", "full", rows, (*tiled, *FULL))
         self._point("throughput", "selective, host", rows, (*tiled, *SELECTIVE, *HOST))
+        self._point("throughput", "5 projections", rows, (*tiled, *SELECTIVE, "train.keep_projections=5"))
+        self._point(
+            "throughput", "host, 12 projections", rows, (*tiled, *SELECTIVE, *HOST, "train.keep_projections=12")
+        )
         for mode in ("none", "selective"):
             self._point("throughput", mode, rows // 4, (*size, f"train.activation_checkpointing={mode}"))
         if "1.3b" in self.options.models:
             tile = ("train.feed_forward_tile=32768",)
-            self._point("throughput", "1.3b", rows // 4, (*BIG_MODEL, *tile))
+            for kept in (0, 12):
+                self._point("throughput", "1.3b", rows // 4, (*BIG_MODEL, *tile, f"train.keep_projections={kept}"))
 
     def longest(self) -> None:
         """The models asked for, each with all that saves memory."""

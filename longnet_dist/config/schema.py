@@ -82,7 +82,10 @@ class TrainConfig(Section):
         activation_checkpointing: what a block keeps for backward. ``none``: all that autograd does; ``selective``: its
             input and the attention's output, so that all but the attention is computed again; ``full``: its input, so
             that the attention is computed again too.
-        offload_activations: keep that in pinned memory of the host, copied beside the computation; not with ``none``.
+        keep_projections: how many blocks, from the last one down, keep their queries, keys and values as well, on the
+            device, so that these are not computed again; with ``selective``.
+        offload_activations: move what checkpointing keeps, but for those, to pinned memory of the host, beside the
+            computation; not with ``none``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
         compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
         peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
@@ -119,6 +122,7 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt | None = None
     chunk_length: PositiveInt | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    keep_projections: int = Field(0, ge=0)
     offload_activations: bool = False
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
@@ -157,6 +161,12 @@ class TrainConfig(Section):
             raise ConfigError(
                 "train.offload_activations moves what activation checkpointing keeps, but "
                 "train.activation_checkpointing is none; use selective or full"
+            )
+        if self.keep_projections and self.activation_checkpointing != "selective":
+            raise ConfigError(
+                f"train.keep_projections={self.keep_projections} says how much more selective checkpointing keeps, but "
+                f"train.activation_checkpointing is {self.activation_checkpointing}; use selective, or "
+                f"train.keep_projections=0"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(

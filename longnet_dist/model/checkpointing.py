@@ -1,14 +1,15 @@
 """A block's forward and backward, and what it keeps between them.
 
 Two autograd Functions make a block: the attention with all that comes before it, and what comes behind it. Between
-forward and backward a block keeps its input (``full``), or its input and what the attention gave (``selective``). The
+forward and backward a block keeps its input (``full``), or its input and what the attention gave (``selective``) and,
+where there is room, what it was given (``projections``). The
 rest is computed again in backward, row-wise parts tile by tile and each just before its own gradient, so that only
 ``x, q, k, v``, the attention's output and their gradients ever exist whole. ``none`` leaves all to autograd.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from longnet_dist.config.schema import TrainConfig
 from longnet_dist.model.offload import Shelf
 from longnet_dist.model.rows import RowParts
 
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "projections", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Execution:
 
     Attributes:
         checkpointing: what a block keeps for backward: ``none`` all that autograd does, ``selective`` its input and the
-            attention's output, ``full`` its input.
-        offload: whether that waits in the memory of the host; not with ``none``.
+            attention's output, ``projections`` its queries, keys and values as well, ``full`` its input.
+        keep_projections: blocks, from the last one down, that keep ``projections`` where the others are ``selective``.
+        offload: whether that, but for the projections, waits in the memory of the host; not with ``none``.
         tile: rows that are projected, normed and fed forward at once; None for all.
         compile: whether these row-wise parts are compiled, in training and in streams.
     """
 
     checkpointing: Checkpointing = "none"
+    keep_projections: int = 0
     offload: bool = False
     tile: int | None = None
     compile: bool = False
@@ -44,7 +47,19 @@ class Execution:
     def of(cls, train: TrainConfig, device_type: str) -> Execution:
         """As a run's configuration says, on a kind of device, ``"cuda"`` or ``"cpu"``."""
         compiles = device_type == "cuda" if train.compile == "auto" else train.compile
-        return cls(train.activation_checkpointing, train.offload_activations, train.feed_forward_tile, compiles)
+        return cls(
+            train.activation_checkpointing,
+            train.keep_projections,
+            train.offload_activations,
+            train.feed_forward_tile,
+            compiles,
+        )
+
+    def of_blocks(self, layers: int) -> list[Execution]:
+        """Of each block; what the last one keeps is wanted back at once and stays on the device."""
+        kept = min(self.keep_projections, layers)
+        blocks = [self] * (layers - kept) + [replace(self, checkpointing="projections")] * kept
+        return [*blocks[:-1], replace(blocks[-1], offload=False)]
 
     def compiles(self, training: bool, streamed: bool) -> bool:
         """Whether a pass is compiled; other evaluations come in too many shapes to compile for each."""
@@ -83,20 +98,24 @@ class Passage:
 
     def attention(self, x: Tensor) -> Tensor:
         """The attention's output ``(B·n, H, D)``, without graph."""
-        out, lse, shared = self._attend(*self._projections(x))
+        projections = self._projections(x)
+        out, lse, shared = self._attend(*projections)
         if self.shelf is not None:
             self.shelf.put("x", x)
-            if self.checkpointing == "selective":
+            if self.checkpointing != "full":
                 self.shelf.put("out", out)
                 self.shelf.put("lse", lse.transpose(1, 2).contiguous())
                 self._shared = shared
+            if self.checkpointing == "projections":
+                for name, tensor in zip("qkv", projections, strict=True):
+                    self.shelf.put(name, tensor, stays=True)
         return out.flatten(0, 1)
 
     def output_backward(self, dz: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the attention's output and of the weights behind it."""
         assert self.shelf is not None
         self.shelf.fetch()
-        if self.checkpointing == "selective":
+        if self.checkpointing != "full":
             self.shelf.fetch_below()
         x, out, lse = (self.shelf.take(name) for name in ("x", "out", "lse"))
         assert x is not None, "the backward of a block can run once"
@@ -104,7 +123,8 @@ class Passage:
             projections = self._projections(x)
             out, lse, shared = self._attend(*projections)
         else:
-            projections, lse, shared = [], lse.transpose(1, 2), self._shared
+            projections = [kept for kept in map(self.shelf.take, "qkv") if kept is not None]
+            lse, shared = lse.transpose(1, 2), self._shared
         dx, dout, gradients = self.parts.output_gradients(x, out.flatten(0, 1), dz.contiguous())
         self._for_attention = _ForAttention(x, dx, projections, out, lse, shared)
         return dout, gradients

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -64,8 +63,7 @@ class LongNet(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         memory = HostMemory() if execution.offload else None
-        last = replace(execution, offload=False)  # what the last block keeps is wanted back at once
-        executions = [*[execution] * (config.layers - 1), last]
+        executions = execution.of_blocks(config.layers)
         self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap, each, memory) for each in executions)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, config.logits_rows)

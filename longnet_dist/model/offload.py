@@ -25,10 +25,10 @@ class Shelf:
         self._memory, self._below = memory, below
         self._kept: dict[str, Tensor | Offloaded] = {}
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a contiguous tensor, which the caller may forget."""
+    def put(self, name: str, tensor: Tensor, stays: bool = False) -> None:
+        """Keep a contiguous tensor, which the caller may forget; one that ``stays`` is not offloaded."""
         tensor = tensor.detach()  # an output that is kept with its graph would never be freed
-        self._kept[name] = self._memory.keep(tensor) if self._memory else tensor
+        self._kept[name] = self._memory.keep(tensor) if self._memory and not stays else tensor
 
     def take(self, name: str) -> Tensor | None:
         """Hand out a tensor that was put, once; None if it was not."""

@@ -21,8 +21,13 @@ def kept_by_block(layout: RunLayout) -> int:
     return layout.local_rows * sum(tensors[name] for name in kept)
 
 
+def projections_kept(layout: RunLayout) -> int:
+    """Bytes of queries, keys and values that a block keeps as well where ``train.keep_projections`` says so."""
+    return layout.local_rows * _projections(layout)
+
+
 def held_by_block(layout: RunLayout) -> int:
-    """Bytes that the backward of a block holds at most beyond what all blocks keep."""
+    """Bytes that the backward of the last block holds at most beyond what all blocks keep."""
     if layout.config.train.activation_checkpointing == "none":
         return _held_by_autograd(layout)
     return _held_by_checkpointing(layout)
@@ -49,7 +54,8 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
     tile = min(layout.config.train.feed_forward_tile or rows, rows)
     width, inner = model.dim * itemsize, inner_dim(model) * itemsize
-    projections = tensors["q"] + tensors["k"] + tensors["v"]
+    projections = _projections(layout)
+    made = 0 if layout.config.train.keep_projections else projections  # in the attention
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
     behind = sum(tensors[name] for name in _BEHIND) + 5 * width + inner
@@ -58,7 +64,7 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     weights = block_parameters(model)
     return max(
         rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
-        rows * (2 * width + attended + projections + gradients) + weights * itemsize,
+        rows * (2 * width + attended + made + gradients) + weights * itemsize,
         rows * (width + _gradients(layout)) + tile * before + weights * WIDE,
     )
 
@@ -78,6 +84,12 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_rows * model.dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
     return gradients + wide + int(block * numbers * itemsize) + WIDE * model.heads
+
+
+def _projections(layout: RunLayout) -> int:
+    """Bytes a row of queries, keys and values."""
+    tensors = _tensors(layout)
+    return tensors["q"] + tensors["k"] + tensors["v"]
 
 
 def _gradients(layout: RunLayout) -> int:

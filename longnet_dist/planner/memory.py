@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from longnet_dist.geometry.stream import cache_rows, record_rows
-from longnet_dist.planner.activations import WIDE, attention_backward_bytes, held_by_block, kept_by_block
+from longnet_dist.planner.activations import (
+    WIDE,
+    attention_backward_bytes,
+    held_by_block,
+    kept_by_block,
+    projections_kept,
+)
 from longnet_dist.planner.exchange import Exchange, exchange_of
 from longnet_dist.planner.layout import RunLayout
 from longnet_dist.planner.model_cost import num_parameters
@@ -60,7 +66,9 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     kept, held = kept_by_block(layout), held_by_block(layout)
     train = layout.config.train
     blocks = OFFLOAD_BLOCKS[train.activation_checkpointing] if train.offload_activations else model.layers
-    all_kept = min(model.layers, blocks) * kept
+    with_projections = min(train.keep_projections, model.layers)
+    all_kept = min(model.layers, blocks) * kept + with_projections * projections_kept(layout)
+    first_kept = kept + (with_projections == model.layers) * projections_kept(layout)
     attention = min(held, rows * attention_backward_bytes(layout))
     block = {"block": held - attention, "attention": attention, "exchange": _in_flight(layout, exchange)}
     gathered = _gathered(layout, exchange)
@@ -75,7 +83,7 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
         | {"exchange": block["exchange"] + model.layers * gathered},
         "first block": computing
         | block
-        | {"gradients": state.gradients_after, "activations": min(all_kept, kept)}
+        | {"gradients": state.gradients_after, "activations": min(all_kept, first_kept)}
         | {"exchange": block["exchange"] + gathered},
         "update": always | {"gradients": state.gradients_at_update},
     }

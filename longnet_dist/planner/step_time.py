@@ -6,10 +6,17 @@ from longnet_dist.planner.activations import WIDE, kept_by_block
 from longnet_dist.planner.devices import Device
 from longnet_dist.planner.exchange import exchange_of
 from longnet_dist.planner.layout import RunLayout
-from longnet_dist.planner.model_cost import attention_flops, block_matrix_weights, inner_dim, num_parameters
+from longnet_dist.planner.model_cost import (
+    attention_flops,
+    block_matrix_weights,
+    inner_dim,
+    key_dim,
+    num_parameters,
+)
 
 # Tensors of a row that row-wise work reads and writes: (of the model's width, of the inner width).
 FORWARD_PASSES = (16, 4)  # three norms 2 each, positions 4, two residuals 3 each; gelu and norm 2 each
+PROJECTION_PASSES = 6  # of the forward's: a norm and positions
 BACKWARD_PASSES = (24, 6)  # norms 3 each, positions 4, residuals 6, dQ to the run's precision 5; gelu and norm 3 each
 EAGER = 1.6  # without torch.compile intermediate results travel, too
 LOGIT_BYTES = 50  # of a logit, from the product to its gradient
@@ -47,14 +54,21 @@ def _recorded(layout: RunLayout) -> float:
     return (layout.num_chunks - 1) / layout.num_chunks
 
 
-def _forwards(layout: RunLayout) -> float:
-    """How often the row-wise parts of the blocks are computed forward."""
-    return 1 + (layout.config.train.activation_checkpointing != "none") + _recorded(layout)
+def _again(layout: RunLayout) -> tuple[float, float]:
+    """How many blocks compute their projections, and what comes behind the attention, again in backward."""
+    train, layers = layout.config.train, layout.config.model.layers
+    if train.activation_checkpointing == "none":
+        return 0, 0
+    return layers - min(layers, train.keep_projections), layers
 
 
 def _matmul_flops(layout: RunLayout) -> float:
+    """Of a step; what is computed again leaves out the last product of a block, which no gradient needs."""
     model = layout.config.model
-    blocks = model.layers * block_matrix_weights(model) * (2 * _forwards(layout) + 4)
+    projections, behind = _again(layout)
+    qkv = model.dim * (model.dim + 2 * key_dim(model))
+    again = projections * qkv + behind * model.dim * (model.dim + inner_dim(model))
+    blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _recorded(layout)) + 2 * again
     head = model.vocab_size * model.dim * (2 * 2 + 4)  # backward of the chunked loss makes the logits again
     return _rows(layout) * (blocks + head)
 
@@ -69,8 +83,11 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
 
 
 def _row_wise_bytes(layout: RunLayout) -> float:
-    model, forwards = layout.config.model, _forwards(layout)
-    width, inner = (f * forwards + b for f, b in zip(FORWARD_PASSES, BACKWARD_PASSES, strict=True))
+    model, forwards = layout.config.model, 1 + _recorded(layout)
+    projections, behind = (blocks / model.layers for blocks in _again(layout))
+    again = projections * PROJECTION_PASSES + behind * (FORWARD_PASSES[0] - PROJECTION_PASSES)
+    width = FORWARD_PASSES[0] * forwards + again + BACKWARD_PASSES[0]
+    inner = FORWARD_PASSES[1] * (forwards + behind) + BACKWARD_PASSES[1]
     compiled = layout.config.train.compile
     compiled = layout.device_type == "cuda" if compiled == "auto" else compiled
     blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize

@@ -17,6 +17,7 @@ EXECUTIONS = (
     Execution("selective"),
     Execution("selective", offload=True, tile=7),
     Execution("full", tile=10),
+    Execution("selective", keep_projections=2, offload=True, tile=7),
     Execution("full", offload=True),
 )
 
@@ -132,6 +133,8 @@ def test_what_is_kept_is_what_the_table_says():
     rows, dim, heads = 1000, 16, 4
     assert kept_bytes(Execution("full"), rows) == rows * 4 * dim
     assert kept_bytes(Execution("selective"), rows) == rows * 4 * (2 * dim + heads)
+    kept = Execution("selective", keep_projections=1)
+    assert kept_bytes(kept, rows) == rows * 4 * (2 * dim + heads + dim + 2 * dim // 2)
     assert kept_bytes(Execution("none"), rows) > rows * 4 * 10 * dim
 
 

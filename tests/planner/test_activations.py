@@ -7,7 +7,7 @@ from longnet_dist.attention import functional
 from longnet_dist.model.block import Block
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet, positions_of
-from longnet_dist.planner.activations import held_by_block, kept_by_block
+from longnet_dist.planner.activations import held_by_block, kept_by_block, projections_kept
 from tests.planner.layouts import small_layout
 from tests.planner.live_bytes import LiveBytes
 
@@ -62,22 +62,23 @@ def test_what_autograd_keeps_of_a_block(precision, model):
 
 
 @pytest.mark.parametrize(
-    ("mode", "tile", "model"),
+    ("mode", "tile", "model", "kept"),
     [
-        ("none", None, {}),
-        ("none", 256, {"kv_heads": 1}),
-        ("selective", None, {}),
-        ("selective", 256, {"kv_heads": 1}),
-        ("full", None, {"kv_heads": 1}),
-        ("full", 256, {}),
+        ("none", None, {}, 0),
+        ("none", 256, {"kv_heads": 1}, 0),
+        ("selective", None, {}, 0),
+        ("selective", 256, {"kv_heads": 1}, 0),
+        ("selective", 256, {}, 2),
+        ("full", None, {"kv_heads": 1}, 0),
+        ("full", 256, {}, 0),
     ],
 )
-def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model):
+def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
     """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
     monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
-    train = {"activation_checkpointing": mode, "feed_forward_tile": tile}
+    train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "keep_projections": kept}
     layout = small_layout(rows=2048, model=model, train=train)
-    network = LongNet(layout.config.model, execution=Execution(mode, tile=tile)).to(torch.bfloat16)
+    network = LongNet(layout.config.model, execution=Execution.of(layout.config.train, "cpu")).to(torch.bfloat16)
     tokens = torch.randint(0, 256, (1, 2048))
     network(tokens, tokens).loss.backward()  # so that tables and gradients exist
     with LiveBytes() as live:
@@ -86,4 +87,5 @@ def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model):
         before = live.now
         network(tokens, tokens).loss.backward()
     planned = layout.config.model.layers * kept_by_block(layout) + held_by_block(layout)
+    planned += kept * projections_kept(layout)
     assert planned == pytest.approx(live.peak - before, rel=0.05)
