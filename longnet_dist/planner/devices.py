@@ -25,8 +25,8 @@ class Rates:
     Attributes:
         matmul: share of the peak in the matrix products of a block: 650–690 TFLOP/s of 989.
         attention_forward: share of the peak at head dim 64 (benchmarks/results/attention_candidates.json: 405 TFLOP/s).
-        attention_backward: the same, counting 2.5 times the forward's FLOPs (345 TFLOP/s).
-        wide_heads: by how much head dim 128 is faster (397 against 361 TFLOP/s).
+        attention_backward: the same, counting 2.5 times the forward's FLOPs (attention_candidates_2.json: 378 TFLOP/s).
+        wide_heads: by how much head dim 128 is faster (421 against 385 TFLOP/s).
         bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
         host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
         step_seconds: of a step whatever it computes: launches, the host's part, reading data.
@@ -37,8 +37,8 @@ class Rates:
 
     matmul: float = 0.67
     attention_forward: float = 0.409
-    attention_backward: float = 0.349
-    wide_heads: float = 1.10
+    attention_backward: float = 0.382
+    wide_heads: float = 1.09
     bandwidth: float = 0.90
     host_link: float = 0.78
     step_seconds: float = 0.02
