@@ -111,7 +111,9 @@ def forward_kernel(
     )  # fmt: skip
     # The maximum only guards against overflow. What the first keys, or the earlier branches, left does so for nearly
     # all others, and then nothing waits for it and nothing is scaled again.
-    maximum = tl.where(maximum == -float("inf"), 0.0, maximum)
+    bare = maximum == -float("inf")  # no key so far, so none of the weight that the running result else stands for
+    total = tl.where(bare, 0.0, total)
+    maximum = tl.where(bare, 0.0, maximum)
     maximum, total, result = _attend(
         query, maximum, total, result, k, v, k_strides, v_strides, batch, head // group, key_rows, 0, full,
         index, keys, factor, D, BLOCK_D, KEYS, CAUSAL, False, True, DESCRIPTORS, PRECISION,

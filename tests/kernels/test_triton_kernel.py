@@ -34,8 +34,8 @@ def inputs(rows, heads, kv_heads, dim, batch=1, device="cpu", dtype=torch.float3
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-# Ragged N, w % r != 0, N % r != 0, r > w, w > N, a first branch that leaves rows out, grouped heads, a head dim that
-# needs padding, a batch, both head offsets, both masks.
+# Ragged N, w % r != 0, N % r != 0, r > w, w > N, a first branch that leaves rows out, also with whole tiles of keys
+# alone, grouped heads, a head dim that needs padding, a batch, both head offsets, both masks.
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "dim", "batch", "lengths", "rates", "offsets", "causal"),
@@ -44,6 +44,7 @@ def inputs(rows, heads, kv_heads, dim, batch=1, device="cpu", dtype=torch.float3
         (41, 2, 1, 16, 2, [18, 50], [4, 3], "modulo", True),
         (39, 3, 3, 20, 1, [39, 7], [1, 9], "blocked", False),
         (67, 2, 2, 16, 1, [33], [2], "modulo", False),
+        (128, 2, 2, 16, 1, [64], [2], "modulo", False),
     ],
 )
 def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rates, offsets, causal, deterministic):
