@@ -1,4 +1,4 @@
-"""Launch of the backward kernel written for Hopper, and which calls it takes."""
+"""Launches of the kernels written for Hopper, and which calls they take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longnet_dist.kernels.hopper_backward import hopper_backward_kernel
+from longnet_dist.kernels.hopper_forward import hopper_forward_kernel
 from longnet_dist.kernels.triton_launch import Geometry, Launch, Problem, View
 
 
@@ -20,9 +21,57 @@ class HopperTiles:
     stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardTiles:
+    """Of the forward kernel: keys of a tile, how many such tiles there is room for, tiles of queries of a program."""
+
+    keys: int
+    stages: int
+    turns: int
+
+
 # By head dim: the fastest of benchmarks/results/attention_kernels.md.
+FORWARD_TILES = {128: ForwardTiles(keys=64, stages=4, turns=4)}
 TILES = {64: HopperTiles(128, 3), 128: HopperTiles(64, 2)}
-KEYS = 128  # of a program
+QUERIES = KEYS = 128  # of a tile of a program, forward and backward
+ENOUGH = 4 * 132  # programs: with fewer, some multiprocessors have more to do than others
+
+
+def takes_forward(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
+    """Whether the forward kernel computes this: Hopper, its head dims, half precision, buffers that are plain matrices.
+
+    Args:
+        queries: the queries and the running result; ``keys``: the keys and values.
+    """
+    return problem.dim in FORWARD_TILES and _takes(problem, queries, keys)
+
+
+def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
+    """One launch for a piece, on ``q, k, v``, ``out`` for the copy engine, ``out, lse``."""
+    q, k, v, out, _ = buffers
+    tiles, heads = FORWARD_TILES[problem.dim], q.shape[2]
+    turns = tiles.turns if problem.programs(problem.queries, QUERIES * tiles.turns, heads) >= ENOUGH else 1
+    rate, key_rate = problem.piece.dilation_rate, problem.key_rate
+    views = (*(_matrix(x, y, 64, 64) for x, y in ((q, rate), (k, key_rate), (v, key_rate), (out, rate))), None, None)
+    constants = {
+        "D": problem.dim,
+        "KEYS": tiles.keys,
+        "CAUSAL": problem.call.causal,
+        "COMPACT": problem.piece.compact,
+        "FRESH": problem.call.fresh,
+        "STAGES": tiles.stages,
+        "TURNS": turns,
+        "LIMIT": problem.limit,
+    }
+    strides, numbers = (x.stride[:3] for x in buffers), problem.numbers(problem.queries, QUERIES, heads)
+    return Launch(
+        hopper_forward_kernel,
+        problem.programs(problem.queries, QUERIES * turns, heads),
+        views,
+        (*strides, q.shape[1], k.shape[1], *numbers),
+        constants,
+        {"num_warps": 4},
+    )
 
 
 def takes_backward(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
@@ -31,15 +80,7 @@ def takes_backward(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[
     Args:
         queries: the buffers of query rows that it reads or adds to; ``keys``: those of keys that it reads.
     """
-    return (
-        problem.fits
-        and torch.cuda.get_device_capability(problem.q.device)[0] == 9
-        and not problem.call.deterministic
-        and problem.dim in TILES
-        and not problem.wide
-        and all(_flat(x, problem.piece.dilation_rate) for x in queries)
-        and all(_flat(x, problem.key_rate) for x in keys)
-    )
+    return problem.dim in TILES and not problem.call.deterministic and _takes(problem, queries, keys)
 
 
 def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
@@ -77,6 +118,16 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         (q.shape[1], k.shape[1], *problem.numbers(problem.keys, KEYS, heads, *buffers)),
         constants,
         {"num_warps": 4},
+    )
+
+
+def _takes(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
+    return (
+        problem.fits
+        and torch.cuda.get_device_capability(problem.q.device)[0] == 9
+        and not problem.wide
+        and all(_flat(x, problem.piece.dilation_rate) for x in queries)
+        and all(_flat(x, problem.key_rate) for x in keys)
     )
 
 

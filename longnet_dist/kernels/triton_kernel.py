@@ -102,13 +102,19 @@ class TritonKernel:
 @lru_cache(maxsize=512)
 def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> tuple[Launch, ...]:
     """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
-    return tuple(_forward_launch(part, q, k, v, out, lse) for part in Problem(call, q, k).parts())
+    hopper, launches = _hopper() if q.device.type == "cuda" else None, []
+    for part in Problem(call, q, k).parts():
+        if hopper and hopper.takes_forward(part, (q, out), (k, v)):
+            launches.append(hopper.forward_launch(part, (q, k, v, out, lse)))
+        else:
+            launches.append(_portable_forward(part, q, k, v, out, lse))
+    return tuple(launches)
 
 
-def _forward_launch(problem: Problem, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> Launch:
+def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> Launch:
     tiles = forward_tiles(problem.block_dim, problem.wide, problem.call.causal)
     described, heads = problem.describable((q, out), (k, v)), q.shape[2]
-    constants = {"FRESH": problem.call.fresh, "LIMIT": 2.0**15 if q.dtype == torch.float16 else 2.0**100}
+    constants = {"FRESH": problem.call.fresh, "LIMIT": problem.limit}
     rate, key_rate = problem.piece.dilation_rate, problem.key_rate
     views = (
         block_view(q, rate, tiles.queries),

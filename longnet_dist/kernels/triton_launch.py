@@ -104,6 +104,11 @@ class Problem:
         """Whether the inputs are float32."""
         return self.q.dtype == torch.float32
 
+    @property
+    def limit(self) -> float:
+        """The largest sum of a softmax whose maximum was kept, and 1 over the smallest."""
+        return 2.0**15 if self.q.dtype == torch.float16 else 2.0**100
+
     @cached_property
     def queries(self) -> int:
         """The most queries that a (segment, head) of the piece has."""

@@ -33,7 +33,7 @@ launch, names = JITFunction.run, []
 def compile_only(self, *args, grid, warmup, **options):
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"]
-    names.append(self.__name__)
+    names.append(f"{self.__name__} shared={kernel.metadata.shared}")
 
 
 JITFunction.run = compile_only
@@ -47,11 +47,12 @@ from longnet_dist.kernels.triton_launch import Geometry
 
 of = Geometry.of
 Geometry.of = lambda x: of(x)._replace(device=torch.device("cuda"))
-q, k, v, out, dout, dk, dv = (torch.empty(1, 4096, 2, dim, dtype=torch.bfloat16) for _ in range(7))
-lse, dq = torch.empty(1, 2, 4096).transpose(1, 2), torch.empty(1, 4096, 2, dim)
+rows = 2**19  # never touched; so many that a program of the Hopper forward takes several tiles of queries
+q, k, v, out, dout, dk, dv = (torch.empty(1, rows, 2, dim, dtype=torch.bfloat16) for _ in range(7))
+lse, dq = torch.empty(1, 2, rows).transpose(1, 2), torch.empty(1, rows, 2, dim)
 pattern, kernel = DilatedPattern([4096], [2]), TritonKernel()
 for deterministic in (False, True):
-    call = Call(dense_pieces(pattern, 0, 4096, 4096, True)[0], (0, 1), True, 0.1, deterministic)
+    call = Call(dense_pieces(pattern, 0, rows, rows, True)[0], (0, 1), True, 0.1, deterministic)
     kernel.forward(call, q, k, v, out, lse)
     statistics = kernel.start_backward(dout, out, lse, dq)
     kernel.backward(call, BackwardInputs(dout, q, k, v, out, lse, statistics), Gradients(dq, dk, dv))
@@ -65,15 +66,17 @@ call = Call(compact_piece(pattern, segment, 4096, 8192), (0,), causal, 0.1, fres
 if capability == 90:
     given = BackwardInputs(dout, q, key, value, out, lse, statistics)
     kernel.backward(call, given, Gradients(dq, dkey, dvalue))
-if capability == 90 and dim == 64:
     kernel.forward(call, q, key, value, out, lse)
-    call = Call(dense_pieces(DilatedPattern([4096], [1]), 0, 4096, 4096, False)[0], (0, 0), False, 0.1, fresh=True)
+if capability == 90 and dim == 64:
+    call = Call(dense_pieces(DilatedPattern([4096], [1]), 0, rows, rows, False)[0], (0, 0), False, 0.1, fresh=True)
     kernel.backward(call, BackwardInputs(dout, q, k, v, out, lse, statistics), Gradients(dq, dk, dv))
 print(" ".join(["kernels:", *names]))
 """
 
 
-MOST_SPILLED = {64: 0, 128: 32}  # bytes of a thread of the Hopper kernel, outside its inner loops
+# Bytes of a thread of the Hopper kernels, outside their inner loops.
+MOST_SPILLED = {("backward", 64): 0, ("backward", 128): 32, ("forward", 64): 0, ("forward", 128): 96}
+SHARED_MEMORY = 227 * 1024
 
 
 @pytest.mark.parametrize(("capability", "dim"), [(80, 64), (90, 64), (90, 128)])
@@ -87,11 +90,16 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
     hopper = capability == 90 and triton.__version__.startswith("3.6.")
     log, names = answer.stdout.split("kernels:")
     dense, shared = names.split("shared:")
+    forward = hopper and dim == 128
     assert dense.count("hopper_backward_kernel") == hopper
     assert shared.count("hopper_backward_kernel") == hopper * (128 // dim)
+    assert dense.count("hopper_forward_kernel") == 2 * forward
+    assert shared.count("hopper_forward_kernel") == forward
     assert "query_gradient_kernel" in names
     # ptxas warns where it has to wait for every matrix product.
-    assert not re.search("serialized.*'hopper_backward_kernel'", log)
-    spilled = re.findall(r"entry function 'hopper_backward_kernel'(?s:.*?) (\d+) bytes spill stores", log)
-    assert len(spilled) == hopper * (1 + 128 // dim)
-    assert max(map(int, spilled), default=0) <= MOST_SPILLED[dim]
+    assert not re.search("serialized.*'hopper_", log)
+    for name, compiled in (("backward", hopper * (1 + 128 // dim)), ("forward", 2 * forward)):
+        spilled = re.findall(rf"entry function 'hopper_{name}_kernel'(?s:.*?) (\d+) bytes spill stores", log)
+        assert len(spilled) == compiled
+        assert max(map(int, spilled), default=0) <= MOST_SPILLED[name, dim]
+    assert all(int(size) <= SHARED_MEMORY for size in re.findall(r"shared=(\d+)", names))

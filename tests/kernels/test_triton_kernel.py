@@ -34,6 +34,15 @@ def inputs(rows, heads, kv_heads, dim, batch=1, device="cpu", dtype=torch.float3
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
+def streamed(q, k, v, pattern, chunk):
+    """The output of a causal stream; keys of the chunks before come in compact buffers."""
+    stream, parts = Stream(pattern, q.shape[1], 1), []
+    for shards in stream.forward(chunk):
+        local = [x[:, slice(*shards.window(0))].contiguous() for x in (q, k, v)]
+        parts.append(dilated_attention(*local, pattern, backend="triton", cache=stream.layers[0]))
+    return torch.cat(parts, 1)
+
+
 # Ragged N, w % r != 0, N % r != 0, r > w, w > N, a first branch that leaves rows out, also with whole tiles of keys
 # alone, grouped heads, a head dim that needs padding, a batch, both head offsets, both masks.
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -89,12 +98,7 @@ def test_a_stream_takes_keys_from_compact_buffers():
     pattern = DilatedPattern([8, 40], [1, 3])
     q, k, v, _ = inputs(40, 2, 2, 16)
     expected, _ = oracle(q.double(), k.double(), v.double(), pattern)
-    stream = Stream(pattern, 40, 1)
-    for shards in stream.forward(13):
-        rows = slice(*shards.window(0))
-        local = [x[:, rows].contiguous() for x in (q, k, v)]
-        out = dilated_attention(*local, pattern, backend="triton", cache=stream.layers[0])
-        assert (out - expected[:, rows]).abs().max() < 1e-5
+    assert (streamed(q, k, v, pattern, 13) - expected).abs().max() < 1e-5
 
 
 def test_refuses_what_it_cannot_run():
@@ -104,8 +108,8 @@ def test_refuses_what_it_cannot_run():
 
 
 # Each row compiles kernels of its own, two to five seconds each, and so they are few. In turn: the kernel for Hopper
-# with grouped heads; with the last segment outside the copy engine's view; at D 128; the portable kernels, a head dim
-# that needs padding, twice the same bits; the widest head dim.
+# with grouped heads; with the last segment outside the copy engine's view; at D 128, the same and causal; the portable
+# kernels, a head dim that needs padding, twice the same bits; the widest head dim.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
@@ -113,6 +117,7 @@ def test_refuses_what_it_cannot_run():
     [
         (64, torch.bfloat16, 2, 2, 2048, [512, 1024, 2048], [1, 2, 4], True, False),
         (64, torch.bfloat16, 3, 1, 1501, [700, 1501], [2, 3], False, False),
+        (128, torch.bfloat16, 2, 2, 1501, [700, 1501], [2, 3], False, False),
         (128, torch.bfloat16, 2, 1, 1024, [512, 1024], [1, 2], True, False),
         (80, torch.float16, 1, 3, 999, [300, 999], [2, 5], False, True),
         (256, torch.bfloat16, 1, 1, 640, [640], [1], True, False),
@@ -127,3 +132,27 @@ def test_agrees_with_the_oracle_on_a_gpu(dim, dtype, kv_heads, group, rows, leng
     if deterministic:
         again, _ = attended(q, k, v, dout, DilatedPattern(lengths, rates), **options)
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rise", [8, -8])
+@pytest.mark.parametrize("batch", [1, 48])  # many: a program of the Hopper forward takes several tiles of queries
+def test_scores_of_any_size_on_a_gpu(rise, batch):
+    rows = 1088  # the last tile of queries is short
+    q, k, v, _ = inputs(rows, 6, 6, 128, batch, "cuda", torch.bfloat16)
+    ramp = torch.linspace(-rise, rise, rows, device="cuda", dtype=q.dtype)[None, :, None, None]
+    q, k, pattern = q.abs() * 4, k.abs() * ramp, DilatedPattern([512, rows], [1, 2])
+    out = dilated_attention(q, k, v, pattern, backend="triton", causal=False)
+    for part in (slice(1), slice(batch - 1, batch)):
+        expected, _ = oracle(*(x[part].double() for x in (q, k, v)), pattern, causal=False)
+        assert (out[part] - expected).norm() < 0.006 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stream_on_a_gpu():
+    pattern = DilatedPattern([256, 1024], [1, 2])
+    q, k, v, _ = inputs(1024, 4, 2, 128, 1, "cuda", torch.bfloat16)
+    expected, _ = oracle(q.double(), k.double(), v.double(), pattern)
+    assert (streamed(q, k, v, pattern, 512) - expected).norm() < 0.006 * expected.norm()
