@@ -241,6 +241,7 @@ def peer(cases: list[Case], backend: str, save: Callable[[str, Any], None]) -> N
 def accuracy(shapes: int, backend: str, save: Callable[[str, Any], None]) -> None:
     """Random shapes, several at a time, for most of the time goes into compiling."""
     results: list[dict[str, Any]] = []
+    torch.cuda.empty_cache()  # the other processes need what the other sections held
     with multiprocessing.get_context("spawn").Pool(12) as pool:
         for result in pool.imap_unordered(partial(compare, backend=backend), range(shapes)):
             results.append(result)

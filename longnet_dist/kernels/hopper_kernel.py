@@ -10,7 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longnet_dist.kernels.hopper_backward import hopper_backward_kernel
 from longnet_dist.kernels.hopper_forward import hopper_forward_kernel
-from longnet_dist.kernels.triton_launch import Geometry, Launch, Problem, View
+from longnet_dist.kernels.triton_launch import BACKWARD_SIDES, FORWARD_SIDES, Geometry, Launch, Problem, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,10 @@ QUERIES = KEYS = 128  # of a tile of a program, forward and backward
 ENOUGH = 4 * 132  # programs: with fewer, some multiprocessors have more to do than others
 
 
-def takes_forward(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
-    """Whether the forward kernel computes this: Hopper, its head dims, half precision, buffers that are plain matrices.
-
-    Args:
-        queries: the queries and the running result; ``keys``: the keys and values.
-    """
-    return problem.dim in FORWARD_TILES and _takes(problem, queries, keys)
+def takes_forward(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
+    """Whether the forward kernel computes this: Hopper, its head dims, half precision, plain matrices."""
+    q, k, v, out, _ = buffers
+    return problem.dim in FORWARD_TILES and _takes(problem, (q, out), (k, v))
 
 
 def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
@@ -71,16 +68,14 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         (*strides, q.shape[1], k.shape[1], *numbers),
         constants,
         {"num_warps": 4},
+        problem.first_rows(FORWARD_SIDES),
     )
 
 
-def takes_backward(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
-    """Whether the kernel computes this: Hopper, D 64 or 128, half precision, buffers that are plain matrices.
-
-    Args:
-        queries: the buffers of query rows that it reads or adds to; ``keys``: those of keys that it reads.
-    """
-    return problem.dim in TILES and not problem.call.deterministic and _takes(problem, queries, keys)
+def takes_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
+    """Whether the kernel computes this: Hopper, D 64 or 128, half precision, buffers that are plain matrices."""
+    dout, q, k, v, _, dq, _, _ = buffers
+    return problem.dim in TILES and not problem.call.deterministic and _takes(problem, (dout, q, dq), (k, v))
 
 
 def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
@@ -118,6 +113,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         (q.shape[1], k.shape[1], *problem.numbers(problem.keys, KEYS, heads, *buffers)),
         constants,
         {"num_warps": 4},
+        problem.first_rows(BACKWARD_SIDES),
     )
 
 

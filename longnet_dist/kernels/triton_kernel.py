@@ -15,7 +15,16 @@ from torch import Tensor
 from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, wide_dtype
 from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.kernels.triton_forward import forward_kernel
-from longnet_dist.kernels.triton_launch import Geometry, Launch, Problem, View, block_dim, block_view
+from longnet_dist.kernels.triton_launch import (
+    BACKWARD_SIDES,
+    FORWARD_SIDES,
+    Geometry,
+    Launch,
+    Problem,
+    View,
+    block_dim,
+    block_view,
+)
 
 _log = logging.getLogger(__name__)
 HOPPER_TRITON = "3.6."
@@ -102,12 +111,14 @@ class TritonKernel:
 @lru_cache(maxsize=512)
 def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> tuple[Launch, ...]:
     """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
+    whole = (q, k, v, out, lse)
     hopper, launches = _hopper() if q.device.type == "cuda" else None, []
     for part in Problem(call, q, k).parts():
-        if hopper and hopper.takes_forward(part, (q, out), (k, v)):
-            launches.append(hopper.forward_launch(part, (q, k, v, out, lse)))
+        buffers = part.seen(whole, FORWARD_SIDES[:5])
+        if hopper and hopper.takes_forward(part, buffers):
+            launches.append(hopper.forward_launch(part, buffers))
         else:
-            launches.append(_portable_forward(part, q, k, v, out, lse))
+            launches.append(_portable_forward(part, *buffers))
     return tuple(launches)
 
 
@@ -129,6 +140,7 @@ def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, o
         problem.numbers(problem.queries, tiles.queries, heads, q, k, v, out, lse),
         problem.constants(described) | tiles.constants | constants,
         tiles.options,
+        problem.first_rows(FORWARD_SIDES),
     )
 
 
@@ -159,11 +171,12 @@ def _backward(
     dv: Geometry,
 ) -> tuple[Launch, ...]:
     """On ``dout, q, k, v, statistics, dq, dk, dv``."""
-    buffers = (dout, q, k, v, statistics, dq, dk, dv)
+    whole = (dout, q, k, v, statistics, dq, dk, dv)
     hopper = _hopper() if q.device.type == "cuda" else None
     launches: list[Launch] = []
     for part in Problem(call, q, k).parts():
-        if hopper and hopper.takes_backward(part, (dout, q, dq), (k, v)):
+        buffers = part.seen(whole, BACKWARD_SIDES)
+        if hopper and hopper.takes_backward(part, buffers):
             launches.append(hopper.backward_launch(part, buffers))
         else:
             launches.extend(_portable_backward(part, buffers))
@@ -192,6 +205,7 @@ def _portable_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> list[
         problem.numbers(problem.keys, tiles.keys, heads, *buffers),
         constants | tiles.constants | {"FRESH": problem.call.fresh, "ADD_DQ": add_dq, "REDUCE": reduced},
         tiles.options,
+        problem.first_rows(BACKWARD_SIDES),
     )
     if add_dq:
         return [key_gradients]
@@ -203,6 +217,7 @@ def _portable_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> list[
         problem.numbers(problem.queries, tiles.queries, heads, *buffers[:6]),
         constants | tiles.constants,
         tiles.options,
+        problem.first_rows(BACKWARD_SIDES[:6]),
     )
     return [key_gradients, query_gradient]
 

@@ -18,6 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from longnet_dist.geometry.window import Piece
 from longnet_dist.kernels.contract import Call
 
+FORWARD_SIDES, BACKWARD_SIDES = "qkkqqq", "qqkkqqkk"
+"""Where the buffers of a launch stand: with the window's rows, ``"q"``, or where the keys do, ``"k"``."""
+
 
 class Geometry(NamedTuple):
     """All of a buffer ``(B, rows, H, …)`` that a launch depends on but its address.
@@ -35,6 +38,11 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Geometry:
         return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+    def behind(self, row: int) -> Geometry:
+        """Of ``x[:, row:]``."""
+        aligned = self.aligned and row * self.stride[1] * self.dtype.itemsize % 16 == 0
+        return self._replace(shape=(self.shape[0], self.shape[1] - row, *self.shape[2:]), aligned=aligned)
 
 
 class View(NamedTuple):
@@ -54,6 +62,7 @@ class Launch:
         numbers: integers, floats and tuples of integers.
         constants: compiled into the kernel, by name.
         options: of the compiler.
+        first_rows: of each tensor, where the kernel sees it begin.
     """
 
     def __init__(
@@ -64,14 +73,17 @@ class Launch:
         numbers: tuple[Any, ...],
         constants: dict[str, Any],
         options: dict[str, int | None],
+        first_rows: tuple[int, ...] = (),
     ) -> None:
         self._kernel, self._grid, self._views, self._numbers = kernel, (programs, 1, 1), views, numbers
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        self._options = options
+        self._options, self._first_rows = options, first_rows
         self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the first of ``tensors``, as many as the kernel takes, all of the geometry it was made for."""
+        if any(self._first_rows):
+            tensors = tuple(x[:, row:] for x, row in zip(tensors, self._first_rows, strict=False))
         sources = [view.kind(x, *view.arguments) if view else x for x, view in zip(tensors, self._views, strict=False)]
         if self._compiled:
             self._compiled[self._grid](*sources, *self._numbers, *self._constants.values())
@@ -81,11 +93,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Problem:
-    """What the kernels are told about a call on queries of geometry ``q`` and keys of geometry ``k``."""
+    """What the kernels are told about a call on queries of geometry ``q`` and keys of geometry ``k``.
+
+    ``first_row`` is the row of the window's buffers with which those that the kernel sees begin.
+    """
 
     call: Call
     q: Geometry
     k: Geometry
+    first_row: int = 0
 
     @property
     def piece(self) -> Piece:
@@ -138,18 +154,41 @@ class Problem:
         return max(piece.query_stop, 0 if piece.compact else piece.key_stop) - piece.window_start <= whole
 
     def parts(self) -> Iterator[Problem]:
-        """The problem, cut before its last segment where that reaches rows that the copy engine cannot see."""
-        piece = self.piece
-        if self.fits or piece.num_segments == 1:
+        """The problem, in parts that the copy engine can see: all but the last segment, and that with other buffers.
+
+        If the last row of the view is not whole, one that begins with the first row that makes it so takes its place.
+        """
+        piece, rest = self.piece, self
+        if self.fits:
             yield self
             return
-        last = piece.first_segment + piece.num_segments - 1
-        cut = last * piece.segment_length
-        yield self._with(replace(piece, num_segments=piece.num_segments - 1, query_stop=cut, key_stop=cut))
-        yield self._with(replace(piece, first_segment=last, num_segments=1, query_start=cut))
+        if piece.num_segments > 1:
+            last = piece.first_segment + piece.num_segments - 1
+            cut = last * piece.segment_length
+            yield self._with(replace(piece, num_segments=piece.num_segments - 1, query_stop=cut, key_stop=cut))
+            rest = self._with(replace(piece, first_segment=last, num_segments=1, query_start=cut))
+        yield rest._behind(self.q.shape[1] % piece.dilation_rate)
+
+    def first_rows(self, sides: str) -> tuple[int, ...]:
+        """Where the kernels see buffers begin."""
+        row = {"q": self.first_row, "k": 0 if self.piece.compact else self.first_row}
+        return tuple(row[side] for side in sides)
+
+    def seen(self, buffers: tuple[Geometry, ...], sides: str) -> tuple[Geometry, ...]:
+        """The buffers from there on."""
+        return tuple(x.behind(row) for x, row in zip(buffers, self.first_rows(sides), strict=True))
 
     def _with(self, piece: Piece) -> Problem:
         return replace(self, call=replace(self.call, piece=piece))
+
+    def _behind(self, row: int) -> Problem:
+        """The same on buffers without their first ``row`` rows, unless it needs these."""
+        piece = self.piece
+        first = piece.query_start if piece.compact else piece.first_segment * piece.segment_length
+        if min(first, piece.query_start) - piece.window_start < row:
+            return self
+        moved = self._with(replace(piece, window_start=piece.window_start + row))
+        return replace(moved, q=self.q.behind(row), k=self.k if piece.compact else self.k.behind(row), first_row=row)
 
     def programs(self, rows: int, tile: int, heads: int) -> int:
         """One for each tile of ``rows`` in each (segment, head) of each sequence."""

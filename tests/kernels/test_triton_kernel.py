@@ -54,6 +54,8 @@ def streamed(q, k, v, pattern, chunk):
         (39, 3, 3, 20, 1, [39, 7], [1, 9], "blocked", False),
         (67, 2, 2, 16, 1, [33], [2], "modulo", False),
         (128, 2, 2, 16, 1, [64], [2], "modulo", False),
+        (95, 4, 4, 16, 1, [16, 32], [3, 6], "modulo", True),
+        (95, 2, 1, 16, 2, [17, 30], [3, 4], "blocked", False),
     ],
 )
 def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rates, offsets, causal, deterministic):
