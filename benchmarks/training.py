@@ -22,7 +22,9 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
@@ -62,7 +64,7 @@ class Benchmark:
     """All measurements of a run; ``self.result`` is the file's content."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.started = options, time.monotonic()
+        self.options, self.started, self.writing = options, time.monotonic(), Lock()
         self.data = str(options.data or default_token_file(Path("data")))
         self.result: dict[str, Any] = {"runs": [], "points": []}
         if options.output.exists():
@@ -119,9 +121,15 @@ class Benchmark:
         """Losses with each option, and how far they are from those without."""
         words = (*self.options.settings, f"train.precision={self.options.curve_precision}", "train.warmup_steps=10")
         words += ("deepspeed.zero_stage=1",)
-        steps, plain = self.options.curve_steps, None
-        for name, option in OPTIONS.items():
-            point = self._point("curves", name, self.options.curve_rows, (*words, *option), warmup=0, steps=steps)
+        plain = None
+
+        def curve(name: str) -> dict[str, Any] | None:
+            given = self.options.curve_rows, (*words, *OPTIONS[name])
+            return self._point("curves", name, *given, warmup=0, steps=self.options.curve_steps)
+
+        with ThreadPoolExecutor(self.options.parallel) as pool:
+            points = list((pool.map if self.options.parallel > 1 else map)(curve, OPTIONS))
+        for name, point in zip(OPTIONS, points, strict=True):
             if point is None or "losses" not in point:
                 continue
             plain = plain or point["losses"]
@@ -161,6 +169,8 @@ class Benchmark:
         for point in self.result["points"]:
             if point["part"] == part and all(point[key] == value for key, value in trial.key.items()):
                 return point
+        if self.options.only and name not in self.options.only:
+            return None
         left = self.options.seconds - (time.monotonic() - self.started)
         if left < self.options.least_seconds:
             print(f"{part}, {name}: no time left", flush=True)
@@ -170,9 +180,10 @@ class Benchmark:
         if limit == left and str(point.get("error", "")).startswith("no answer"):
             print(f"{part}, {name}: cut by the end of the time", flush=True)  # which says nothing of the trial
             return None
-        self.result["points"].append(point)
-        self._write()
-        print(_line(point), flush=True)
+        with self.writing:
+            self.result["points"].append(point)
+            self._write()
+            print(_line(point), flush=True)
         return point
 
     def _write(self) -> None:
@@ -222,6 +233,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--models", nargs="*", default=["paper", "vocabulary", "1.3b"], help="also 8b, dense: see the source")
+    add("--only", nargs="*", default=[], help="names of measurements, as printed (default: all)")
+    add("--parallel", type=int, default=1, help="curves at once, each of which must fit (default %(default)s)")
     add("--settings", nargs="*", default=[], metavar="key=value", help="over the paper's model")
     add("--rows", type=int, default=2**20, help="of throughput (default %(default)s)")
     add("--tiles", type=int, nargs="+", default=[65536, 16384, 262144], help="of throughput; the first for the others")

@@ -26,6 +26,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.planner.devices import device_of
 from longnet_dist.train.engine import build_engine, prepare_deepspeed
+from longnet_dist.train.rows_ahead import RowsAhead
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import train_step
 
@@ -99,10 +100,10 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     engine = build_engine(make_dense(model) if trial.dense else model, config, precision, train.batch_size, 1)
     vocab, rows = config.model.vocab_size, trial.rows
     batches = Batches(TokenFile.open(trial.data), "train", rows, train.batch_size, train.seed, vocab_size=vocab)
-    seconds, losses = [], []
+    seconds, losses, ahead = [], [], RowsAhead(lambda step: [batches.local(step)], device)
     for step in range(trial.warmup + trial.steps):
         began = time.perf_counter()
-        read = [lambda window, step=step: batches.local(step, window=window)]
+        read = ahead.of(step, step + 1 == trial.warmup + trial.steps)
         losses.append(train_step(engine, read, rows, rows, learning_rate(step + 1, train)).loss)  # waits for the device
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[trial.warmup :])

@@ -222,8 +222,7 @@ class Trainer:
         """Of a step; all rows of a sequence are there already unless it is streamed, which may not fit in memory."""
         if self.plan.chunk_length < self.config.data.sequence_length:
             return [self._reader(step, number) for number in range(self.plan.accumulation)]
-        rows = self._rows_ahead.of(step, step + 1 >= self.config.train.steps)
-        return [lambda _, rows=part: rows for part in rows]  # type: ignore[misc]
+        return self._rows_ahead.of(step, step + 1 >= self.config.train.steps)
 
     def _read_step(self, step: int) -> list[Rows]:
         """All rows of this rank in a step."""

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from longnet_dist.train.step import ReadRows
+
 Rows = tuple[Tensor, Tensor]
 """Tokens and labels of a micro-batch."""
 
@@ -25,13 +27,13 @@ class RowsAhead:
         self._thread = ThreadPoolExecutor(1, "rows ahead")
         self._step, self._rows = -1, Future[list[Rows]]()
 
-    def of(self, step: int, last: bool) -> list[Rows]:
-        """The rows of ``step``; unless it is the ``last``, those of the next are read from now on."""
+    def of(self, step: int, last: bool) -> list[ReadRows]:
+        """What gives the rows of ``step``; unless it is the ``last``, those of the next are read from now on."""
         rows = self._rows if step == self._step else self._thread.submit(self._pinned, step)
         found = rows.result()
         if not last:
             self._step, self._rows = step + 1, self._thread.submit(self._pinned, step + 1)
-        return found
+        return [lambda _, rows=part: rows for part in found]  # type: ignore[misc]
 
     def _pinned(self, step: int) -> list[Rows]:
         rows = self._read(step)
