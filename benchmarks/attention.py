@@ -149,13 +149,15 @@ def rate(flops: int, forward_ms: float, both_ms: float) -> tuple[float, float]:
 
 
 def beside_torchscale(case: Case, backend: str, checkout: Path) -> dict[str, Any]:
-    """torchscale's times and memory, and ours on the same tensors."""
+    """torchscale's times and memory, and ours on the same tensors; in turns, so that both find the device as warm."""
     q, k, v, dout = inputs(case, 1, case.rows)
     ours = partial(dilated_attention, pattern=case.pattern, causal=case.causal, backend=backend)
     theirs = torchscale_attention(checkout, case.pattern, case.heads, case.dim, case.causal)
     result: dict[str, Any] = {"case": asdict(case)}
-    for name, attend in (("ours", ours), ("torchscale", theirs)):
-        forward, both = times(attend, q, k, v, dout)
+    peers = {"ours": ours, "torchscale": theirs}
+    rounds = [{name: times(attend, q, k, v, dout) for name, attend in peers.items()} for _ in range(3)]
+    for name, attend in peers.items():
+        forward, both = (statistics.median(values) for values in zip(*(each[name] for each in rounds), strict=True))
 
         def step(attend: Attend = attend) -> tuple[Tensor, ...]:
             out = attend(q, k, v)
