@@ -18,6 +18,8 @@ from longnet_dist.planner.step_time import step_seconds
 
 MARGIN = 0.10
 """A prediction may be this much too high: the trainer refuses only what would not fit even then."""
+SPARE = 0.05
+"""More than planned, as a share, for which a suggestion must leave room."""
 LONGEST = 2**34
 """Rows behind which no search for the longest sequence goes."""
 
@@ -136,6 +138,18 @@ class Plan:
         chunk -= chunk % self.layout.mesh.sequence
         return self._longest(train__chunk_length=chunk), chunk
 
+    @cached_property
+    def projections_that_fit(self) -> int:
+        """Blocks of a selective model that can keep their projections and leave ``SPARE`` of the memory free."""
+        if self.layout.config.train.activation_checkpointing != "selective":
+            return 0
+        fitting = (
+            number
+            for number in range(self.layout.config.model.layers, 0, -1)
+            if (plan := self.having(train__keep_projections=number)) and plan.fits(-SPARE)
+        )
+        return next(fitting, 0)
+
     def _longest(self, **settings: Any) -> int:
         """Search by doubling, then by halving the interval."""
 
@@ -167,6 +181,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "longest_sequence": self.longest_sequence,
             "fits": self.fits(),
+            "projections_that_fit": self.projections_that_fit,
             "mfu": self.mfu,
             "longest_sequence_in_chunks": {"rows": longest_in_chunks, "chunk_length": chunk},
             "peak_moment": self.memory.moment,

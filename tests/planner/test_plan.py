@@ -104,3 +104,14 @@ def test_sizes_behind_all_numbers():
 
 def test_more_ranks_hold_a_longer_sequence():
     assert plan(ranks=8).longest_sequence > 7 * plan().longest_sequence
+
+
+def test_memory_that_is_left_keeps_projections():
+    selective = {"activation_checkpointing": "selective", "feed_forward_tile": 2**16}
+    long = plan(2**20, train=selective)
+    kept = long.projections_that_fit
+    assert 0 < kept < 12
+    assert long.having(train__keep_projections=kept).fits(-0.05)
+    assert not long.having(train__keep_projections=kept + 1).fits(-0.05)
+    assert "room for train.keep_projections" in table(long)
+    assert long.having(train__activation_checkpointing="full").projections_that_fit == 0
