@@ -191,7 +191,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     )
     axes.set_xlabel("TFLOP/s, forward + backward")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncol=2, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
