@@ -100,10 +100,11 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     engine = build_engine(make_dense(model) if trial.dense else model, config, precision, train.batch_size, 1)
     vocab, rows = config.model.vocab_size, trial.rows
     batches = Batches(TokenFile.open(trial.data), "train", rows, train.batch_size, train.seed, vocab_size=vocab)
-    seconds, losses, ahead = [], [], RowsAhead(lambda step: [batches.local(step)], device)
-    for step in range(trial.warmup + trial.steps):
+    seconds, losses, steps = [], [], trial.warmup + trial.steps
+    ahead = RowsAhead(lambda step: [batches.local(step)], steps, device)
+    for step in range(steps):
         began = time.perf_counter()
-        read = ahead.of(step, step + 1 == trial.warmup + trial.steps)
+        read = ahead.of(step)
         losses.append(train_step(engine, read, rows, rows, learning_rate(step + 1, train)).loss)  # waits for the device
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[trial.warmup :])

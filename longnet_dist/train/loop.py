@@ -102,7 +102,7 @@ class Trainer:
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
-        self._rows_ahead = RowsAhead(self._read_step, device)
+        self._rows_ahead = RowsAhead(self._read_step, plan.config.train.steps, device)
         self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
             self._resume(plan.resume.checkpoint, plan.resume.state)
@@ -222,7 +222,7 @@ class Trainer:
         """Of a step; all rows of a sequence are there already unless it is streamed, which may not fit in memory."""
         if self.plan.chunk_length < self.config.data.sequence_length:
             return [self._reader(step, number) for number in range(self.plan.accumulation)]
-        return self._rows_ahead.of(step, step + 1 >= self.config.train.steps)
+        return self._rows_ahead.of(step)
 
     def _read_step(self, step: int) -> list[Rows]:
         """All rows of this rank in a step."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from longnet_dist.data.read_ahead import read_ahead
 from longnet_dist.train.step import ReadRows
 
 Rows = tuple[Tensor, Tensor]
@@ -15,25 +15,26 @@ Rows = tuple[Tensor, Tensor]
 
 
 class RowsAhead:
-    """Reads a step ahead, in a thread.
+    """Reads a step ahead, in a thread, as long as the steps come in order.
 
     Args:
         read: this rank's rows of all micro-batches of a step, on the CPU.
+        steps: after which nothing is read ahead.
         device: of this rank; rows for a GPU are pinned, so that no copy waits for it.
     """
 
-    def __init__(self, read: Callable[[int], list[Rows]], device: torch.device) -> None:
-        self._read, self._device = read, device
-        self._thread = ThreadPoolExecutor(1, "rows ahead")
-        self._step, self._rows = -1, Future[list[Rows]]()
+    def __init__(self, read: Callable[[int], list[Rows]], steps: int, device: torch.device) -> None:
+        self._read, self._steps, self._device = read, steps, device
+        self._next: int | None = None
+        self._rows: Iterator[tuple[int, list[Rows]]] = iter(())
 
-    def of(self, step: int, last: bool) -> list[ReadRows]:
-        """What gives the rows of ``step``; unless it is the ``last``, those of the next are read from now on."""
-        rows = self._rows if step == self._step else self._thread.submit(self._pinned, step)
-        found = rows.result()
-        if not last:
-            self._step, self._rows = step + 1, self._thread.submit(self._pinned, step + 1)
-        return [lambda _, rows=part: rows for part in found]  # type: ignore[misc]
+    def of(self, step: int) -> list[ReadRows]:
+        """What gives the rows of ``step``; those of the next are read from now on."""
+        if step != self._next:
+            self._rows = read_ahead(self._pinned, range(step, max(self._steps, step + 1)))
+        _, rows = next(self._rows)
+        self._next = step + 1
+        return [lambda _, rows=part: rows for part in rows]  # type: ignore[misc]
 
     def _pinned(self, step: int) -> list[Rows]:
         rows = self._read(step)

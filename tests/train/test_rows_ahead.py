@@ -26,11 +26,11 @@ def test_the_next_step_is_read_while_nobody_waits():
             second.set()
         return rows_of(step)
 
-    ahead = RowsAhead(note, CPU)
-    assert tokens(ahead.of(0, last=False)) == [0]
+    ahead = RowsAhead(note, 2, CPU)
+    assert tokens(ahead.of(0)) == [0]
     assert second.wait(10)
-    assert tokens(ahead.of(1, last=True)) == [1]
-    assert tokens(ahead.of(7, last=True)) == [7]  # as after a checkpoint was restored
+    assert tokens(ahead.of(1)) == [1]
+    assert tokens(ahead.of(7)) == [7]  # as after a checkpoint was restored
     assert read == [0, 1, 7]
 
 
@@ -40,7 +40,7 @@ def test_an_error_is_that_of_the_step_which_needs_the_rows():
             raise DataError("damaged")
         return rows_of(step)
 
-    ahead = RowsAhead(fail_later, CPU)
-    ahead.of(0, last=False)
+    ahead = RowsAhead(fail_later, 2, CPU)
+    ahead.of(0)
     with pytest.raises(DataError, match="damaged"):
-        ahead.of(1, last=True)
+        ahead.of(1)
