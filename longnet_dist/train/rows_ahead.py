@@ -30,7 +30,7 @@ class RowsAhead:
 
     def of(self, step: int) -> list[ReadRows]:
         """What gives the rows of ``step``; those of the next are read from now on."""
-        if step != self._next:
+        if step != self._next or step >= self._steps:
             self._rows = read_ahead(self._pinned, range(step, max(self._steps, step + 1)))
         _, rows = next(self._rows)
         self._next = step + 1
