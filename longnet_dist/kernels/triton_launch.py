@@ -77,12 +77,12 @@ class Launch:
     ) -> None:
         self._kernel, self._grid, self._views, self._numbers = kernel, (programs, 1, 1), views, numbers
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        self._options, self._first_rows = options, first_rows
+        self._options, self._first_rows = options, first_rows if any(first_rows) else ()
         self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the first of ``tensors``, as many as the kernel takes, all of the geometry it was made for."""
-        if any(self._first_rows):
+        if self._first_rows:
             tensors = tuple(x[:, row:] for x, row in zip(tensors, self._first_rows, strict=False))
         sources = [view.kind(x, *view.arguments) if view else x for x, view in zip(tensors, self._views, strict=False)]
         if self._compiled:

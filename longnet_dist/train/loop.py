@@ -22,7 +22,6 @@ from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.errors import CheckpointError, LongNetError
-from longnet_dist.geometry.window import Shards
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.planner.devices import device_of, host_memory_bytes
@@ -226,8 +225,9 @@ class Trainer:
 
     def _read_step(self, step: int) -> list[Rows]:
         """All rows of this rank in a step."""
-        shards = Shards.even(self.config.data.sequence_length, self.mesh.shape.sequence)
-        window = shards.window(self.mesh.sequence_rank)
+        stream = self.engine.module.stream(self.config.data.sequence_length)
+        (shards,) = stream.chunks(self.plan.chunk_length)
+        window = shards.window(stream.rank)
         return [self._reader(step, number)(window) for number in range(self.plan.accumulation)]
 
     def _reader(self, step: int, number: int) -> ReadRows:
