@@ -5,7 +5,8 @@
 Each configuration runs in a process of its own: some optimizer steps of the trainer, as ``launch/train.py`` does them,
 on random bytes. The constants of ``longnet_dist/planner/devices.py`` are fitted to those marked ``fit`` alone; what the
 run suggests for them is printed and written beside the result. Every configuration is written when it is done: a run
-that was cut, or whose ``--seconds`` were over, goes on with the same ``--output``.
+that was cut, or whose ``--seconds`` were over, goes on with the same ``--output``. ``--again`` plans what was measured
+with the present constants, on any machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class Case:
 
 def case(name: str, model: str, rows: int, *settings: str, fit: bool = False) -> Case:
     """A case of a named model and one sequence a step, which may be replaced."""
-    return Case(name, fit, (f"model.name={model}", f"data.sequence_length={rows}", "train.batch_size=1", *settings))
+    words = (f"model.name={model}", f"data.sequence_length={rows}", "train.batch_size=1", *settings)
+    return Case(name, fit, tuple(f"{key}={value}" for key, value in dict(word.split("=", 1) for word in words).items()))
 
 
 KEEP = "train.activation_checkpointing="
@@ -85,20 +87,44 @@ def main(arguments: list[str] | None = None) -> None:
 
     before = json.loads(options.output.read_text())["cases"] if options.output.exists() else []
     done = [result for result in before if "error" not in result]
+    if options.again:
+        for result in done:
+            result["planned"] = plan_again(result)
+        _write(options, done, json.loads(options.output.read_text())["environment"])
+        return
     began = time.monotonic()
     for each in cases.values():
         if each.name in {result["name"] for result in done} or time.monotonic() - began > options.seconds:
             continue
         print(each.name, flush=True)
         done.append(asdict(each) | _in_a_process(each, options.cpu))
-        command = f"python benchmarks/planner.py{' --cpu' * options.cpu} --output {options.output.name}"
-        result = {"command": command, "environment": environment(), "cases": done, "suggested": suggest(done)}
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(done)
-    options.output.with_suffix(".md").write_text(text)
-    print(text + "\nsuggested for planner/devices.py: " + json.dumps(suggest(done)))
+        _write(options, done, environment())
+    print(markdown(done) + "\nsuggested for planner/devices.py: " + json.dumps(suggest(done)))
     if missing := [name for name in cases if name not in {result["name"] for result in done}]:
         print(f"not measured yet, run again: {', '.join(missing)}")
+
+
+def _write(options: argparse.Namespace, done: list[dict[str, Any]], environment: dict[str, Any]) -> None:
+    command = f"python benchmarks/planner.py{' --cpu' * options.cpu} --output {options.output.name}"
+    result = {"command": command, "environment": environment, "cases": done, "suggested": suggest(done)}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(markdown(done))
+
+
+def plan_again(result: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a measured case, for the device that it was measured on."""
+    from longnet_dist.config.loading import load_config
+    from longnet_dist.planner.devices import named_device
+    from longnet_dist.planner.layout import RunLayout
+    from longnet_dist.planner.plan import Plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text("train: {output_dir: run, steps: 1}\n")
+        config = load_config(file, list(result["settings"]))
+    device = named_device(result["planned"]["device"]["name"])
+    device = replace(device, memory_bytes=result["planned"]["device"]["memory_bytes"])
+    return Plan.of(RunLayout.of(config, 1, device.type), device).to_json()
 
 
 def measure(each: Case) -> dict[str, Any]:
@@ -220,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/planner_h100.json"))
     parser.add_argument("--seconds", type=float, default=540.0, help="no configuration begins later (default 540)")
     parser.add_argument("--cpu", action="store_true", help="tiny configurations on the CPU")
+    parser.add_argument("--again", action="store_true", help="only plan again what was measured")
     parser.add_argument("--one", metavar="NAME", help="measure this configuration in this process")
     return parser
 

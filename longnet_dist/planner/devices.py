@@ -23,11 +23,11 @@ class Rates:
     """Shares of the data sheet that this package's work reaches; fitted on an H100 SXM and taken for all GPUs.
 
     Attributes:
-        matmul: share of the peak in the matrix products of a block: 650–690 TFLOP/s of 989.
-        attention_forward: share of the peak at head dim 64 (benchmarks/results/attention_candidates.json: 405 TFLOP/s).
-        attention_backward: the same, counting 2.5 times the forward's FLOPs (attention_candidates_2.json: 378 TFLOP/s).
+        matmul: share of the peak in the matrix products of a block: 620 TFLOP/s of 989 with the work around them.
+        attention_forward: share of the peak at head dim 64 (392 TFLOP/s).
+        attention_backward: the same, counting 2.5 times the forward's FLOPs (366 TFLOP/s).
         wide_heads: by how much head dim 128 is faster (421 against 385 TFLOP/s).
-        bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
+        bandwidth: share of the memory's bandwidth in row-wise work (3.1 of 3.35 TB/s).
         host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
         step_seconds: of a step whatever it computes: launches, the host's part, reading data.
         collective_seconds: latency of one exchange (NCCL on two H200: 41–102 µs up to 4 MiB a rank).
@@ -35,16 +35,16 @@ class Rates:
         context_bytes: what CUDA, NCCL and compiled kernels occupy outside of torch's allocator.
     """
 
-    matmul: float = 0.67
-    attention_forward: float = 0.409
-    attention_backward: float = 0.382
+    matmul: float = 0.627
+    attention_forward: float = 0.396
+    attention_backward: float = 0.370
     wide_heads: float = 1.09
-    bandwidth: float = 0.90
+    bandwidth: float = 0.924
     host_link: float = 0.78
     step_seconds: float = 0.02
     collective_seconds: float = 80e-6
-    fragmentation: float = 0.03
-    context_bytes: int = int(0.8 * GIB)
+    fragmentation: float = 0.058
+    context_bytes: int = int(0.905 * GIB)
 
 
 @dataclass(frozen=True)

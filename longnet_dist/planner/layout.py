@@ -69,6 +69,12 @@ class RunLayout:
         return self.mesh.data * self.mesh.sequence
 
     @property
+    def compiled(self) -> bool:
+        """Whether the row-wise parts of the blocks are compiled."""
+        wanted = self.config.train.compile
+        return self.device_type == "cuda" if wanted == "auto" else wanted
+
+    @property
     def num_chunks(self) -> int:
         """Chunks of a sequence."""
         return self.passes // self.accumulation

@@ -88,10 +88,8 @@ def _row_wise_bytes(layout: RunLayout) -> float:
     again = projections * PROJECTION_PASSES + behind * (FORWARD_PASSES[0] - PROJECTION_PASSES)
     width = FORWARD_PASSES[0] * forwards + again + BACKWARD_PASSES[0]
     inner = FORWARD_PASSES[1] * (forwards + behind) + BACKWARD_PASSES[1]
-    compiled = layout.config.train.compile
-    compiled = layout.device_type == "cuda" if compiled == "auto" else compiled
     blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize
-    return _rows(layout) * (blocks * (1 if compiled else EAGER) + model.vocab_size * LOGIT_BYTES)
+    return _rows(layout) * (blocks * (1 if layout.compiled else EAGER) + model.vocab_size * LOGIT_BYTES)
 
 
 def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> float:

@@ -47,3 +47,14 @@ def test_a_case_is_measured_once(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     main(words)  # nothing is left to measure
     assert "tiny 1K" not in capsys.readouterr().out.splitlines()
+    main([*words, "--again"])
+    (again,) = json.loads(output.read_text())["cases"]
+    assert again["planned"]["peak_host_bytes"] == result["planned"]["peak_host_bytes"]
+    assert again["seconds"] == result["seconds"]
+
+
+def test_a_setting_of_a_case_replaces_the_one_that_all_cases_have():
+    assert planner.case("a", "tiny", 64, "train.batch_size=8").settings.count("train.batch_size=8") == 1
+    for case in planner.GPU_CASES + planner.CPU_CASES:
+        keys = [word.partition("=")[0] for word in case.settings]
+        assert len(keys) == len(set(keys))

@@ -8,6 +8,7 @@ from longnet_dist.model.block import Block
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet, positions_of
 from longnet_dist.planner.activations import held_by_block, kept_by_block, projections_kept
+from longnet_dist.planner.model_cost import inner_dim
 from tests.planner.layouts import small_layout
 from tests.planner.live_bytes import LiveBytes
 
@@ -76,7 +77,7 @@ def test_what_autograd_keeps_of_a_block(precision, model):
 def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
     """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
     monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
-    train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "keep_projections": kept}
+    train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "keep_projections": kept, "compile": False}
     layout = small_layout(rows=2048, model=model, train=train)
     network = LongNet(layout.config.model, execution=Execution.of(layout.config.train, "cpu")).to(torch.bfloat16)
     tokens = torch.randint(0, 256, (1, 2048))
@@ -89,3 +90,13 @@ def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
     planned = layout.config.model.layers * kept_by_block(layout) + held_by_block(layout)
     planned += kept * projections_kept(layout)
     assert planned == pytest.approx(live.peak - before, rel=0.05)
+
+
+def test_compiled_blocks_make_the_gelu_again():
+    sizes = {
+        compiled: kept_by_block(small_layout(rows=512, train={"compile": compiled, "activation_checkpointing": "none"}))
+        for compiled in (True, False, "auto")
+    }
+    assert sizes["auto"] == sizes[True]
+    layout = small_layout(rows=512)
+    assert sizes[False] - sizes[True] == 512 * inner_dim(layout.config.model) * layout.itemsize
