@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 
 from benchmarks.attention_accuracy import compare
 from benchmarks.attention_peers import Attend, dense_kernels, torchscale_attention
-from benchmarks.record import environment
+from benchmarks.record import clocks, environment
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.geometry.pattern import DilatedPattern
 
@@ -112,7 +112,8 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
         forward_extra = extra_bytes(lambda: attend(q, k, v))
     out = attend(q, k, v)
     gradients = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
-    backward = median_ms(gradients)
+    with clocks() as found:
+        backward = median_ms(gradients)
     forward_rate, both_rate = rate(flops, forward, forward + backward)
     return {
         "forward_ms": forward,
@@ -123,6 +124,7 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
         "both_tflops": both_rate,
         "forward_extra_share_of_output": forward_extra / (out.numel() * out.element_size()),
         "backward_extra_share_of_float32_dq": extra_bytes(gradients) / (q.numel() * 4),
+        "gpu": found,
     }
 
 
@@ -155,7 +157,13 @@ def beside_torchscale(case: Case, backend: str, checkout: Path) -> dict[str, Any
     theirs = torchscale_attention(checkout, case.pattern, case.heads, case.dim, case.causal)
     result: dict[str, Any] = {"case": asdict(case)}
     peers = {"ours": ours, "torchscale": theirs}
-    rounds = [{name: times(attend, q, k, v, dout) for name, attend in peers.items()} for _ in range(3)]
+    rounds: list[dict[str, tuple[float, float]]] = []
+    states: dict[str, dict[str, float]] = {}
+    for _ in range(3):
+        rounds.append({})
+        for name, attend in peers.items():
+            with clocks() as states[name]:
+                rounds[-1][name] = times(attend, q, k, v, dout)
     for name, attend in peers.items():
         forward, both = (statistics.median(values) for values in zip(*(each[name] for each in rounds), strict=True))
 
@@ -163,7 +171,13 @@ def beside_torchscale(case: Case, backend: str, checkout: Path) -> dict[str, Any
             out = attend(q, k, v)
             return out, *torch.autograd.grad(out, (q, k, v), dout)
 
-        result[name] = {"forward_ms": forward, "both_ms": both, "extra_gib": extra_bytes(step) / 2**30}
+        result[name] = {
+            "forward_ms": forward,
+            "both_ms": both,
+            "extra_gib": extra_bytes(step) / 2**30,
+            "rounds": [each[name] for each in rounds],
+            "gpu": states[name],
+        }
     result["times_as_fast"] = result["torchscale"]["both_ms"] / result["ours"]["both_ms"]
     return result
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
+import statistics
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +32,30 @@ def environment() -> dict[str, str | int]:
             "cuda": str(torch.version.cuda),
         }
     return facts
+
+
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Median clock (MHz), power (W) and temperature (°C) of the first GPU in the meantime; empty without nvidia-smi.
+
+    Cards of one kind differ in them, and so in all times.
+    """
+    seen: dict[str, float] = {}
+    if shutil.which("nvidia-smi") is None:
+        yield seen
+        return
+    names = ("clocks.sm", "power.draw", "temperature.gpu")
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "-i", "0", "-lms", "50"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
+        try:
+            yield seen
+        finally:
+            sampler.terminate()
+            lines = [line.split(",") for line in sampler.communicate()[0].splitlines() if line.count(",") == 2]
+    for name, values in zip(names, zip(*lines, strict=True), strict=False):
+        numbers = [float(value) for value in values if value.strip().replace(".", "").isdigit()]
+        if numbers:
+            seen[name] = statistics.median(numbers)
 
 
 def _commit() -> str:
