@@ -178,7 +178,8 @@ class Benchmark:
             print(f"{part}, {name}: no time left", flush=True)
             return None
         limit = min(left, self.options.trial_seconds)
-        point = {"part": part, **trial.key, **isolated(trial, limit)}
+        commit = self.result["runs"][-1]["environment"]["commit"]
+        point = {"part": part, "commit": commit, **trial.key, **isolated(trial, limit)}
         if limit == left and str(point.get("error", "")).startswith("no answer"):
             print(f"{part}, {name}: cut by the end of the time", flush=True)  # which says nothing of the trial
             return None
