@@ -60,12 +60,14 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     attended = tensors["out"] + tensors["lse"] if full else 0
     behind = sum(tensors[name] for name in _BEHIND) + 5 * width + inner
     before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
-    gradients = attention_backward_bytes(layout)
+    gradients, wide_dq = attention_backward_bytes(layout), 0
+    if layout.device_type == "cuda" and itemsize < WIDE:
+        wide_dq = model.dim * (WIDE - itemsize)  # which is not copied into the precision of the run
     weights = block_parameters(model)
     return max(
         rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
         rows * (2 * width + attended + made + gradients) + weights * itemsize,
-        rows * (width + _gradients(layout)) + tile * before + weights * WIDE,
+        rows * (width + _gradients(layout) + wide_dq) + tile * before + weights * WIDE,
     )
 
 
@@ -73,13 +75,17 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     """Bytes a row that the backward of attention holds: gradients of q, k, v, and their sums where these are wider.
 
     On a GPU (kernels/triton_kernel.py) dQ alone is summed apart, in float32; its statistics of the rows stand in the
-    room of the result. On a CPU (kernels/sdpa.py) all sums are float32, and as many rows as fill a block have theirs
+    room of the result, or apart where a checkpointed block takes dQ as it was summed. On a CPU (kernels/sdpa.py) all sums are float32, and as many rows as fill a block have theirs
     twice.
     """
     model, itemsize = layout.config.model, layout.itemsize
     gradients = _gradients(layout)
     if layout.device_type == "cuda":
-        return gradients + (model.dim * WIDE if itemsize < WIDE else 2 * WIDE * model.heads)
+        statistics = 2 * WIDE * model.heads
+        if itemsize == WIDE:
+            return gradients + statistics
+        copied = layout.config.train.activation_checkpointing == "none"
+        return gradients + model.dim * WIDE + (0 if copied else statistics - model.dim * itemsize)
     numbers = model.dim + 2 * key_dim(model)
     block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_rows * model.dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
