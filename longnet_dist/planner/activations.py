@@ -75,8 +75,8 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     """Bytes a row that the backward of attention holds: gradients of q, k, v, and their sums where these are wider.
 
     On a GPU (kernels/triton_kernel.py) dQ alone is summed apart, in float32; its statistics of the rows stand in the
-    room of the result, or apart where a checkpointed block takes dQ as it was summed. On a CPU (kernels/sdpa.py) all sums are float32, and as many rows as fill a block have theirs
-    twice.
+    room of the result, or apart where a checkpointed block takes dQ as it was summed. On a CPU (kernels/sdpa.py) all
+    sums are float32, and as many rows as fill a block have theirs twice.
     """
     model, itemsize = layout.config.model, layout.itemsize
     gradients = _gradients(layout)
