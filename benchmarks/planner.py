@@ -19,12 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from longnet_dist.config.schema import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
@@ -89,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     done = [result for result in before if "error" not in result]
     if options.again:
         for result in done:
-            result["planned"] = plan_again(result)
+            result |= {"planned": plan_again(result), "planned_by": environment()["commit"]}
         _write(options, done, json.loads(options.output.read_text())["environment"])
         return
     began = time.monotonic()
@@ -112,16 +116,13 @@ def _write(options: argparse.Namespace, done: list[dict[str, Any]], environment:
 
 
 def plan_again(result: dict[str, Any]) -> dict[str, Any]:
-    """The plan of a measured case, for the device that it was measured on."""
-    from longnet_dist.config.loading import load_config
+    """The plan of a measured case, for the device that it was measured on and a host that is large enough."""
     from longnet_dist.planner.devices import named_device
     from longnet_dist.planner.layout import RunLayout
     from longnet_dist.planner.plan import Plan
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text("train: {output_dir: run, steps: 1}\n")
-        config = load_config(file, list(result["settings"]))
+        config = _config(Path(folder), result["settings"])
     device = named_device(result["planned"]["device"]["name"])
     device = replace(device, memory_bytes=result["planned"]["device"]["memory_bytes"])
     return Plan.of(RunLayout.of(config, 1, device.type), device).to_json()
@@ -132,7 +133,6 @@ def measure(each: Case) -> dict[str, Any]:
     import torch
 
     from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
-    from longnet_dist.config.loading import load_config
     from longnet_dist.planner.devices import device_of, host_memory_bytes
     from longnet_dist.planner.plan import Plan
     from longnet_dist.train.engine import prepare_deepspeed
@@ -143,9 +143,7 @@ def measure(each: Case) -> dict[str, Any]:
     launch = LaunchEnvironment.read(os.environ)
     device = launch.device()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(f"train: {{output_dir: {folder}/run, steps: {STEPS}, validate_every: 0}}\n")
-        config = load_config(file, [*each.settings, f"data.path={_random_tokens(Path(folder), each)}"])
+        config = _config(Path(folder), [*each.settings, f"data.path={_random_tokens(Path(folder), each)}"])
         layout = RunPlan.make(config, 1, device.type)
         planned = Plan.of(layout, device_of(device), 1, host_memory_bytes()).to_json()
         launch.share_cores()
@@ -163,6 +161,14 @@ def measure(each: Case) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info(device)
         outside = total - free - torch.cuda.memory_reserved(device)
     return {"planned": planned, "seconds": seconds, "measured": speed._asdict(), "outside_of_torch_bytes": outside}
+
+
+def _config(folder: Path, settings: Sequence[str]) -> Config:
+    from longnet_dist.config.loading import load_config
+
+    file = folder / "config.yaml"
+    file.write_text(f"train: {{output_dir: {folder}/run, steps: {STEPS}, validate_every: 0}}\n")
+    return load_config(file, list(settings))
 
 
 def _random_tokens(folder: Path, each: Case) -> Path:

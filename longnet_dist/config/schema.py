@@ -175,6 +175,10 @@ class TrainConfig(Section):
             )
         return self
 
+    def compiles(self, device_type: str) -> bool:
+        """Whether the row-wise parts are compiled on a kind of device, ``"cuda"`` or ``"cpu"``."""
+        return device_type == "cuda" if self.compile == "auto" else self.compile
+
 
 class ParallelConfig(Section):
     """How the ranks are laid out; the product of both sizes is their number.

@@ -46,13 +46,12 @@ class Execution:
     @classmethod
     def of(cls, train: TrainConfig, device_type: str) -> Execution:
         """As a run's configuration says, on a kind of device, ``"cuda"`` or ``"cpu"``."""
-        compiles = device_type == "cuda" if train.compile == "auto" else train.compile
         return cls(
             train.activation_checkpointing,
             train.keep_projections,
             train.offload_activations,
             train.feed_forward_tile,
-            compiles,
+            train.compiles(device_type),
         )
 
     def of_blocks(self, layers: int) -> list[Execution]:

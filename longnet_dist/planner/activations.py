@@ -60,14 +60,12 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     attended = tensors["out"] + tensors["lse"] if full else 0
     behind = sum(tensors[name] for name in _BEHIND) + 5 * width + inner
     before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
-    gradients, wide_dq = attention_backward_bytes(layout), 0
-    if layout.device_type == "cuda" and itemsize < WIDE:
-        wide_dq = model.dim * (WIDE - itemsize)  # which is not copied into the precision of the run
+    gradients = attention_backward_bytes(layout)
     weights = block_parameters(model)
     return max(
         rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
         rows * (2 * width + attended + made + gradients) + weights * itemsize,
-        rows * (width + _gradients(layout) + wide_dq) + tile * before + weights * WIDE,
+        rows * (width + _gradients(layout)) + tile * before + weights * WIDE,
     )
 
 
@@ -81,11 +79,7 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     model, itemsize = layout.config.model, layout.itemsize
     gradients = _gradients(layout)
     if layout.device_type == "cuda":
-        statistics = 2 * WIDE * model.heads
-        if itemsize == WIDE:
-            return gradients + statistics
-        copied = layout.config.train.activation_checkpointing == "none"
-        return gradients + model.dim * WIDE + (0 if copied else statistics - model.dim * itemsize)
+        return gradients + WIDE * (model.dim if _copies_dq(layout) else 2 * model.heads)
     numbers = model.dim + 2 * key_dim(model)
     block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_rows * model.dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
@@ -99,8 +93,15 @@ def _projections(layout: RunLayout) -> int:
 
 
 def _gradients(layout: RunLayout) -> int:
-    """Bytes a row of the gradients of q, k, v in the precision of the run."""
-    return (layout.config.model.dim + 2 * key_dim(layout.config.model)) * layout.itemsize
+    """Bytes a row of the gradients of q, k, v as the attention's backward leaves them."""
+    model, itemsize = layout.config.model, layout.itemsize
+    wide = layout.device_type == "cuda" and not _copies_dq(layout)
+    return model.dim * (WIDE if wide else itemsize) + 2 * key_dim(model) * itemsize
+
+
+def _copies_dq(layout: RunLayout) -> bool:
+    """Whether a GPU's dQ is copied from its float32 sums into the precision of the run."""
+    return layout.itemsize < WIDE and layout.config.train.activation_checkpointing == "none"
 
 
 def _tensors(layout: RunLayout) -> dict[str, int]:

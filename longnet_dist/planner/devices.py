@@ -20,7 +20,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the data sheet that this package's work reaches; fitted on an H100 SXM and taken for all GPUs.
+    """Shares of the data sheet that this package's work reaches; taken from an H100 SXM for all GPUs.
+
+    The rates of matmul, attention and row-wise work, and the memory outside of tensors, are fitted to the steps of
+    ``benchmarks/results/planner_h100.json``.
 
     Attributes:
         matmul: share of the peak in the matrix products of a block: 620 TFLOP/s of 989 with the work around them.

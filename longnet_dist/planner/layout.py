@@ -71,8 +71,7 @@ class RunLayout:
     @property
     def compiled(self) -> bool:
         """Whether the row-wise parts of the blocks are compiled."""
-        wanted = self.config.train.compile
-        return self.device_type == "cuda" if wanted == "auto" else wanted
+        return self.config.train.compiles(self.device_type)
 
     @property
     def num_chunks(self) -> int:
