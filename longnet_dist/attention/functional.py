@@ -16,6 +16,7 @@ from longnet_dist.attention.stream import LayerCache
 from longnet_dist.comm.exchange import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.geometry.exchange import ExchangePlan, plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.sharing import sharing
 from longnet_dist.geometry.window import (
     Piece,
     Segment,
@@ -27,6 +28,9 @@ from longnet_dist.geometry.window import (
 )
 from longnet_dist.kernels.choice import choose_kernel
 from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Kernel, wide_dtype
+
+LEAST_SCALE = 2.0**-10
+"""Of the scores, and 1 over the largest, at which the logarithm of a multiplicity can be added to them in float16."""
 
 
 def dilated_attention(
@@ -166,7 +170,8 @@ class AttentionSpec:
         return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
 
     def _maker(self, kv_heads: int) -> _CallMaker:
-        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic)
+        shares = self.kernel.shares_pairs and self.causal and LEAST_SCALE <= self.scale <= 1 / LEAST_SCALE
+        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, shares)
 
 
 class _CallMaker(NamedTuple):
@@ -176,8 +181,11 @@ class _CallMaker(NamedTuple):
     causal: bool
     scale: float
     deterministic: bool
+    shares_pairs: bool
 
     def call(self, piece: Piece, pattern: DilatedPattern) -> Call:
+        if self.shares_pairs:
+            piece = sharing(pattern)[piece.branch].of(piece)
         offsets = pattern.offsets(pattern.branches[piece.branch], self.kv_heads)
         return Call(piece, offsets, self.causal, self.scale, self.deterministic)
 

@@ -99,6 +99,8 @@ class Piece:
 
     Attributes:
         key_stop: end (exclusive) of the rows whose keys are given, at most the end of the last segment.
+        half, shares: see ``sharing.Sharing``; with ``half`` the queries behind the first ``half`` rows of a segment see
+            all keys in them and no others. Only kernels that share pairs are given such pieces.
     """
 
     branch: int
@@ -111,6 +113,8 @@ class Piece:
     query_stop: int
     key_stop: int
     compact: bool
+    half: int = 0
+    shares: tuple[int, ...] = ()
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """``(first_segment, num_segments)`` of stretches of equal segments: the full ones, then a short last one."""

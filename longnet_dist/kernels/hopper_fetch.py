@@ -28,6 +28,7 @@ class Form(NamedTuple):
         HALVES: times 64 queries of a tile.
         STAGES: tiles of queries in shared memory.
         LATE: whether dK is multiplied behind dQ instead of before it.
+        SHARES: ``Problem.shares``.
     """
 
     D: Any
@@ -38,6 +39,7 @@ class Form(NamedTuple):
     GROUPED: Any
     FRESH: Any
     LATE: Any
+    SHARES: Any
 
 
 class Tiles(NamedTuple):
@@ -48,6 +50,7 @@ class Tiles(NamedTuple):
         early_ds, late_ds: dS of the keys of each group, ``(2, 64, 64)``, of the first and the second 64 queries; where
             a tile has no second, one buffer of twice the size, for even and odd steps.
         dq: what each group adds to dQ, ``(2, 64, 64)``.
+        shared_keys, shared_queries: ``shared_rows`` of each group's keys, and of 64 queries, ``(2, 64, 16)``, if any.
         key_ready, ready: barriers of the keys and values, and of each stage.
     """
 
@@ -60,6 +63,8 @@ class Tiles(NamedTuple):
     early_ds: Any
     late_ds: Any
     dq: Any
+    shared_keys: Any
+    shared_queries: Any
     key_ready: Any
     ready: Any
 
@@ -113,7 +118,9 @@ def work_of_program(shape, group, form):
     segment = shape[6] + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    origin, first, last, keys = locate(segment, kv_head, head_block, w, r, shape[7], shape[8], shape[9], shape[10])
+    origin, first, last, keys = locate(
+        segment, kv_head, head_block, w, r, shape[7], shape[8], shape[9], shape[10], shape[11]
+    )
     QUERIES: gl.constexpr = 64 * form.HALVES
     if form.CAUSAL:
         first = gl.maximum(first, first_key)

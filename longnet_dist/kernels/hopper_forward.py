@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from longnet_dist.kernels.hopper_forward_fetch import Form, Sources, Tiles, fetch
 from longnet_dist.kernels.hopper_forward_multiply import Results, multiply
+from longnet_dist.kernels.hopper_shares import allocate_shared_rows
 from longnet_dist.kernels.triton_tiles import UNSPECIALIZED
 
 
@@ -26,9 +27,9 @@ from longnet_dist.kernels.triton_tiles import UNSPECIALIZED
 def hopper_forward_kernel(
     q, k, v, running, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, rows, key_rows,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    CAUSAL: gl.constexpr, COMPACT: gl.constexpr, FRESH: gl.constexpr, LIMIT: gl.constexpr,
+    CAUSAL: gl.constexpr, COMPACT: gl.constexpr, FRESH: gl.constexpr, LIMIT: gl.constexpr, SHARES: gl.constexpr,
 ):  # fmt: skip
     """``TURNS`` tiles of 128 queries of a (batch, head, segment) against all keys that they see.
 
@@ -37,10 +38,11 @@ def hopper_forward_kernel(
     """
     shape = (
         tiles, segments, heads, group, head_block, w, r, first_segment, window_start, query_start, query_stop, key_stop,
+        half,
     )  # fmt: skip
     sources = Sources(q, k, v, running, q_strides, k_strides, v_strides, out_strides, rows, key_rows)
     results = Results(out, lse, lse_strides)
-    _run(sources, results, shape, scale, Form(D, KEYS, STAGES, TURNS, CAUSAL, COMPACT, FRESH, LIMIT))
+    _run(sources, results, shape, scale, Form(D, KEYS, STAGES, TURNS, CAUSAL, COMPACT, FRESH, LIMIT, SHARES))
 
 
 @gluon.jit
@@ -67,8 +69,11 @@ def _allocate(sources, form):
     q_ready, q_free = _barriers(4), _barriers(4)
     out_ready, out_free = _barriers(2), _barriers(2)
     own, k_ready, v_ready = _barriers(2), _barriers(form.STAGES), _barriers(form.STAGES)
+    shared_queries, shared_keys = out, out
+    if form.SHARES:
+        shared_queries, shared_keys = allocate_shared_rows(DTYPE, 2), allocate_shared_rows(DTYPE, 2)
     fence_async_shared()
-    return Tiles(q, k, v, out, q_ready, q_free, out_ready, out_free, own, k_ready, v_ready)
+    return Tiles(q, k, v, out, q_ready, q_free, out_ready, out_free, own, k_ready, v_ready, shared_queries, shared_keys)
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ class Form(NamedTuple):
         KEYS: of a tile; STAGES: tiles of keys, and of values, in shared memory, at most 4.
         TURNS: tiles of 128 queries that a program takes one after the other.
         LIMIT: the largest sum that a kept maximum may leave.
+        SHARES: ``Problem.shares``.
     """
 
     D: Any
@@ -34,6 +35,7 @@ class Form(NamedTuple):
     COMPACT: Any
     FRESH: Any
     LIMIT: Any
+    SHARES: Any
 
 
 class Sources(NamedTuple):
@@ -60,6 +62,7 @@ class Tiles(NamedTuple):
         k, v: ``(STAGES, KEYS, D)``.
         q_ready, q_free, out_ready, out_free: barriers of their tiles; own: of what each group fetches itself.
         k_ready, v_ready: of each stage.
+        shared_queries, shared_keys: ``shared_rows`` of each group's queries, and of 64 keys, ``(2, 64, 16)``, if any.
     """
 
     q: Any
@@ -73,6 +76,8 @@ class Tiles(NamedTuple):
     own: Any
     k_ready: Any
     v_ready: Any
+    shared_queries: Any
+    shared_keys: Any
 
 
 class Work(NamedTuple):
@@ -121,7 +126,7 @@ def work_of_turn(turn, shape, form):
     batch_head = program // places // segments
     batch, head = batch_head // heads, batch_head % heads
     origin, first, last, keys = locate(
-        segment, head // group, head_block, w, r, shape[8], shape[9], shape[10], shape[11]
+        segment, head // group, head_block, w, r, shape[8], shape[9], shape[10], shape[11], shape[12]
     )
     first += tile * 128
     return Work(

@@ -20,6 +20,7 @@ from longnet_dist.kernels.hopper_fetch import FETCHERS, MULTIPLIERS
 from longnet_dist.kernels.hopper_forward_fetch import FREE, Work, fetch_tile, places_of, query_slot, steps, work_of_turn
 from longnet_dist.kernels.hopper_instructions import arrive, copies_read, uniform
 from longnet_dist.kernels.hopper_multiply import LOG2_E
+from longnet_dist.kernels.hopper_shares import shared_product, write_shared_rows
 
 
 class Results(NamedTuple):
@@ -53,6 +54,11 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
     """Group ``W``, whose queries are the ``W``-th 64 of each tile."""
     base, done = 0, 0
     work, all_seen = _work(0, shape, form, W)
+    if form.SHARES:  # of all tiles of the program, which are a period apart
+        first, factor = work_of_turn(0, shape, form).first, scale * LOG2_E  # which is there without work, too
+        write_shared_rows(tiles.shared_queries.index(W), first, work.kv_head, work.r, factor, form.SHARES, True)
+        write_shared_rows(tiles.shared_keys.index(W), 0, work.kv_head, work.r, factor, form.SHARES, False)
+        gl.thread_barrier()
     scores = _begin(work, all_seen, base, done, tiles, form, W)
     scores = _end(scores, work, all_seen, base, form)
     for turn in range(form.TURNS):
@@ -64,7 +70,7 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
             result, operand, slot = _last_sum(base + all_seen - 1, done, state, tiles, form, W)
             # The first scores of the next tile stand beside the end of this one.
             ahead = _begin(later, later_seen, base + all_seen, done + 1, tiles, form, W)
-            result, operand = warpgroup_mma_wait(1, deps=[result, operand])
+            result, operand = warpgroup_mma_wait(1 + (form.SHARES != 0), deps=[result, operand])
             _leave(form.STAGES + slot, form)
             state = Softmax(state.weights, state.maximum, state.total, result)
             _finish(sources, results, tiles, state, lse_pointers, old, work, done, scale * LOG2_E, form, W)
@@ -90,7 +96,6 @@ def _work(turn, shape, form, W: gl.constexpr):
 @gluon.jit
 def _begin(work, all_seen, base, done, tiles, form, W: gl.constexpr):
     """The first scores of a tile, or none of any use without a tile."""
-    scores_layout: gl.constexpr = _scores_layout(form.KEYS)
     seen, _full = steps(work.first, work.keys, 64, form)
     for step in range(all_seen - seen):  # tiles that only later groups see
         _skip_keys(base + step, tiles, form)
@@ -99,9 +104,16 @@ def _begin(work, all_seen, base, done, tiles, form, W: gl.constexpr):
     number, phase = query_slot(done)
     mbarrier.wait(tiles.q_ready.index(number + W), phase, pred=work.keys > 0)
     mbarrier.wait(tiles.k_ready.index(slot), position // form.STAGES % 2, pred=work.keys > 0)
-    scores = gl.zeros([64, form.KEYS], gl.float32, scores_layout)
-    query = tiles.q.index(number + W)
-    return warpgroup_mma(query, tiles.k.index(slot).permute((1, 0)), scores, use_acc=False, is_async=True)
+    return _scores(tiles.q.index(number + W), tiles.k.index(slot), tiles, form, W)
+
+
+@gluon.jit
+def _scores(query, key, tiles, form, W: gl.constexpr):
+    """Scores with multiplicities, to be waited for."""
+    KEYS: gl.constexpr = key.shape[0]
+    scores = gl.zeros([64, KEYS], gl.float32, _scores_layout(KEYS))
+    scores = shared_product(tiles.shared_queries.index(W), tiles.shared_keys.index(W), scores, form.SHARES)
+    return warpgroup_mma(query, key.permute((1, 0)), scores, use_acc=form.SHARES != 0, is_async=True)
 
 
 @gluon.jit
@@ -196,8 +208,7 @@ def _step(position, tile, state, query, tiles, work, factor, form, W: gl.constex
     slot, before = position % form.STAGES, (position - 1) % form.STAGES
     operand = _operand(state.weights, tiles.q.dtype, form)
     mbarrier.wait(tiles.k_ready.index(slot), position // form.STAGES % 2)
-    scores = gl.zeros([64, form.KEYS], gl.float32, scores_layout)
-    scores = warpgroup_mma(query, tiles.k.index(slot).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = _scores(query, tiles.k.index(slot), tiles, form, W)
     mbarrier.wait(tiles.v_ready.index(before), (position - 1) // form.STAGES % 2)
     result = warpgroup_mma(operand, tiles.v.index(before), state.result, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -282,8 +293,7 @@ def _again(sources, tiles, work, stop, factor, form, W: gl.constexpr):
         gl.thread_barrier()
         fetch_tile(sources.k, places.key_row + start, places.k_column, bar, tiles.out, W, 64, form.D)
         mbarrier.wait(bar, 1)
-        scores = gl.zeros([64, 64], gl.float32, scores_layout)
-        scores = warpgroup_mma(query, room.permute((1, 0)), scores, use_acc=False, is_async=True)
+        scores = _scores(query, room, tiles, form, W)
         scores = warpgroup_mma_wait(0, deps=[scores])
         gl.thread_barrier()
         fetch_tile(sources.v, places.key_row + start, places.v_column, bar, tiles.out, W, 64, form.D)

@@ -53,10 +53,11 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
     constants = {
         "D": problem.dim,
         "KEYS": tiles.keys,
-        "CAUSAL": problem.call.causal,
+        "CAUSAL": problem.causal,
+        "SHARES": problem.shares,
         "COMPACT": problem.piece.compact,
         "FRESH": problem.call.fresh,
-        "STAGES": tiles.stages,
+        "STAGES": tiles.stages - bool(problem.shares),  # whose columns need the room
         "TURNS": turns,
         "LIMIT": problem.limit,
     }
@@ -95,12 +96,13 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
     )
     grouped = q.shape[2] > heads
     # dK behind dQ was the faster in all but one of the measured cases: bidirectional without groups at head dim 64.
-    late = problem.call.causal or grouped or problem.dim == 128
+    late = problem.causal or grouped or problem.dim == 128
     constants = {
         "D": problem.dim,
         "QUERIES": tiles.queries,
         "STAGES": tiles.stages,
-        "CAUSAL": problem.call.causal,
+        "CAUSAL": problem.causal,
+        "SHARES": problem.shares,
         "COMPACT": problem.piece.compact,
         "GROUPED": grouped,
         "FRESH": problem.call.fresh,

@@ -27,6 +27,7 @@ from longnet_dist.kernels.hopper_fetch import (
     work_of_program,
 )
 from longnet_dist.kernels.hopper_instructions import arrive, copies_read, meet, opaque_zero, reduce_add, uniform
+from longnet_dist.kernels.hopper_shares import shared_product, write_shared_rows
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # (64 keys, 64 queries)
@@ -83,10 +84,14 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     key_rows, value_rows = tiles.key.index(W), tiles.value.index(W)
     if form.HALVES == 2:
         key_rows, value_rows = key_rows.load(operand), value_rows.load(operand)
-    mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
-    scores = _transposed_product(key_rows, tiles.q.index(0))
-    scores = warpgroup_mma_wait(0, deps=[scores])
     factor = scale * LOG2_E
+    if form.SHARES:  # of all tiles of queries, which are a period apart
+        write_shared_rows(tiles.shared_keys.index(W), first_key, given.kv_head, shape[5], factor, form.SHARES, True)
+        write_shared_rows(tiles.shared_queries.index(W), first, given.kv_head, shape[5], factor, form.SHARES, False)
+        gl.thread_barrier()
+    mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
+    scores = _scores(key_rows, tiles.q.index(0), tiles, form, W)
+    scores = warpgroup_mma_wait(0, deps=[scores])
     for step in range(group * work.masked):
         scores, dkey, dvalue = _step(
             step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, True
@@ -108,6 +113,14 @@ def _target(results, work, r):
     head = results.dq_strides[2]
     column = (query_row % r).to(gl.int32) * results.dq_strides[1] + work.kv_head * work.group * head
     return Target(results.dq, uniform((query_row // r).to(gl.int32)), uniform(column), head)
+
+
+@gluon.jit
+def _scores(key_rows, query, tiles, form, W: gl.constexpr):
+    """Scores of a group's keys and 64 queries, with multiplicities, to be waited for."""
+    scores = gl.zeros([64, 64], gl.float32, SCORES)
+    scores = shared_product(tiles.shared_keys.index(W), tiles.shared_queries.index(W), scores, form.SHARES)
+    return warpgroup_mma(key_rows, query.permute((1, 0)), scores, use_acc=form.SHARES != 0, is_async=True)
 
 
 @gluon.jit
@@ -170,11 +183,12 @@ def _step(
     later = step + 1  # after the last step: scores of some old tile
     bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
     mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
-    scores = _transposed_product(key_rows, tiles.q.index(later % form.STAGES * form.HALVES))
+    scores = _scores(key_rows, tiles.q.index(later % form.STAGES * form.HALVES), tiles, form, W)
+    PRODUCTS: gl.constexpr = 1 + (form.SHARES != 0)  # of the scores
     if form.LATE:
-        dquery, dvalue = warpgroup_mma_wait(2, deps=[dquery, dvalue])
+        dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
     else:
-        dquery, dkey, dvalue = warpgroup_mma_wait(1, deps=[dquery, dkey, dvalue])
+        dquery, dkey, dvalue = warpgroup_mma_wait(PRODUCTS, deps=[dquery, dkey, dvalue])
         arrive(SLOT_FREE + slot, MULTIPLIERS + FETCHERS)
     arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
     _stage_dquery(tiles.dq.index(W), dquery)
@@ -201,7 +215,7 @@ def _second_half(
         _hand_over(ds, tiles.early_ds.index(W), 0, 0, W)
     else:
         tiles.early_ds.index(W).store(ds)
-    scores = _transposed_product(key_rows, tiles.q.index(tile + 1))
+    scores = _scores(key_rows, tiles.q.index(tile + 1), tiles, form, W)
     dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile), dkey, is_async=True)
     gradient = _transposed_product(value_rows, tiles.dout.index(tile + 1))
     scores, dvalue = warpgroup_mma_wait(2, deps=[scores, dvalue])

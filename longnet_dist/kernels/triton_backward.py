@@ -11,8 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.kernels.triton_forward import LOG2_E
-from longnet_dist.kernels.triton_tiles import UNSPECIALIZED, load_tile, locate, pointers, row_pointers, rows_of
+from longnet_dist.kernels.triton_forward import LOG2_E, scores_of
+from longnet_dist.kernels.triton_tiles import (
+    UNSPECIALIZED,
+    load_tile,
+    locate,
+    pointers,
+    row_pointers,
+    rows_of,
+    shared_rows,
+)
 
 
 @triton.jit
@@ -53,10 +61,11 @@ def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, 
 
 @triton.jit
 def _add_queries(
-    key, value, dkey, dvalue, dout, q, statistics, dq, dout_strides, q_strides, statistics_strides, dq_strides,
-    batch, head, rows, start, last, key_index, keys, factor, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    key, shared_keys, shared_queries, value, dkey, dvalue, dout, q, statistics, dq, dout_strides, q_strides,
+    statistics_strides, dq_strides, batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, SHARES: tl.constexpr,
+    MASKED: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of ``QUERIES`` queries from ``start`` on in the gradients of a key tile, computed transposed."""
     index = start + tl.arange(0, QUERIES)
@@ -65,7 +74,9 @@ def _add_queries(
     # Queries behind the last have weight exp(-inf) = 0.
     place = row_pointers(statistics, statistics_strides, batch, head, rows[0], rows[1], index)
     row_lse = tl.load(place, mask=valid, other=float("inf"))
-    scores = tl.dot(key, query.T, input_precision=PRECISION)
+    if SHARES != 0 and QUERIES % 64 != 0:
+        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, False, key.dtype)
+    scores = scores_of(key, shared_keys, query, shared_queries, SHARES, PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
@@ -89,9 +100,9 @@ def key_gradient_kernel(
     dout, q, k, v, statistics, dq, dk, dv,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SHARES: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
     REDUCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV of ``KEYS`` keys of a (batch, kv head, segment); with ``ADD_DQ`` also to dQ, atomically.
@@ -104,7 +115,9 @@ def key_gradient_kernel(
     segment = first_segment + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    row, first, last, keys = locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop)
+    row, first, last, keys = locate(
+        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half
+    )
     first_key = tile * KEYS
     if first_key >= keys:
         return
@@ -115,6 +128,9 @@ def key_gradient_kernel(
     dkey = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dvalue = tl.zeros([KEYS, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
+    shared_keys, shared_queries = 0, 0
+    if SHARES:
+        shared_keys = shared_rows(key_index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, key.dtype)
     rows = rows_of(row, r, first)
     # Masked: tiles of queries that see only some of the keys.
     masked = first
@@ -123,21 +139,24 @@ def key_gradient_kernel(
         masked = first + tl.cdiv(tl.maximum(first_key + KEYS - 1 - first, 0), QUERIES) * QUERIES
     if first_key + KEYS > keys:
         masked = first + tl.cdiv(tl.maximum(last - first, 0), QUERIES) * QUERIES
+    if SHARES:  # the same for all tiles, which are a period apart
+        index = first + tl.arange(0, QUERIES)
+        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, False, key.dtype)
     for member in range(group):
         head = kv_head * group + member
         for start in tl.range(first, tl.minimum(masked, last), QUERIES):
             dkey, dvalue = _add_queries(
-                key, value, dkey, dvalue, dout, q, statistics, dq,
+                key, shared_keys, shared_queries, value, dkey, dvalue, dout, q, statistics, dq,
                 dout_strides, q_strides, statistics_strides, dq_strides,
-                batch, head, rows, start, last, key_index, keys, factor, scale,
-                D, BLOCK_D, QUERIES, CAUSAL, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
+                batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
+                D, BLOCK_D, QUERIES, CAUSAL, SHARES, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
         for start in tl.range(masked, last, QUERIES):
             dkey, dvalue = _add_queries(
-                key, value, dkey, dvalue, dout, q, statistics, dq,
+                key, shared_keys, shared_queries, value, dkey, dvalue, dout, q, statistics, dq,
                 dout_strides, q_strides, statistics_strides, dq_strides,
-                batch, head, rows, start, last, key_index, keys, factor, scale,
-                D, BLOCK_D, QUERIES, CAUSAL, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
+                batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
+                D, BLOCK_D, QUERIES, CAUSAL, SHARES, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
     dkey *= scale
     mask = (key_index < keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -155,9 +174,9 @@ def query_gradient_kernel(
     dout, q, k, v, statistics, dq,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARES: tl.constexpr, COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dQ of ``QUERIES`` queries of a (batch, head, segment), in an order that never changes."""
     program = tl.program_id(0)
@@ -166,7 +185,9 @@ def query_gradient_kernel(
     batch_head = program // tiles // segments
     batch, head = batch_head // heads, batch_head % heads
     kv_head = head // group
-    row, first, last, keys = locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop)
+    row, first, last, keys = locate(
+        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half
+    )
     first += tile * QUERIES
     if first >= last:
         return
@@ -181,13 +202,21 @@ def query_gradient_kernel(
     row_delta = tl.load(place + 1, mask=valid, other=0.0)
     dquery = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
+    shared_queries, shared_keys = 0, 0
+    if SHARES:
+        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, query.dtype)
+        shared_keys = shared_rows(tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype)
     stop = keys
     if CAUSAL:
         stop = tl.minimum(keys, first + QUERIES)
     for start in tl.range(0, stop, KEYS):
         key = load_tile(k, k_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         value = load_tile(v, v_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        scores = tl.dot(query, key.T, input_precision=PRECISION)
+        if SHARES != 0 and KEYS % 64 != 0:
+            shared_keys = shared_rows(
+                start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+            )
+        scores = scores_of(query, shared_queries, key, shared_keys, SHARES, PRECISION)
         key_index = start + tl.arange(0, KEYS)
         weights = _weights(scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL)
         gradient = tl.dot(doutput, value.T, input_precision=PRECISION)

@@ -79,6 +79,7 @@ class TritonKernel:
 
     name = "triton"
     starts_fresh = True
+    shares_pairs = True
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -123,7 +124,7 @@ def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, l
 
 
 def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> Launch:
-    tiles = forward_tiles(problem.block_dim, problem.wide, problem.call.causal)
+    tiles = forward_tiles(problem.block_dim, problem.wide, problem.causal)
     described, heads = problem.describable((q, out), (k, v)), q.shape[2]
     constants = {"FRESH": problem.call.fresh, "LIMIT": problem.limit}
     rate, key_rate = problem.piece.dilation_rate, problem.key_rate

@@ -125,17 +125,28 @@ class Problem:
         """The largest sum of a softmax whose maximum was kept, and 1 over the smallest."""
         return 2.0**15 if self.q.dtype == torch.float16 else 2.0**100
 
+    @property
+    def causal(self) -> bool:
+        """Whether a mask divides keys that a query sees from others."""
+        return self.call.causal and not self.piece.half
+
+    @property
+    def shares(self) -> int:
+        """Four bits for each branch that leaves pairs to this one: 1 plus the logarithm of its relative rate."""
+        return sum(rate.bit_length() << 4 * number for number, rate in enumerate(self.piece.shares))
+
     @cached_property
     def queries(self) -> int:
         """The most queries that a (segment, head) of the piece has."""
         piece = self.piece
-        return -(-min(piece.segment_length, piece.query_stop - piece.query_start) // piece.dilation_rate)
+        width = piece.segment_length - piece.half
+        return -(-min(width, piece.query_stop - piece.query_start) // piece.dilation_rate)
 
     @cached_property
     def keys(self) -> int:
         """The most keys that a (segment, head) of the piece has."""
         piece = self.piece
-        width = piece.segment_length
+        width = piece.half or piece.segment_length
         return -(-min(width, piece.key_stop - piece.first_segment * width) // piece.dilation_rate)
 
     @property
@@ -211,6 +222,7 @@ class Problem:
             piece.query_start,
             piece.query_stop,
             piece.key_stop,
+            piece.half,
             self.call.scale,
         )
 
@@ -219,7 +231,8 @@ class Problem:
         return {
             "D": self.dim,
             "BLOCK_D": self.block_dim,
-            "CAUSAL": self.call.causal,
+            "CAUSAL": self.causal,
+            "SHARES": self.shares,
             "COMPACT": self.piece.compact,
             "DESCRIPTORS": described,
             "PRECISION": "ieee" if self.wide else "tf32",

@@ -14,16 +14,16 @@ import triton.language as tl
 
 # Integers that differ from call to call and gain nothing from a kernel compiled for their value.
 UNSPECIALIZED = (
-    "tiles", "segments", "w", "first_segment", "window_start", "query_start", "query_stop", "key_stop",
+    "tiles", "segments", "w", "first_segment", "window_start", "query_start", "query_stop", "key_stop", "half",
 )  # fmt: skip
 
 
 @triton.jit
-def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop):
+def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half):
     """``(row, first, stop, keys)``: buffer row of index 0 (may be negative), indices of the queries, number of keys.
 
-    The integers of ``Piece.queries`` and ``Piece.keys``. The offset ``(kv_head // head_block) % r`` is that of both
-    rules of ``DilatedPattern``.
+    The integers of ``Piece.queries`` and ``Piece.keys``; with ``half`` the keys before it and the queries from it on.
+    The offset ``(kv_head // head_block) % r`` is that of both rules of ``DilatedPattern``.
     """
     offset = (kv_head // head_block) % r
     start = segment.to(tl.int64) * w + offset
@@ -31,6 +31,9 @@ def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_
     first = _count(query_start - start, w, r)
     last = _count(tl.minimum(query_stop, stop) - start, w, r)
     keys = _count(tl.minimum(key_stop, stop) - start, w, r)
+    middle = _count(start * 0 + half - offset, w, r)
+    first = tl.maximum(first, middle)
+    keys = tl.where(half > 0, tl.minimum(keys, middle), keys)
     return start - window_start, first, last, keys
 
 
@@ -61,6 +64,28 @@ def rows_of(row, step, first):
     view ``(rows / step, step)``. Divides once, where a loop would for every tile."""
     origin = row + step * first
     return row, step, (origin // step).to(tl.int32) - first, (origin % step).to(tl.int32)
+
+
+@triton.jit
+def shared_rows(index, column, kv_head, r, factor, SHARES: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
+    """Sixteen columns more of queries (``WEIGHTED``) or keys, whose product is the logarithm of a pair's multiplicity.
+
+    ``column`` is ``0 … 15``. Rows ``sharing.PERIOD`` apart have the same.
+
+    ``SHARES`` is ``Problem.shares``. The rows of a branch that leaves pairs here lie in those of the one before it, so
+    a pair that ``n`` of them hold gets the sum of ``log2((t + 1) / t)`` up to ``t = n``: ``log2(n + 1)``. Two columns
+    hold each summand, over ``factor``: the number itself, and what its rounding leaves.
+    """
+    number = column // 2
+    step = (SHARES >> (4 * number)) & 15
+    inside = ((index - kv_head // r)[:, None] & ((1 << (step - 1)) - 1)[None, :]) == 0
+    inside = inside & (step > 0)[None, :]
+    shares = inside.to(tl.float32)
+    if WEIGHTED:
+        summand = tl.math.log2((number + 2).to(tl.float32) / (number + 1).to(tl.float32)) / factor
+        rounded = summand.to(DTYPE).to(tl.float32)
+        shares *= tl.where(column % 2 == 0, rounded, summand - rounded)[None, :]
+    return shares.to(DTYPE)
 
 
 @triton.jit

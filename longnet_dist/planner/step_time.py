@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longnet_dist.geometry.sharing import computed_share
 from longnet_dist.planner.activations import WIDE, kept_by_block
 from longnet_dist.planner.devices import Device
 from longnet_dist.planner.exchange import exchange_of
@@ -76,7 +77,10 @@ def _matmul_flops(layout: RunLayout) -> float:
 def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     model, rates = layout.config.model, device.rates
     sequences = layout.micro_batch_size * layout.accumulation / layout.mesh.sequence
-    flops = model.layers * attention_flops(model, layout.config.data.sequence_length) * sequences
+    length = layout.config.data.sequence_length
+    flops = model.layers * attention_flops(model, length) * sequences
+    if model.causal and layout.device_type == "cuda":
+        flops *= computed_share(model.pattern, length, model.kv_heads or model.heads)
     forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _recorded(layout)
     wide = rates.wide_heads if model.head_dim > 64 else 1.0
     return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide)

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 
 PROGRAM = """
 import sys
+from dataclasses import replace
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -57,11 +58,13 @@ for deterministic in (False, True):
     statistics = kernel.start_backward(dout, out, lse, dq)
     kernel.backward(call, BackwardInputs(dout, q, k, v, out, lse, statistics), Gradients(dq, dk, dv))
 names.append("shared:")
-# Keys of a segment that other ranks share, as the exchange leaves them, with gradients in float32; grouped heads. At
-# head dim 64 causal, and the other mask in a call of its own; at 128 all in one, for the sake of time.
+# Keys of a segment that other ranks share, as the exchange leaves them, with gradients in float32; grouped heads; pairs
+# that other branches leave to this one. At head dim 64 causal, and the other mask in a call of its own; at 128 all in
+# one, for the sake of time.
 pattern, causal = DilatedPattern([8192], [2]), dim == 64
 (segment,) = shared_segments(pattern, 4096, 8192, 8192, causal)
-call = Call(compact_piece(pattern, segment, 4096, 8192), (0,), causal, 0.1, fresh=not causal)
+piece = replace(compact_piece(pattern, segment, 4096, 8192), shares=(2, 4))
+call = Call(piece, (0,), causal, 0.1, fresh=not causal)
 (key, value), (dkey, dvalue) = (torch.empty(2, 1, 4096, 1, dim, dtype=x) for x in (torch.bfloat16, torch.float32))
 if capability == 90:
     given = BackwardInputs(dout, q, key, value, out, lse, statistics)
@@ -75,7 +78,7 @@ print(" ".join(["kernels:", *names]))
 
 
 # Bytes of a thread of the Hopper kernels, outside their inner loops.
-MOST_SPILLED = {("backward", 64): 0, ("backward", 128): 32, ("forward", 64): 0, ("forward", 128): 96}
+MOST_SPILLED = {("backward", 64): 8, ("backward", 128): 48, ("forward", 64): 0, ("forward", 128): 96}
 SHARED_MEMORY = 227 * 1024
 
 

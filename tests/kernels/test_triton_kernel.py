@@ -56,6 +56,10 @@ def streamed(q, k, v, pattern, chunk):
         (128, 2, 2, 16, 1, [64], [2], "modulo", False),
         (95, 4, 4, 16, 1, [16, 32], [3, 6], "modulo", True),
         (95, 2, 1, 16, 2, [17, 30], [3, 4], "blocked", False),
+        # Branches that share pairs: in tiles longer and shorter than their period; a chain that begins at r = 2.
+        (150, 3, 3, 16, 1, [16, 32, 64, 24], [1, 2, 4, 3], "modulo", True),
+        (141, 2, 1, 16, 1, [64, 128], [1, 64], "modulo", True),
+        (100, 4, 4, 16, 1, [24, 48], [2, 8], "modulo", True),
     ],
 )
 def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rates, offsets, causal, deterministic):
@@ -97,10 +101,10 @@ def test_statistics_stand_where_dq_will():
 def test_a_stream_takes_keys_from_compact_buffers():
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
-    pattern = DilatedPattern([8, 40], [1, 3])
-    q, k, v, _ = inputs(40, 2, 2, 16)
-    expected, _ = oracle(q.double(), k.double(), v.double(), pattern)
-    assert (streamed(q, k, v, pattern, 13) - expected).abs().max() < 1e-5
+    for pattern in (DilatedPattern([8, 40], [1, 3]), DilatedPattern([8, 16, 32], [1, 2, 4])):
+        q, k, v, _ = inputs(40, 2, 2, 16)
+        expected, _ = oracle(q.double(), k.double(), v.double(), pattern)
+        assert (streamed(q, k, v, pattern, 13) - expected).abs().max() < 1e-5
 
 
 def test_refuses_what_it_cannot_run():
@@ -110,8 +114,9 @@ def test_refuses_what_it_cannot_run():
 
 
 # Each row compiles kernels of its own, two to five seconds each, and so they are few. In turn: the kernel for Hopper
-# with grouped heads; with the last segment outside the copy engine's view; at D 128, the same and causal; the portable
-# kernels, a head dim that needs padding, twice the same bits; the widest head dim.
+# with grouped heads and shared pairs; with the last segment outside the copy engine's view; at D 128, the same and
+# causal with shared pairs; the portable kernels, a head dim that needs padding, twice the same bits, without and with
+# shared pairs; the widest head dim.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
@@ -120,8 +125,9 @@ def test_refuses_what_it_cannot_run():
         (64, torch.bfloat16, 2, 2, 2048, [512, 1024, 2048], [1, 2, 4], True, False),
         (64, torch.bfloat16, 3, 1, 1501, [700, 1501], [2, 3], False, False),
         (128, torch.bfloat16, 2, 2, 1501, [700, 1501], [2, 3], False, False),
-        (128, torch.bfloat16, 2, 1, 1024, [512, 1024], [1, 2], True, False),
+        (128, torch.bfloat16, 2, 2, 1501, [512, 1024, 2048], [1, 4, 8], True, False),
         (80, torch.float16, 1, 3, 999, [300, 999], [2, 5], False, True),
+        (80, torch.float16, 1, 3, 999, [256, 512], [1, 2], True, True),
         (256, torch.bfloat16, 1, 1, 640, [640], [1], True, False),
     ],
 )
@@ -154,7 +160,8 @@ def test_scores_of_any_size_on_a_gpu(rise, batch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_stream_on_a_gpu():
-    pattern = DilatedPattern([256, 1024], [1, 2])
-    q, k, v, _ = inputs(1024, 4, 2, 128, 1, "cuda", torch.bfloat16)
-    expected, _ = oracle(q.double(), k.double(), v.double(), pattern)
-    assert (streamed(q, k, v, pattern, 512) - expected).norm() < 0.006 * expected.norm()
+    pattern = DilatedPattern([256, 512, 1024], [1, 2, 4])
+    for dim in (64, 128):
+        q, k, v, _ = inputs(1024, 4, 2, dim, 1, "cuda", torch.bfloat16)
+        expected, _ = oracle(q.double(), k.double(), v.double(), pattern)
+        assert (streamed(q, k, v, pattern, 360) - expected).norm() < 0.006 * expected.norm()

@@ -1,0 +1,110 @@
+"""Every pair counts as often as branches hold it, whichever branch computes it."""
+
+import random
+from collections import Counter
+from math import log2
+
+import pytest
+import torch
+
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.sharing import Sharing, computed_share, sharing
+from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
+
+HEADS = 5
+
+
+def pieces_of(pattern, start, stop, total, shared):
+    pieces = [*dense_pieces(pattern, start, stop, total, True)]
+    pieces += [compact_piece(pattern, s, start, stop) for s in shared_segments(pattern, start, stop, total, True)]
+    return [sharing(pattern)[piece.branch].of(piece) for piece in pieces] if shared else pieces
+
+
+def pairs(pattern, pieces):
+    """How often ``(head, query row, key row)`` counts."""
+    counts, computed = Counter(), 0
+    for piece in pieces:
+        rate, width = piece.dilation_rate, piece.segment_length
+        for head, offset in enumerate(pattern.offsets(pattern.branches[piece.branch], HEADS)):
+            for segment in range(piece.first_segment, piece.first_segment + piece.num_segments):
+                _, queries, first = piece.queries(segment, offset)
+                _, keys, _ = piece.keys(segment, offset)
+                start = segment * width + offset
+                for j in range(first, first + queries):
+                    for i in range(keys):
+                        here = i <= j
+                        if piece.half:
+                            here = offset + i * rate < piece.half <= offset + j * rate
+                        if here:
+                            alike = [(x - head // rate) % share == 0 for x in (i, j) for share in piece.shares]
+                            half = len(alike) // 2
+                            times = 1 + sum(a and b for a, b in zip(alike[:half], alike[half:], strict=True))
+                            counts[head, start + j * rate, start + i * rate] += times
+                            computed += 1
+    return counts, computed
+
+
+PATTERNS = [
+    DilatedPattern([8, 16, 32], [1, 2, 4]),
+    DilatedPattern([8, 16, 32, 64, 96], [1, 2, 4, 6, 12]),
+    DilatedPattern([8, 8, 16, 16], [1, 2, 2, 4]),
+    DilatedPattern([12, 24, 48], [3, 3, 6]),
+    DilatedPattern([8, 16, 32], [1, 4, 8]),
+    DilatedPattern([10, 20, 40], [1, 2, 4]),
+    DilatedPattern([8, 16, 32], [1, 2, 4], "blocked"),
+    DilatedPattern([4, 8, 16, 32, 64], [1, 2, 4, 8, 16]),
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("window", [(0, 96, 96), (0, 77, 77), (16, 48, 96), (13, 61, 90), (70, 71, 90)])
+def test_every_pair_counts_as_often_as_branches_hold_it(pattern, window):
+    plain, all_pairs = pairs(pattern, pieces_of(pattern, *window, False))
+    shared, computed = pairs(pattern, pieces_of(pattern, *window, True))
+    assert shared == plain
+    assert computed <= all_pairs == plain.total()
+    if window[0] == 0 and window[1] == window[2]:
+        assert computed / all_pairs == pytest.approx(computed_share(pattern, window[2], HEADS))
+
+
+def test_random_patterns():
+    draw = random.Random(0)
+    for _ in range(40):
+        count = draw.randint(1, 5)
+        pattern = DilatedPattern(
+            [draw.choice([4, 6, 8, 12, 16, 24, 32]) for _ in range(count)],
+            [draw.choice([1, 2, 3, 4, 6, 8]) for _ in range(count)],
+        )
+        total = draw.randint(1, 70)
+        start = draw.randrange(total)
+        window = start, draw.randint(start + 1, total), total
+        assert (
+            pairs(pattern, pieces_of(pattern, *window, True))[0]
+            == pairs(pattern, pieces_of(pattern, *window, False))[0]
+        )
+
+
+def test_chains_of_the_known_patterns():
+    assert sharing(DilatedPattern.paper()) == (
+        Sharing(0, (2, 4)), Sharing(2048, (2,)), Sharing(4096), Sharing(), Sharing()
+    )  # fmt: skip
+    geometric = sharing(DilatedPattern.geometric(2048, 2**20))
+    assert [x.half for x in geometric] == [0, *(2048 << i for i in range(6)), 0, 2048 << 7, 2048 << 8]
+    assert geometric[0].shares == (2, 4, 8, 16, 32, 64)  # the next would not repeat in a tile
+    assert geometric[7].shares == (2, 4)
+    assert sharing(DilatedPattern([8, 16], [1, 2], "blocked")) == (Sharing(), Sharing())
+
+
+def test_a_quarter_fewer_pairs():
+    pattern = DilatedPattern.geometric(32, 512)
+    shared, plain = (pairs(pattern, pieces_of(pattern, 0, 512, 512, x))[1] for x in (True, False))
+    assert 0.74 < shared / plain < 0.78
+
+
+def test_columns_give_the_logarithm_of_a_multiplicity():
+    """The sum of what ``kernels.triton_tiles.shared_rows`` puts into its columns."""
+    for level in range(7):
+        summands = [torch.tensor(log2((t + 2) / (t + 1)) / 0.18) for t in range(level)]
+        rounded = [x.bfloat16().float() for x in summands]
+        rest = [(x - y).bfloat16().float() for x, y in zip(summands, rounded, strict=True)]
+        assert abs(0.18 * sum(map(float, rounded + rest)) - log2(level + 1)) < 2e-5
