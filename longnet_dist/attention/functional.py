@@ -195,10 +195,10 @@ def _dense_calls(
     maker: _CallMaker, pattern: DilatedPattern, window: tuple[int, int], total_rows: int, starts_fresh: bool
 ) -> tuple[Call, ...]:
     def covers_all(piece: Piece) -> bool:
-        return piece.dilation_rate == 1 and (piece.query_start, piece.query_stop) == window
+        return piece.dilation_rate == 1 and not piece.half and (piece.query_start, piece.query_stop) == window
 
     pieces = dense_pieces(pattern, *window, total_rows, maker.causal)
-    calls = [maker.call(piece, pattern) for piece in sorted(pieces, key=lambda piece: not covers_all(piece))]
+    calls = sorted((maker.call(x, pattern) for x in pieces), key=lambda call: not covers_all(call.piece))
     if starts_fresh and calls and covers_all(calls[0].piece):
         calls[0] = replace(calls[0], fresh=True)
     return tuple(calls)

@@ -60,6 +60,7 @@ def streamed(q, k, v, pattern, chunk):
         (150, 3, 3, 16, 1, [16, 32, 64, 24], [1, 2, 4, 3], "modulo", True),
         (141, 2, 1, 16, 1, [64, 128], [1, 64], "modulo", True),
         (100, 4, 4, 16, 1, [24, 48], [2, 8], "modulo", True),
+        (70, 2, 2, 16, 1, [64, 32], [1, 1], "modulo", True),
     ],
 )
 def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rates, offsets, causal, deterministic):
