@@ -17,6 +17,8 @@ from longnet_dist.geometry.window import Piece
 
 PERIOD = 64
 """Rows after which the shares of a chain must repeat: of a kernel's tile."""
+MOST_SHARES = 8
+"""Branches that may leave pairs to one: half the columns that a kernel adds to its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,13 @@ def sharing(pattern: DilatedPattern) -> tuple[Sharing, ...]:
         return (Sharing(),) * len(branches)
     next_of: dict[int, int] = {}
     root_of = dict(enumerate(range(len(branches))))
+    place_of = dict.fromkeys(root_of, 0)
     for child, branch in sorted(enumerate(branches), key=lambda item: item[1].segment_length):
         for parent, other in enumerate(branches):
             root = branches[root_of[parent]]
-            if parent not in next_of and _holds(other, branch, root):
-                next_of[parent], root_of[child] = child, root_of[parent]
+            room = parent not in next_of and place_of[parent] < MOST_SHARES
+            if room and _holds(other, branch, root):
+                next_of[parent], root_of[child], place_of[child] = child, root_of[parent], place_of[parent] + 1
                 break
     found = []
     for number, branch in enumerate(branches):

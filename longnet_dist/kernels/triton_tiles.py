@@ -78,7 +78,7 @@ def shared_rows(index, column, kv_head, r, factor, SHARES: tl.constexpr, WEIGHTE
     """
     number = column // 2
     step = (SHARES >> (4 * number)) & 15
-    inside = ((index - kv_head // r)[:, None] & ((1 << (step - 1)) - 1)[None, :]) == 0
+    inside = ((index - kv_head // r)[:, None] & (((1 << step) >> 1) - 1)[None, :]) == 0
     inside = inside & (step > 0)[None, :]
     shares = inside.to(tl.float32)
     if WEIGHTED:

@@ -92,6 +92,8 @@ def test_chains_of_the_known_patterns():
     assert [x.half for x in geometric] == [0, *(2048 << i for i in range(6)), 0, 2048 << 7, 2048 << 8]
     assert geometric[0].shares == (2, 4, 8, 16, 32, 64)  # the next would not repeat in a tile
     assert geometric[7].shares == (2, 4)
+    equal = sharing(DilatedPattern([4 << i for i in range(11)], [1] * 11))  # of more than a kernel has columns for
+    assert [len(x.shares) for x in equal] == [8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 0]
     assert sharing(DilatedPattern([8, 16], [1, 2], "blocked")) == (Sharing(), Sharing())
 
 
