@@ -165,12 +165,12 @@ class AttentionSpec:
         total, fresh = self.shards.total_rows, self.kernel.starts_fresh
         return _dense_calls(self._maker(kv_heads), self.pattern, self.window, total, fresh)
 
-    def shared_calls(self, kv_heads: int) -> tuple[Call, ...]:
-        """The calls of the shared segments, in their order."""
+    def shared_calls(self, kv_heads: int) -> tuple[tuple[Call, ...], ...]:
+        """The calls of each shared segment, in their order."""
         return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
 
     def _maker(self, kv_heads: int) -> _CallMaker:
-        shares = self.kernel.shares_pairs and self.causal and LEAST_SCALE <= self.scale <= 1 / LEAST_SCALE
+        shares = self.kernel.shares_pairs and LEAST_SCALE <= self.scale <= 1 / LEAST_SCALE
         return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, shares)
 
 
@@ -183,11 +183,10 @@ class _CallMaker(NamedTuple):
     deterministic: bool
     shares_pairs: bool
 
-    def call(self, piece: Piece, pattern: DilatedPattern) -> Call:
-        if self.shares_pairs:
-            piece = sharing(pattern)[piece.branch].of(piece)
+    def calls(self, piece: Piece, pattern: DilatedPattern) -> tuple[Call, ...]:
+        pieces = sharing(pattern)[piece.branch].of(piece, self.causal) if self.shares_pairs else (piece,)
         offsets = pattern.offsets(pattern.branches[piece.branch], self.kv_heads)
-        return Call(piece, offsets, self.causal, self.scale, self.deterministic)
+        return tuple(Call(x, offsets, self.causal, self.scale, self.deterministic) for x in pieces)
 
 
 @lru_cache(maxsize=256)
@@ -198,7 +197,7 @@ def _dense_calls(
         return piece.dilation_rate == 1 and not piece.half and (piece.query_start, piece.query_stop) == window
 
     pieces = dense_pieces(pattern, *window, total_rows, maker.causal)
-    calls = sorted((maker.call(x, pattern) for x in pieces), key=lambda call: not covers_all(call.piece))
+    calls = sorted((y for x in pieces for y in maker.calls(x, pattern)), key=lambda call: not covers_all(call.piece))
     if starts_fresh and calls and covers_all(calls[0].piece):
         calls[0] = replace(calls[0], fresh=True)
     return tuple(calls)
@@ -207,8 +206,8 @@ def _dense_calls(
 @lru_cache(maxsize=256)
 def _shared_calls(
     maker: _CallMaker, pattern: DilatedPattern, window: tuple[int, int], segments: tuple[Segment, ...]
-) -> tuple[Call, ...]:
-    return tuple(maker.call(compact_piece(pattern, segment, *window), pattern) for segment in segments)
+) -> tuple[tuple[Call, ...], ...]:
+    return tuple(maker.calls(compact_piece(pattern, segment, *window), pattern) for segment in segments)
 
 
 def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -236,8 +235,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
         rows = spec.cache.rows(segments, k) if spec.cache else CompactBuffers(segments, kv_heads, k, k.dtype)
         if gather:
             gather.wait(rows)
-        for call, (key, value) in zip(spec.shared_calls(kv_heads), rows.views(spec.shared()), strict=True):
-            kernel.forward(call, q, key, value, out, lse)
+        for calls, (key, value) in zip(spec.shared_calls(kv_heads), rows.views(spec.shared()), strict=True):
+            for call in calls:
+                kernel.forward(call, q, key, value, out, lse)
             shared += [key, value]
     out = out.to(q.dtype)
     return out, lse, shared
@@ -278,8 +278,9 @@ def attention_backward(
             else CompactBuffers(plan.segments, kv_heads, k, wide_dtype(k.dtype))
         )
         buffers = zip(shared[::2], shared[1::2], gradients.views(spec.shared()), strict=True)
-        for call, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
-            kernel.backward(call, given._replace(k=key, v=value), Gradients(dq, dkey, dvalue))
+        for parts, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
+            for call in parts:
+                kernel.backward(call, given._replace(k=key, v=value), Gradients(dq, dkey, dvalue))
         scatter = ReduceScatter(plan, spec.group, gradients, spec.overlap)
     for call in calls:
         kernel.backward(call, given, Gradients(dq, dk, dv))

@@ -3,8 +3,9 @@
 A branch ``c`` with ``w_c = 2·w_p`` and ``r_c`` a multiple of ``r_p`` keeps, in each half of its segments, some of the
 rows that branch ``p`` keeps in the segment of the same place. Its pairs within a half are therefore pairs of ``p``,
 too. In the softmax over the multiset union a pair that ``m`` branches hold counts ``m`` times, so ``p`` may compute it
-once with its weight times ``m``, and ``c`` is left with the pairs of a query of the second half and a key of the first,
-which no mask divides. Chains of such branches share pairs along the whole chain.
+once with its weight times ``m``, and ``c`` is left with the pairs of a query of one half and a key of the other: in a
+causal model a query of the second and a key of the first, which no mask divides. Chains of such branches share pairs
+along the whole chain.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ class Sharing:
     half: int = 0
     shares: tuple[int, ...] = ()
 
-    def of(self, piece: Piece) -> Piece:
+    def of(self, piece: Piece, causal: bool) -> tuple[Piece, ...]:
         """The piece of the branch without the pairs that it leaves, and with those that it computes for others."""
-        return replace(piece, half=self.half, shares=self.shares)
+        halves = (self.half,) if causal or not self.half else (self.half, -self.half)
+        return tuple(replace(piece, half=half, shares=self.shares) for half in halves)
 
 
 @lru_cache(maxsize=128)
 def sharing(pattern: DilatedPattern) -> tuple[Sharing, ...]:
-    """Of each branch of a causal pattern; only offsets ``h mod r`` let one branch's rows lie in another's."""
+    """Of each branch; only offsets ``h mod r`` let one branch's rows lie in another's."""
     branches = pattern.branches
     if pattern.head_offsets != "modulo":
         return (Sharing(),) * len(branches)
@@ -65,13 +67,14 @@ def sharing(pattern: DilatedPattern) -> tuple[Sharing, ...]:
     return tuple(found)
 
 
-def computed_share(pattern: DilatedPattern, N: int, kv_heads: int) -> float:
-    """Pairs that are computed where branches share them, over all (query, key) pairs of a causal pattern.
+def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool) -> float:
+    """Pairs that are computed where branches share them, over all (query, key) pairs of the pattern.
 
     Args:
         pattern: the branches.
         N: rows of the sequence.
         kv_heads: key/value heads.
+        causal: whether a row sees only itself and earlier rows.
     """
     computed = 0
     for branch, shared in zip(pattern, sharing(pattern), strict=True):
@@ -79,8 +82,11 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int) -> float:
         for offset in pattern.offsets(branch, kv_heads):
             for length, count in ((width, N // width), (N % width, 1)):
                 kept, keys = kept_rows(length, offset, rate), kept_rows(min(length, half), offset, rate)
-                computed += count * ((kept - keys) * keys if half else kept * (kept + 1) // 2)
-    return 4 * computed / pattern.flops(N, kv_heads, 1, causal=True)
+                pairs = kept * (kept + 1) // 2 if causal else kept * kept
+                if half:
+                    pairs = (kept - keys) * keys * (1 if causal else 2)
+                computed += count * pairs
+    return 4 * computed / pattern.flops(N, kv_heads, 1, causal)
 
 
 def _holds(parent: Branch, child: Branch, root: Branch) -> bool:

@@ -100,7 +100,8 @@ class Piece:
     Attributes:
         key_stop: end (exclusive) of the rows whose keys are given, at most the end of the last segment.
         half, shares: see ``sharing.Sharing``; with ``half`` the queries behind the first ``half`` rows of a segment see
-            all keys in them and no others. Only kernels that share pairs are given such pieces.
+            all keys in them and no others, with ``-half`` those in them all keys behind them. Only kernels that share
+            pairs are given such pieces.
     """
 
     branch: int

@@ -90,7 +90,8 @@ class Work(NamedTuple):
     """The key tile of a program, and the queries that see it.
 
     Attributes:
-        origin: buffer row of index 0; ``first_key``, ``keys``: first index of the tile, number of keys.
+        origin: buffer row of index 0; ``begin``: index of the segment's first key.
+        first_key, keys: first key of the tile and number of keys, counted from ``begin``.
         first, count: first index and number of queries; ``num_tiles`` tiles of them for each of ``group`` heads.
         num_diagonal, tail: tiles at the mask's edge, and 1 if the last tile is short; ``masked``: both.
     """
@@ -99,6 +100,7 @@ class Work(NamedTuple):
     kv_head: Any
     group: Any
     origin: Any
+    begin: Any
     first_key: Any
     keys: Any
     first: Any
@@ -118,7 +120,7 @@ def work_of_program(shape, group, form):
     segment = shape[6] + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    origin, first, last, keys = locate(
+    origin, first, last, begin, keys = locate(
         segment, kv_head, head_block, w, r, shape[7], shape[8], shape[9], shape[10], shape[11]
     )
     QUERIES: gl.constexpr = 64 * form.HALVES
@@ -132,7 +134,19 @@ def work_of_program(shape, group, form):
     num_diagonal = gl.where(first_key + 128 > keys, num_tiles, num_diagonal)
     tail = ((count % QUERIES != 0) & (num_diagonal < num_tiles)).to(gl.int32)
     return Work(
-        batch, kv_head, group, origin, first_key, keys, first, count, num_tiles, num_diagonal, tail, num_diagonal + tail
+        batch,
+        kv_head,
+        group,
+        origin,
+        begin,
+        first_key,
+        keys,
+        first,
+        count,
+        num_tiles,
+        num_diagonal,
+        tail,
+        num_diagonal + tail,
     )
 
 
@@ -189,9 +203,10 @@ def fetch(sources, tiles, shape, group, form):
 
 @gluon.jit
 def _fetch_keys(sources, tiles, work, r, form):
-    row, jump = work.batch.to(gl.int64) * sources.key_rows + work.first_key, 1
+    first = work.begin + work.first_key
+    row, jump = work.batch.to(gl.int64) * sources.key_rows + first, 1
     if not form.COMPACT:
-        row, jump = row + work.origin + (r - 1) * work.first_key, r
+        row, jump = row + work.origin + (r - 1) * first, r
     place, column = (row // jump).to(gl.int32), (row % jump).to(gl.int32)
     k_column = column * sources.k_strides[1] + work.kv_head * sources.k_strides[2]
     v_column = column * sources.v_strides[1] + work.kv_head * sources.v_strides[2]

@@ -85,6 +85,7 @@ class Work(NamedTuple):
 
     Attributes:
         origin: buffer row of index 0; the next index is ``r`` rows further.
+        begin: index of the segment's first key.
         first: index of the first query; ``last``: end of the queries of the segment; ``keys``: 0 if there is no tile.
     """
 
@@ -93,6 +94,7 @@ class Work(NamedTuple):
     kv_head: Any
     origin: Any
     r: Any
+    begin: Any
     first: Any
     last: Any
     keys: Any
@@ -125,12 +127,12 @@ def work_of_turn(turn, shape, form):
     segment = shape[7] + (program // places) % segments
     batch_head = program // places // segments
     batch, head = batch_head // heads, batch_head % heads
-    origin, first, last, keys = locate(
+    origin, first, last, begin, keys = locate(
         segment, head // group, head_block, w, r, shape[8], shape[9], shape[10], shape[11], shape[12]
     )
     first += tile * 128
     return Work(
-        batch, head, head // group, origin, r, first, last, gl.where((number < tiles) & (first < last), keys, 0)
+        batch, head, head // group, origin, r, begin, first, last, gl.where((number < tiles) & (first < last), keys, 0)
     )
 
 
@@ -153,9 +155,9 @@ def places_of(sources, work, form):
     """Where the queries from ``work.first`` on and their keys stand."""
     row = work.batch.to(gl.int64) * sources.rows + work.origin + work.r * work.first
     column, tile_row = (row % work.r).to(gl.int32), (row // work.r).to(gl.int32)
-    key_row, jump = work.batch.to(gl.int64) * sources.key_rows, 1
+    key_row, jump = work.batch.to(gl.int64) * sources.key_rows + work.begin, 1
     if not form.COMPACT:
-        key_row, jump = key_row + work.origin, work.r
+        key_row, jump = key_row + work.origin + (work.r - 1) * work.begin, work.r
     key_column, key_row = (key_row % jump).to(gl.int32), (key_row // jump).to(gl.int32)
     return Places(
         tile_row,

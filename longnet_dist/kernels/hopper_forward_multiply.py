@@ -57,7 +57,7 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
     if form.SHARES:  # of all tiles of the program, which are a period apart
         first, factor = work_of_turn(0, shape, form).first, scale * LOG2_E  # which is there without work, too
         write_shared_rows(tiles.shared_queries.index(W), first, work.kv_head, work.r, factor, form.SHARES, True)
-        write_shared_rows(tiles.shared_keys.index(W), 0, work.kv_head, work.r, factor, form.SHARES, False)
+        write_shared_rows(tiles.shared_keys.index(W), work.begin, work.kv_head, work.r, factor, form.SHARES, False)
         gl.thread_barrier()
     scores = _begin(work, all_seen, base, done, tiles, form, W)
     scores = _end(scores, work, all_seen, base, form)
@@ -90,7 +90,9 @@ def _work(turn, shape, form, W: gl.constexpr):
     begin = gl.where(keys > 0, given.first, 0)
     all_seen, _full = steps(begin, keys, 128, form)
     first, keys, all_seen = uniform(begin + 64 * W), uniform(keys), uniform(all_seen)
-    return Work(given.batch, given.head, given.kv_head, given.origin, given.r, first, given.last, keys), all_seen
+    return Work(
+        given.batch, given.head, given.kv_head, given.origin, given.r, given.begin, first, given.last, keys
+    ), all_seen
 
 
 @gluon.jit

@@ -74,8 +74,8 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     count, keys, num_tiles = uniform(given.count), uniform(given.keys), uniform(given.num_tiles)
     num_diagonal, tail = uniform(given.num_diagonal), uniform(given.tail)
     work = Work(
-        given.batch, given.kv_head, group, given.origin, first_key, keys, first, count, num_tiles, num_diagonal, tail,
-        num_diagonal + tail,
+        given.batch, given.kv_head, group, given.origin, given.begin, first_key, keys, first, count, num_tiles,
+        num_diagonal, tail, num_diagonal + tail,
     )  # fmt: skip
     target = _target(results, work, shape[5])
     dkey = gl.zeros([64, form.D], gl.float32, dkey_layout)
@@ -86,7 +86,8 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
         key_rows, value_rows = key_rows.load(operand), value_rows.load(operand)
     factor = scale * LOG2_E
     if form.SHARES:  # of all tiles of queries, which are a period apart
-        write_shared_rows(tiles.shared_keys.index(W), first_key, given.kv_head, shape[5], factor, form.SHARES, True)
+        first_row = given.begin + first_key
+        write_shared_rows(tiles.shared_keys.index(W), first_row, given.kv_head, shape[5], factor, form.SHARES, True)
         write_shared_rows(tiles.shared_queries.index(W), first, given.kv_head, shape[5], factor, form.SHARES, False)
         gl.thread_barrier()
     mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
@@ -308,6 +309,7 @@ def _add_dquery(step, tiles, work, target, form, W: gl.constexpr):
 def _add_key_gradients(results, dkey, dvalue, tile, work, r, form):
     index = (work.first_key + gl.arange(0, 64, gl.SliceLayout(1, STORED))).to(gl.int64)
     valid = index < work.keys
+    index += work.begin
     if not form.COMPACT:
         index = work.origin + r * index
     tma.store_wait(0)

@@ -115,13 +115,13 @@ def key_gradient_kernel(
     segment = first_segment + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    row, first, last, keys = locate(
+    row, first, last, begin, keys = locate(
         segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half
     )
     first_key = tile * KEYS
     if first_key >= keys:
         return
-    key_rows = rows_of(row * 0, 1, 0) if COMPACT else rows_of(row, r, 0)
+    key_rows = rows_of(row * 0 + begin, 1, 0) if COMPACT else rows_of(row + r * begin, r, 0)
     key_index = first_key + tl.arange(0, KEYS)
     key = load_tile(k, k_strides, batch, kv_head, key_rows, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
     value = load_tile(v, v_strides, batch, kv_head, key_rows, first_key, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
@@ -130,7 +130,7 @@ def key_gradient_kernel(
     factor = scale * LOG2_E
     shared_keys, shared_queries = 0, 0
     if SHARES:
-        shared_keys = shared_rows(key_index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, key.dtype)
+        shared_keys = shared_rows(begin + key_index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, key.dtype)
     rows = rows_of(row, r, first)
     # Masked: tiles of queries that see only some of the keys.
     masked = first
@@ -185,14 +185,14 @@ def query_gradient_kernel(
     batch_head = program // tiles // segments
     batch, head = batch_head // heads, batch_head % heads
     kv_head = head // group
-    row, first, last, keys = locate(
+    row, first, last, begin, keys = locate(
         segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half
     )
     first += tile * QUERIES
     if first >= last:
         return
     rows = rows_of(row, r, first)
-    key_rows = rows_of(row * 0, 1, 0) if COMPACT else rows_of(row, r, 0)
+    key_rows = rows_of(row * 0 + begin, 1, 0) if COMPACT else rows_of(row + r * begin, r, 0)
     index = first + tl.arange(0, QUERIES)
     valid = index < last
     query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
@@ -205,7 +205,9 @@ def query_gradient_kernel(
     shared_queries, shared_keys = 0, 0
     if SHARES:
         shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, query.dtype)
-        shared_keys = shared_rows(tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype)
+        shared_keys = shared_rows(
+            begin + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+        )
     stop = keys
     if CAUSAL:
         stop = tl.minimum(keys, first + QUERIES)
@@ -214,7 +216,7 @@ def query_gradient_kernel(
         value = load_tile(v, v_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         if SHARES != 0 and KEYS % 64 != 0:
             shared_keys = shared_rows(
-                start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+                begin + start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
             )
         scores = scores_of(query, shared_queries, key, shared_keys, SHARES, PRECISION)
         key_index = start + tl.arange(0, KEYS)

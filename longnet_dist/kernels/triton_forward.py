@@ -34,7 +34,7 @@ def scores_of(left, shared_left, right, shared_right, SHARES: tl.constexpr, PREC
 @triton.jit
 def _attend(
     query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head, rows,
-    begin, end, index, keys, factor, r,
+    begin, end, index, begin_key, keys, factor, r,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, SHARES: tl.constexpr,
     MASKED: tl.constexpr, FIXED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def _attend(
         key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         if SHARES != 0 and KEYS % 64 != 0:
             shared_keys = shared_rows(
-                start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+                begin_key + start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
             )
         scores = scores_of(query, shared_queries, key, shared_keys, SHARES, PRECISION) * factor
         if MASKED:
@@ -105,14 +105,14 @@ def forward_kernel(
     segment = first_segment + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, head = batch_head // heads, batch_head % heads
-    row, first, last, keys = locate(
+    row, first, last, begin_key, keys = locate(
         segment, head // group, head_block, w, r, window_start, query_start, query_stop, key_stop, half
     )
     first += tile * QUERIES
     if first >= last:
         return
     rows = rows_of(row, r, first)
-    key_rows = rows_of(row * 0, 1, 0) if COMPACT else rows_of(row, r, 0)
+    key_rows = rows_of(row * 0 + begin_key, 1, 0) if COMPACT else rows_of(row + r * begin_key, r, 0)
     index = first + tl.arange(0, QUERIES)
     valid = index < last
     columns = tl.arange(0, BLOCK_D)[None, :] < D
@@ -122,7 +122,9 @@ def forward_kernel(
     shared_queries, shared_keys = 0, 0
     if SHARES:
         shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, query.dtype)
-        shared_keys = shared_rows(tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype)
+        shared_keys = shared_rows(
+            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+        )
     # Keys from ``full`` on, which come first: masked for some query, or the last ones where no maximum is known yet.
     stop, full = keys, keys // KEYS * KEYS
     if CAUSAL:
@@ -136,7 +138,7 @@ def forward_kernel(
     )  # fmt: skip
     maximum, total, result = _attend(
         query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-        key_rows, full, stop, index, keys, factor, r,
+        key_rows, full, stop, index, begin_key, keys, factor, r,
         D, BLOCK_D, KEYS, CAUSAL, SHARES, True, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     # The maximum only guards against overflow. What the first keys, or the earlier branches, left does so for nearly
@@ -146,7 +148,7 @@ def forward_kernel(
     maximum = tl.where(bare, 0.0, maximum)
     maximum, total, result = _attend(
         query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-        key_rows, 0, full, index, keys, factor, r,
+        key_rows, 0, full, index, begin_key, keys, factor, r,
         D, BLOCK_D, KEYS, CAUSAL, SHARES, False, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     safe = ((total > 1 / LIMIT) & (total < LIMIT)) | (index >= last)
@@ -157,7 +159,7 @@ def forward_kernel(
         )  # fmt: skip
         maximum, total, result = _attend(
             query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-            key_rows, 0, stop, index, keys, factor, r,
+            key_rows, 0, stop, index, begin_key, keys, factor, r,
             D, BLOCK_D, KEYS, CAUSAL, SHARES, True, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 

@@ -139,14 +139,14 @@ class Problem:
     def queries(self) -> int:
         """The most queries that a (segment, head) of the piece has."""
         piece = self.piece
-        width = piece.segment_length - piece.half
+        width = -piece.half if piece.half < 0 else piece.segment_length - piece.half
         return -(-min(width, piece.query_stop - piece.query_start) // piece.dilation_rate)
 
     @cached_property
     def keys(self) -> int:
         """The most keys that a (segment, head) of the piece has."""
         piece = self.piece
-        width = piece.half or piece.segment_length
+        width = piece.half if piece.half > 0 else piece.segment_length + piece.half
         return -(-min(width, piece.key_stop - piece.first_segment * width) // piece.dilation_rate)
 
     @property

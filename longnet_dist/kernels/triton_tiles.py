@@ -20,10 +20,11 @@ UNSPECIALIZED = (
 
 @triton.jit
 def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half):
-    """``(row, first, stop, keys)``: buffer row of index 0 (may be negative), indices of the queries, number of keys.
+    """``(row, first, stop, first_key, keys)``: buffer row of index 0 (may be negative), indices of the queries, keys.
 
-    The integers of ``Piece.queries`` and ``Piece.keys``; with ``half`` the keys before it and the queries from it on.
-    The offset ``(kv_head // head_block) % r`` is that of both rules of ``DilatedPattern``.
+    The integers of ``Piece.queries`` and ``Piece.keys``; with ``half`` the queries from there on and the keys before,
+    with ``-half`` the other way round. The offset ``(kv_head // head_block) % r`` is that of both rules of
+    ``DilatedPattern``.
     """
     offset = (kv_head // head_block) % r
     start = segment.to(tl.int64) * w + offset
@@ -31,10 +32,12 @@ def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_
     first = _count(query_start - start, w, r)
     last = _count(tl.minimum(query_stop, stop) - start, w, r)
     keys = _count(tl.minimum(key_stop, stop) - start, w, r)
-    middle = _count(start * 0 + half - offset, w, r)
-    first = tl.maximum(first, middle)
-    keys = tl.where(half > 0, tl.minimum(keys, middle), keys)
-    return start - window_start, first, last, keys
+    middle = _count(start * 0 + tl.abs(half) - offset, w, r)
+    first_key = tl.where(half < 0, tl.minimum(keys, middle), 0)
+    first = tl.where(half > 0, tl.maximum(first, middle), first)
+    last = tl.where(half < 0, tl.minimum(last, middle), last)
+    keys = tl.where(half > 0, tl.minimum(keys, middle), keys) - first_key
+    return start - window_start, first, last, first_key, keys
 
 
 @triton.jit

@@ -14,13 +14,13 @@ from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_seg
 HEADS = 5
 
 
-def pieces_of(pattern, start, stop, total, shared):
-    pieces = [*dense_pieces(pattern, start, stop, total, True)]
-    pieces += [compact_piece(pattern, s, start, stop) for s in shared_segments(pattern, start, stop, total, True)]
-    return [sharing(pattern)[piece.branch].of(piece) for piece in pieces] if shared else pieces
+def pieces_of(pattern, start, stop, total, causal, shared):
+    pieces = [*dense_pieces(pattern, start, stop, total, causal)]
+    pieces += [compact_piece(pattern, s, start, stop) for s in shared_segments(pattern, start, stop, total, causal)]
+    return [x for piece in pieces for x in sharing(pattern)[piece.branch].of(piece, causal)] if shared else pieces
 
 
-def pairs(pattern, pieces):
+def pairs(pattern, pieces, causal):
     """How often ``(head, query row, key row)`` counts."""
     counts, computed = Counter(), 0
     for piece in pieces:
@@ -32,9 +32,11 @@ def pairs(pattern, pieces):
                 start = segment * width + offset
                 for j in range(first, first + queries):
                     for i in range(keys):
-                        here = i <= j
-                        if piece.half:
+                        here = i <= j or not causal
+                        if piece.half > 0:
                             here = offset + i * rate < piece.half <= offset + j * rate
+                        if piece.half < 0:
+                            here = offset + j * rate < -piece.half <= offset + i * rate
                         if here:
                             alike = [(x - head // rate) % share == 0 for x in (i, j) for share in piece.shares]
                             half = len(alike) // 2
@@ -56,15 +58,16 @@ PATTERNS = [
 ]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("window", [(0, 96, 96), (0, 77, 77), (16, 48, 96), (13, 61, 90), (70, 71, 90)])
-def test_every_pair_counts_as_often_as_branches_hold_it(pattern, window):
-    plain, all_pairs = pairs(pattern, pieces_of(pattern, *window, False))
-    shared, computed = pairs(pattern, pieces_of(pattern, *window, True))
+def test_every_pair_counts_as_often_as_branches_hold_it(pattern, window, causal):
+    plain, all_pairs = pairs(pattern, pieces_of(pattern, *window, causal, False), causal)
+    shared, computed = pairs(pattern, pieces_of(pattern, *window, causal, True), causal)
     assert shared == plain
     assert computed <= all_pairs == plain.total()
     if window[0] == 0 and window[1] == window[2]:
-        assert computed / all_pairs == pytest.approx(computed_share(pattern, window[2], HEADS))
+        assert computed / all_pairs == pytest.approx(computed_share(pattern, window[2], HEADS, causal))
 
 
 def test_random_patterns():
@@ -78,10 +81,9 @@ def test_random_patterns():
         total = draw.randint(1, 70)
         start = draw.randrange(total)
         window = start, draw.randint(start + 1, total), total
-        assert (
-            pairs(pattern, pieces_of(pattern, *window, True))[0]
-            == pairs(pattern, pieces_of(pattern, *window, False))[0]
-        )
+        causal = draw.random() < 0.5
+        shared, plain = (pairs(pattern, pieces_of(pattern, *window, causal, x), causal)[0] for x in (True, False))
+        assert shared == plain
 
 
 def test_chains_of_the_known_patterns():
@@ -99,7 +101,7 @@ def test_chains_of_the_known_patterns():
 
 def test_a_quarter_fewer_pairs():
     pattern = DilatedPattern.geometric(32, 512)
-    shared, plain = (pairs(pattern, pieces_of(pattern, 0, 512, 512, x))[1] for x in (True, False))
+    shared, plain = (pairs(pattern, pieces_of(pattern, 0, 512, 512, True, x), True)[1] for x in (True, False))
     assert 0.74 < shared / plain < 0.78
 
 

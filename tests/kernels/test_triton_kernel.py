@@ -61,6 +61,8 @@ def streamed(q, k, v, pattern, chunk):
         (141, 2, 1, 16, 1, [64, 128], [1, 64], "modulo", True),
         (100, 4, 4, 16, 1, [24, 48], [2, 8], "modulo", True),
         (70, 2, 2, 16, 1, [64, 32], [1, 1], "modulo", True),
+        (150, 3, 3, 16, 1, [32, 64, 24], [1, 2, 3], "modulo", False),
+        (140, 2, 1, 16, 1, [64, 128], [2, 8], "modulo", False),
     ],
 )
 def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rates, offsets, causal, deterministic):
@@ -127,6 +129,8 @@ def test_refuses_what_it_cannot_run():
         (64, torch.bfloat16, 3, 1, 1501, [700, 1501], [2, 3], False, False),
         (128, torch.bfloat16, 2, 2, 1501, [700, 1501], [2, 3], False, False),
         (128, torch.bfloat16, 2, 2, 1501, [512, 1024, 2048], [1, 4, 8], True, False),
+        (64, torch.bfloat16, 2, 1, 2000, [512, 1024, 2048], [1, 2, 8], False, False),
+        (128, torch.bfloat16, 2, 1, 2000, [512, 1024, 2048], [1, 2, 8], False, False),
         (80, torch.float16, 1, 3, 999, [300, 999], [2, 5], False, True),
         (80, torch.float16, 1, 3, 999, [256, 512], [1, 2], True, True),
         (256, torch.bfloat16, 1, 1, 640, [640], [1], True, False),
