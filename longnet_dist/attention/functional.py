@@ -15,8 +15,8 @@ from longnet_dist.attention.agreement import agree_on_shards
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.comm.exchange import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.geometry.exchange import ExchangePlan, plan_exchange
+from longnet_dist.geometry.overlap import overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.sharing import sharing
 from longnet_dist.geometry.window import (
     Piece,
     Segment,
@@ -170,8 +170,8 @@ class AttentionSpec:
         return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
 
     def _maker(self, kv_heads: int) -> _CallMaker:
-        shares = self.kernel.shares_pairs and LEAST_SCALE <= self.scale <= 1 / LEAST_SCALE
-        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, shares)
+        merges = self.kernel.merges_overlaps and LEAST_SCALE <= self.scale <= 1 / LEAST_SCALE
+        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, merges)
 
 
 class _CallMaker(NamedTuple):
@@ -181,10 +181,10 @@ class _CallMaker(NamedTuple):
     causal: bool
     scale: float
     deterministic: bool
-    shares_pairs: bool
+    merges_overlaps: bool
 
     def calls(self, piece: Piece, pattern: DilatedPattern) -> tuple[Call, ...]:
-        pieces = sharing(pattern)[piece.branch].of(piece, self.causal) if self.shares_pairs else (piece,)
+        pieces = overlaps(pattern)[piece.branch].of(piece, self.causal) if self.merges_overlaps else (piece,)
         offsets = pattern.offsets(pattern.branches[piece.branch], self.kv_heads)
         return tuple(Call(x, offsets, self.causal, self.scale, self.deterministic) for x in pieces)
 

@@ -99,9 +99,9 @@ class Piece:
 
     Attributes:
         key_stop: end (exclusive) of the rows whose keys are given, at most the end of the last segment.
-        half, shares: see ``sharing.Sharing``; with ``half`` the queries behind the first ``half`` rows of a segment see
-            all keys in them and no others, with ``-half`` those in them all keys behind them. Only kernels that share
-            pairs are given such pieces.
+        half, overlap_rates: see ``overlap.Overlap``; with ``half`` the queries behind the first ``half`` rows of a
+            segment see all keys in them and no others, with ``-half`` those in them all keys behind them. Only kernels
+            that merge overlaps are given such pieces.
     """
 
     branch: int
@@ -115,7 +115,7 @@ class Piece:
     key_stop: int
     compact: bool
     half: int = 0
-    shares: tuple[int, ...] = ()
+    overlap_rates: tuple[int, ...] = ()
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """``(first_segment, num_segments)`` of stretches of equal segments: the full ones, then a short last one."""

@@ -73,12 +73,12 @@ class Kernel(Protocol):
     Attributes:
         name: as ``backend`` of ``dilated_attention``.
         starts_fresh: whether the first call may find buffers that were never written (``Call.fresh``).
-        shares_pairs: whether it takes pieces of which other branches compute a part (``Piece.half, shares``).
+        merges_overlaps: whether it takes pieces of which other branches compute a part (``Piece.half, overlap_rates``).
     """
 
     name: str
     starts_fresh: bool
-    shares_pairs: bool
+    merges_overlaps: bool
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which the running ``out`` is kept for inputs of ``dtype``."""
@@ -108,7 +108,7 @@ class WideSums:
     """The part of the contract that is plain tensor algebra: sums in float32 or wider, in cleared buffers."""
 
     starts_fresh = False
-    shares_pairs = False
+    merges_overlaps = False
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return wide_dtype(dtype)

@@ -16,8 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from longnet_dist.kernels.hopper_fetch import FETCHERS, Form, Sources, Tiles, fetch
+from longnet_dist.kernels.hopper_multiplicity import allocate_columns
 from longnet_dist.kernels.hopper_multiply import Results, multiply
-from longnet_dist.kernels.hopper_shares import allocate_shared_rows
 from longnet_dist.kernels.triton_tiles import UNSPECIALIZED
 
 
@@ -29,7 +29,7 @@ def hopper_backward_kernel(
     tiles, segments, kv_heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
-    GROUPED: gl.constexpr, FRESH: gl.constexpr, LATE: gl.constexpr, SHARES: gl.constexpr,
+    GROUPED: gl.constexpr, FRESH: gl.constexpr, LATE: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV of 128 keys of a (batch, kv head, segment), and to dQ through the copy engine.
 
@@ -46,7 +46,7 @@ def hopper_backward_kernel(
     results = Results(dq, dk, dv, dq_strides, dk_strides, dv_strides, rows)
     _run(  # a form with a name would be made of numbers that the compiler does not know
         sources, results, shape, group, scale,
-        Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, LATE, SHARES),
+        Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, LATE, OVERLAPS),
     )  # fmt: skip
 
 
@@ -79,9 +79,9 @@ def _allocate(sources, results, form):
     if form.HALVES == 2:
         late_ds = gl.allocate_shared_memory(DTYPE, [2, 64, 64], ds_layout)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [2, 64, 64], results.dq.layout)
-    shared_keys, shared_queries = dq_tiles, dq_tiles
-    if form.SHARES:
-        shared_keys, shared_queries = allocate_shared_rows(DTYPE, 2), allocate_shared_rows(DTYPE, 2)
+    key_columns, query_columns = dq_tiles, dq_tiles
+    if form.OVERLAPS:
+        key_columns, query_columns = allocate_columns(DTYPE, 2), allocate_columns(DTYPE, 2)
     lse = gl.allocate_shared_memory(gl.float32, [COUNT, 64], vector)
     delta = gl.allocate_shared_memory(gl.float32, [COUNT, 64], vector)
     key_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -91,6 +91,6 @@ def _allocate(sources, results, form):
         mbarrier.init(ready.index(slot), count=1 + FETCHERS)  # the copy engine, and the copies of the threads
     fence_async_shared()
     return Tiles(
-        key, value, q_tiles, dout_tiles, lse, delta, early_ds, late_ds, dq_tiles, shared_keys, shared_queries,
+        key, value, q_tiles, dout_tiles, lse, delta, early_ds, late_ds, dq_tiles, key_columns, query_columns,
         key_ready, ready,
     )  # fmt: skip

@@ -28,7 +28,7 @@ class Form(NamedTuple):
         HALVES: times 64 queries of a tile.
         STAGES: tiles of queries in shared memory.
         LATE: whether dK is multiplied behind dQ instead of before it.
-        SHARES: ``Problem.shares``.
+        OVERLAPS: ``Problem.overlaps``.
     """
 
     D: Any
@@ -39,7 +39,7 @@ class Form(NamedTuple):
     GROUPED: Any
     FRESH: Any
     LATE: Any
-    SHARES: Any
+    OVERLAPS: Any
 
 
 class Tiles(NamedTuple):
@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
         early_ds, late_ds: dS of the keys of each group, ``(2, 64, 64)``, of the first and the second 64 queries; where
             a tile has no second, one buffer of twice the size, for even and odd steps.
         dq: what each group adds to dQ, ``(2, 64, 64)``.
-        shared_keys, shared_queries: ``shared_rows`` of each group's keys, and of 64 queries, ``(2, 64, 16)``, if any.
+        key_columns, query_columns: ``multiplicity_columns`` of each group's keys and of 64 queries, ``(2, 64, 16)``.
         key_ready, ready: barriers of the keys and values, and of each stage.
     """
 
@@ -63,8 +63,8 @@ class Tiles(NamedTuple):
     early_ds: Any
     late_ds: Any
     dq: Any
-    shared_keys: Any
-    shared_queries: Any
+    key_columns: Any
+    query_columns: Any
     key_ready: Any
     ready: Any
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from longnet_dist.kernels.hopper_forward_fetch import Form, Sources, Tiles, fetch
 from longnet_dist.kernels.hopper_forward_multiply import Results, multiply
-from longnet_dist.kernels.hopper_shares import allocate_shared_rows
+from longnet_dist.kernels.hopper_multiplicity import allocate_columns
 from longnet_dist.kernels.triton_tiles import UNSPECIALIZED
 
 
@@ -29,7 +29,7 @@ def hopper_forward_kernel(
     tiles, segments, heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    CAUSAL: gl.constexpr, COMPACT: gl.constexpr, FRESH: gl.constexpr, LIMIT: gl.constexpr, SHARES: gl.constexpr,
+    CAUSAL: gl.constexpr, COMPACT: gl.constexpr, FRESH: gl.constexpr, LIMIT: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """``TURNS`` tiles of 128 queries of a (batch, head, segment) against all keys that they see.
 
@@ -42,7 +42,7 @@ def hopper_forward_kernel(
     )  # fmt: skip
     sources = Sources(q, k, v, running, q_strides, k_strides, v_strides, out_strides, rows, key_rows)
     results = Results(out, lse, lse_strides)
-    _run(sources, results, shape, scale, Form(D, KEYS, STAGES, TURNS, CAUSAL, COMPACT, FRESH, LIMIT, SHARES))
+    _run(sources, results, shape, scale, Form(D, KEYS, STAGES, TURNS, CAUSAL, COMPACT, FRESH, LIMIT, OVERLAPS))
 
 
 @gluon.jit
@@ -69,11 +69,11 @@ def _allocate(sources, form):
     q_ready, q_free = _barriers(4), _barriers(4)
     out_ready, out_free = _barriers(2), _barriers(2)
     own, k_ready, v_ready = _barriers(2), _barriers(form.STAGES), _barriers(form.STAGES)
-    shared_queries, shared_keys = out, out
-    if form.SHARES:
-        shared_queries, shared_keys = allocate_shared_rows(DTYPE, 2), allocate_shared_rows(DTYPE, 2)
+    query_columns, key_columns = out, out
+    if form.OVERLAPS:
+        query_columns, key_columns = allocate_columns(DTYPE, 2), allocate_columns(DTYPE, 2)
     fence_async_shared()
-    return Tiles(q, k, v, out, q_ready, q_free, out_ready, out_free, own, k_ready, v_ready, shared_queries, shared_keys)
+    return Tiles(q, k, v, out, q_ready, q_free, out_ready, out_free, own, k_ready, v_ready, query_columns, key_columns)
 
 
 @gluon.jit

@@ -24,7 +24,7 @@ class Form(NamedTuple):
         KEYS: of a tile; STAGES: tiles of keys, and of values, in shared memory, at most 4.
         TURNS: tiles of 128 queries that a program takes one after the other.
         LIMIT: the largest sum that a kept maximum may leave.
-        SHARES: ``Problem.shares``.
+        OVERLAPS: ``Problem.overlaps``.
     """
 
     D: Any
@@ -35,7 +35,7 @@ class Form(NamedTuple):
     COMPACT: Any
     FRESH: Any
     LIMIT: Any
-    SHARES: Any
+    OVERLAPS: Any
 
 
 class Sources(NamedTuple):
@@ -62,7 +62,7 @@ class Tiles(NamedTuple):
         k, v: ``(STAGES, KEYS, D)``.
         q_ready, q_free, out_ready, out_free: barriers of their tiles; own: of what each group fetches itself.
         k_ready, v_ready: of each stage.
-        shared_queries, shared_keys: ``shared_rows`` of each group's queries, and of 64 keys, ``(2, 64, 16)``, if any.
+        query_columns, key_columns: ``multiplicity_columns`` of each group's queries and of 64 keys, ``(2, 64, 16)``.
     """
 
     q: Any
@@ -76,8 +76,8 @@ class Tiles(NamedTuple):
     own: Any
     k_ready: Any
     v_ready: Any
-    shared_queries: Any
-    shared_keys: Any
+    query_columns: Any
+    key_columns: Any
 
 
 class Work(NamedTuple):

@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from longnet_dist.kernels.hopper_fetch import FETCHERS, MULTIPLIERS
 from longnet_dist.kernels.hopper_forward_fetch import FREE, Work, fetch_tile, places_of, query_slot, steps, work_of_turn
 from longnet_dist.kernels.hopper_instructions import arrive, copies_read, uniform
+from longnet_dist.kernels.hopper_multiplicity import multiplicity_product, write_columns
 from longnet_dist.kernels.hopper_multiply import LOG2_E
-from longnet_dist.kernels.hopper_shares import shared_product, write_shared_rows
 
 
 class Results(NamedTuple):
@@ -54,10 +54,10 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
     """Group ``W``, whose queries are the ``W``-th 64 of each tile."""
     base, done = 0, 0
     work, all_seen = _work(0, shape, form, W)
-    if form.SHARES:  # of all tiles of the program, which are a period apart
+    if form.OVERLAPS:  # of all tiles of the program, which are a period apart
         first, factor = work_of_turn(0, shape, form).first, scale * LOG2_E  # which is there without work, too
-        write_shared_rows(tiles.shared_queries.index(W), first, work.kv_head, work.r, factor, form.SHARES, True)
-        write_shared_rows(tiles.shared_keys.index(W), work.begin, work.kv_head, work.r, factor, form.SHARES, False)
+        write_columns(tiles.query_columns.index(W), first, work.kv_head, work.r, factor, form.OVERLAPS, True)
+        write_columns(tiles.key_columns.index(W), work.begin, work.kv_head, work.r, factor, form.OVERLAPS, False)
         gl.thread_barrier()
     scores = _begin(work, all_seen, base, done, tiles, form, W)
     scores = _end(scores, work, all_seen, base, form)
@@ -70,7 +70,7 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
             result, operand, slot = _last_sum(base + all_seen - 1, done, state, tiles, form, W)
             # The first scores of the next tile stand beside the end of this one.
             ahead = _begin(later, later_seen, base + all_seen, done + 1, tiles, form, W)
-            result, operand = warpgroup_mma_wait(1 + (form.SHARES != 0), deps=[result, operand])
+            result, operand = warpgroup_mma_wait(1 + (form.OVERLAPS != 0), deps=[result, operand])
             _leave(form.STAGES + slot, form)
             state = Softmax(state.weights, state.maximum, state.total, result)
             _finish(sources, results, tiles, state, lse_pointers, old, work, done, scale * LOG2_E, form, W)
@@ -114,8 +114,8 @@ def _scores(query, key, tiles, form, W: gl.constexpr):
     """Scores with multiplicities, to be waited for."""
     KEYS: gl.constexpr = key.shape[0]
     scores = gl.zeros([64, KEYS], gl.float32, _scores_layout(KEYS))
-    scores = shared_product(tiles.shared_queries.index(W), tiles.shared_keys.index(W), scores, form.SHARES)
-    return warpgroup_mma(query, key.permute((1, 0)), scores, use_acc=form.SHARES != 0, is_async=True)
+    scores = multiplicity_product(tiles.query_columns.index(W), tiles.key_columns.index(W), scores, form.OVERLAPS)
+    return warpgroup_mma(query, key.permute((1, 0)), scores, use_acc=form.OVERLAPS != 0, is_async=True)
 
 
 @gluon.jit

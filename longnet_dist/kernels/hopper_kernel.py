@@ -54,10 +54,10 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "D": problem.dim,
         "KEYS": tiles.keys,
         "CAUSAL": problem.causal,
-        "SHARES": problem.shares,
+        "OVERLAPS": problem.overlaps,
         "COMPACT": problem.piece.compact,
         "FRESH": problem.call.fresh,
-        "STAGES": tiles.stages - bool(problem.shares),  # whose columns need the room
+        "STAGES": tiles.stages - bool(problem.overlaps),  # whose columns need the room
         "TURNS": turns,
         "LIMIT": problem.limit,
     }
@@ -102,7 +102,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "QUERIES": tiles.queries,
         "STAGES": tiles.stages,
         "CAUSAL": problem.causal,
-        "SHARES": problem.shares,
+        "OVERLAPS": problem.overlaps,
         "COMPACT": problem.piece.compact,
         "GROUPED": grouped,
         "FRESH": problem.call.fresh,

@@ -27,7 +27,7 @@ from longnet_dist.kernels.hopper_fetch import (
     work_of_program,
 )
 from longnet_dist.kernels.hopper_instructions import arrive, copies_read, meet, opaque_zero, reduce_add, uniform
-from longnet_dist.kernels.hopper_shares import shared_product, write_shared_rows
+from longnet_dist.kernels.hopper_multiplicity import multiplicity_product, write_columns
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # (64 keys, 64 queries)
@@ -85,10 +85,10 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     if form.HALVES == 2:
         key_rows, value_rows = key_rows.load(operand), value_rows.load(operand)
     factor = scale * LOG2_E
-    if form.SHARES:  # of all tiles of queries, which are a period apart
+    if form.OVERLAPS:  # of all tiles of queries, which are a period apart
         first_row = given.begin + first_key
-        write_shared_rows(tiles.shared_keys.index(W), first_row, given.kv_head, shape[5], factor, form.SHARES, True)
-        write_shared_rows(tiles.shared_queries.index(W), first, given.kv_head, shape[5], factor, form.SHARES, False)
+        write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, form.OVERLAPS, True)
+        write_columns(tiles.query_columns.index(W), first, given.kv_head, shape[5], factor, form.OVERLAPS, False)
         gl.thread_barrier()
     mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
     scores = _scores(key_rows, tiles.q.index(0), tiles, form, W)
@@ -120,8 +120,8 @@ def _target(results, work, r):
 def _scores(key_rows, query, tiles, form, W: gl.constexpr):
     """Scores of a group's keys and 64 queries, with multiplicities, to be waited for."""
     scores = gl.zeros([64, 64], gl.float32, SCORES)
-    scores = shared_product(tiles.shared_keys.index(W), tiles.shared_queries.index(W), scores, form.SHARES)
-    return warpgroup_mma(key_rows, query.permute((1, 0)), scores, use_acc=form.SHARES != 0, is_async=True)
+    scores = multiplicity_product(tiles.key_columns.index(W), tiles.query_columns.index(W), scores, form.OVERLAPS)
+    return warpgroup_mma(key_rows, query.permute((1, 0)), scores, use_acc=form.OVERLAPS != 0, is_async=True)
 
 
 @gluon.jit
@@ -185,7 +185,7 @@ def _step(
     bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
     mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
     scores = _scores(key_rows, tiles.q.index(later % form.STAGES * form.HALVES), tiles, form, W)
-    PRODUCTS: gl.constexpr = 1 + (form.SHARES != 0)  # of the scores
+    PRODUCTS: gl.constexpr = 1 + (form.OVERLAPS != 0)  # of the scores
     if form.LATE:
         dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
     else:

@@ -16,10 +16,10 @@ from longnet_dist.kernels.triton_tiles import (
     UNSPECIALIZED,
     load_tile,
     locate,
+    multiplicity_columns,
     pointers,
     row_pointers,
     rows_of,
-    shared_rows,
 )
 
 
@@ -61,9 +61,9 @@ def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, 
 
 @triton.jit
 def _add_queries(
-    key, shared_keys, shared_queries, value, dkey, dvalue, dout, q, statistics, dq, dout_strides, q_strides,
+    key, key_columns, query_columns, value, dkey, dvalue, dout, q, statistics, dq, dout_strides, q_strides,
     statistics_strides, dq_strides, batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, SHARES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, OVERLAPS: tl.constexpr,
     MASKED: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,9 +74,9 @@ def _add_queries(
     # Queries behind the last have weight exp(-inf) = 0.
     place = row_pointers(statistics, statistics_strides, batch, head, rows[0], rows[1], index)
     row_lse = tl.load(place, mask=valid, other=float("inf"))
-    if SHARES != 0 and QUERIES % 64 != 0:
-        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, False, key.dtype)
-    scores = scores_of(key, shared_keys, query, shared_queries, SHARES, PRECISION)
+    if OVERLAPS != 0 and QUERIES % 64 != 0:
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, OVERLAPS, False, key.dtype)
+    scores = scores_of(key, key_columns, query, query_columns, OVERLAPS, PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
@@ -102,7 +102,7 @@ def key_gradient_kernel(
     tiles, segments, kv_heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    SHARES: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
     REDUCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV of ``KEYS`` keys of a (batch, kv head, segment); with ``ADD_DQ`` also to dQ, atomically.
@@ -128,9 +128,11 @@ def key_gradient_kernel(
     dkey = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dvalue = tl.zeros([KEYS, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
-    shared_keys, shared_queries = 0, 0
-    if SHARES:
-        shared_keys = shared_rows(begin + key_index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, key.dtype)
+    key_columns, query_columns = 0, 0
+    if OVERLAPS:
+        key_columns = multiplicity_columns(
+            begin + key_index, tl.arange(0, 16), kv_head, r, factor, OVERLAPS, True, key.dtype
+        )
     rows = rows_of(row, r, first)
     # Masked: tiles of queries that see only some of the keys.
     masked = first
@@ -139,24 +141,24 @@ def key_gradient_kernel(
         masked = first + tl.cdiv(tl.maximum(first_key + KEYS - 1 - first, 0), QUERIES) * QUERIES
     if first_key + KEYS > keys:
         masked = first + tl.cdiv(tl.maximum(last - first, 0), QUERIES) * QUERIES
-    if SHARES:  # the same for all tiles, which are a period apart
+    if OVERLAPS:  # the same for all tiles, which are a period apart
         index = first + tl.arange(0, QUERIES)
-        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, False, key.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, OVERLAPS, False, key.dtype)
     for member in range(group):
         head = kv_head * group + member
         for start in tl.range(first, tl.minimum(masked, last), QUERIES):
             dkey, dvalue = _add_queries(
-                key, shared_keys, shared_queries, value, dkey, dvalue, dout, q, statistics, dq,
+                key, key_columns, query_columns, value, dkey, dvalue, dout, q, statistics, dq,
                 dout_strides, q_strides, statistics_strides, dq_strides,
                 batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
-                D, BLOCK_D, QUERIES, CAUSAL, SHARES, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
+                D, BLOCK_D, QUERIES, CAUSAL, OVERLAPS, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
         for start in tl.range(masked, last, QUERIES):
             dkey, dvalue = _add_queries(
-                key, shared_keys, shared_queries, value, dkey, dvalue, dout, q, statistics, dq,
+                key, key_columns, query_columns, value, dkey, dvalue, dout, q, statistics, dq,
                 dout_strides, q_strides, statistics_strides, dq_strides,
                 batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
-                D, BLOCK_D, QUERIES, CAUSAL, SHARES, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
+                D, BLOCK_D, QUERIES, CAUSAL, OVERLAPS, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
     dkey *= scale
     mask = (key_index < keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -176,7 +178,7 @@ def query_gradient_kernel(
     tiles, segments, heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    SHARES: tl.constexpr, COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dQ of ``QUERIES`` queries of a (batch, head, segment), in an order that never changes."""
     program = tl.program_id(0)
@@ -202,11 +204,11 @@ def query_gradient_kernel(
     row_delta = tl.load(place + 1, mask=valid, other=0.0)
     dquery = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
-    shared_queries, shared_keys = 0, 0
-    if SHARES:
-        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, query.dtype)
-        shared_keys = shared_rows(
-            begin + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+    query_columns, key_columns = 0, 0
+    if OVERLAPS:
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, OVERLAPS, True, query.dtype)
+        key_columns = multiplicity_columns(
+            begin + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, OVERLAPS, False, query.dtype
         )
     stop = keys
     if CAUSAL:
@@ -214,11 +216,11 @@ def query_gradient_kernel(
     for start in tl.range(0, stop, KEYS):
         key = load_tile(k, k_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         value = load_tile(v, v_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        if SHARES != 0 and KEYS % 64 != 0:
-            shared_keys = shared_rows(
-                begin + start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+        if OVERLAPS != 0 and KEYS % 64 != 0:
+            key_columns = multiplicity_columns(
+                begin + start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, OVERLAPS, False, query.dtype
             )
-        scores = scores_of(query, shared_queries, key, shared_keys, SHARES, PRECISION)
+        scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION)
         key_index = start + tl.arange(0, KEYS)
         weights = _weights(scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL)
         gradient = tl.dot(doutput, value.T, input_precision=PRECISION)

@@ -11,20 +11,20 @@ from longnet_dist.kernels.triton_tiles import (
     UNSPECIALIZED,
     load_tile,
     locate,
+    multiplicity_columns,
     pointers,
     row_pointers,
     rows_of,
-    shared_rows,
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def scores_of(left, shared_left, right, shared_right, SHARES: tl.constexpr, PRECISION: tl.constexpr):
-    """``left · rightᵀ``, and of the columns of ``shared_rows``, if there are any."""
-    if SHARES:
-        scores = tl.dot(shared_left, shared_right.T, input_precision=PRECISION)
+def scores_of(left, left_columns, right, right_columns, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr):
+    """``left · rightᵀ``, and of the columns of ``multiplicity_columns``, if there are any."""
+    if OVERLAPS:
+        scores = tl.dot(left_columns, right_columns.T, input_precision=PRECISION)
         scores = tl.dot(left, right.T, scores, input_precision=PRECISION)
     else:
         scores = tl.dot(left, right.T, input_precision=PRECISION)
@@ -33,19 +33,26 @@ def scores_of(left, shared_left, right, shared_right, SHARES: tl.constexpr, PREC
 
 @triton.jit
 def _attend(
-    query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head, rows,
+    query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head, rows,
     begin, end, index, begin_key, keys, factor, r,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, SHARES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, OVERLAPS: tl.constexpr,
     MASKED: tl.constexpr, FIXED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running softmax after keys ``begin … end-1``; with ``FIXED`` its ``maximum`` is kept, whatever the scores."""
     for start in tl.range(begin, end, KEYS):
         key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        if SHARES != 0 and KEYS % 64 != 0:
-            shared_keys = shared_rows(
-                begin_key + start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+        if OVERLAPS != 0 and KEYS % 64 != 0:
+            key_columns = multiplicity_columns(
+                begin_key + start + tl.arange(0, KEYS),
+                tl.arange(0, 16),
+                kv_head,
+                r,
+                factor,
+                OVERLAPS,
+                False,
+                query.dtype,
             )
-        scores = scores_of(query, shared_queries, key, shared_keys, SHARES, PRECISION) * factor
+        scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION) * factor
         if MASKED:
             key_index = start + tl.arange(0, KEYS)
             seen = (key_index < keys)[None, :]
@@ -91,7 +98,7 @@ def forward_kernel(
     tiles, segments, heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    SHARES: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``QUERIES`` queries of a (batch, head, segment) against all keys it sees.
@@ -119,11 +126,11 @@ def forward_kernel(
     lse_pointers = row_pointers(lse, lse_strides, batch, head, row, r, index)
     query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
     factor, kv_head = scale * LOG2_E, head // group
-    shared_queries, shared_keys = 0, 0
-    if SHARES:
-        shared_queries = shared_rows(index, tl.arange(0, 16), kv_head, r, factor, SHARES, True, query.dtype)
-        shared_keys = shared_rows(
-            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, SHARES, False, query.dtype
+    query_columns, key_columns = 0, 0
+    if OVERLAPS:
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, OVERLAPS, True, query.dtype)
+        key_columns = multiplicity_columns(
+            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, OVERLAPS, False, query.dtype
         )
     # Keys from ``full`` on, which come first: masked for some query, or the last ones where no maximum is known yet.
     stop, full = keys, keys // KEYS * KEYS
@@ -137,9 +144,9 @@ def forward_kernel(
         D, BLOCK_D, QUERIES, FRESH, DESCRIPTORS,
     )  # fmt: skip
     maximum, total, result = _attend(
-        query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
+        query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
         key_rows, full, stop, index, begin_key, keys, factor, r,
-        D, BLOCK_D, KEYS, CAUSAL, SHARES, True, False, DESCRIPTORS, PRECISION,
+        D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     # The maximum only guards against overflow. What the first keys, or the earlier branches, left does so for nearly
     # all others, and then nothing waits for it and nothing is scaled again.
@@ -147,9 +154,9 @@ def forward_kernel(
     total = tl.where(bare, 0.0, total)
     maximum = tl.where(bare, 0.0, maximum)
     maximum, total, result = _attend(
-        query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
+        query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
         key_rows, 0, full, index, begin_key, keys, factor, r,
-        D, BLOCK_D, KEYS, CAUSAL, SHARES, False, True, DESCRIPTORS, PRECISION,
+        D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, False, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     safe = ((total > 1 / LIMIT) & (total < LIMIT)) | (index >= last)
     if tl.min(safe.to(tl.int32), 0) == 0:
@@ -158,9 +165,9 @@ def forward_kernel(
             D, BLOCK_D, QUERIES, FRESH, DESCRIPTORS,
         )  # fmt: skip
         maximum, total, result = _attend(
-            query, shared_queries, shared_keys, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
+            query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
             key_rows, 0, stop, index, begin_key, keys, factor, r,
-            D, BLOCK_D, KEYS, CAUSAL, SHARES, True, False, DESCRIPTORS, PRECISION,
+            D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
     out_pointers = pointers(out, out_strides, batch, head, row, r, index, BLOCK_D)

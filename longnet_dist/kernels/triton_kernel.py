@@ -79,7 +79,7 @@ class TritonKernel:
 
     name = "triton"
     starts_fresh = True
-    shares_pairs = True
+    merges_overlaps = True
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype

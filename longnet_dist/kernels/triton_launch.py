@@ -131,9 +131,9 @@ class Problem:
         return self.call.causal and not self.piece.half
 
     @property
-    def shares(self) -> int:
+    def overlaps(self) -> int:
         """Four bits for each branch that leaves pairs to this one: 1 plus the logarithm of its relative rate."""
-        return sum(rate.bit_length() << 4 * number for number, rate in enumerate(self.piece.shares))
+        return sum(rate.bit_length() << 4 * number for number, rate in enumerate(self.piece.overlap_rates))
 
     @cached_property
     def queries(self) -> int:
@@ -232,7 +232,7 @@ class Problem:
             "D": self.dim,
             "BLOCK_D": self.block_dim,
             "CAUSAL": self.causal,
-            "SHARES": self.shares,
+            "OVERLAPS": self.overlaps,
             "COMPACT": self.piece.compact,
             "DESCRIPTORS": described,
             "PRECISION": "ieee" if self.wide else "tf32",

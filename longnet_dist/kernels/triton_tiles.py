@@ -70,25 +70,27 @@ def rows_of(row, step, first):
 
 
 @triton.jit
-def shared_rows(index, column, kv_head, r, factor, SHARES: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
+def multiplicity_columns(
+    index, column, kv_head, r, factor, OVERLAPS: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr
+):
     """Sixteen columns more of queries (``WEIGHTED``) or keys, whose product is the logarithm of a pair's multiplicity.
 
-    ``column`` is ``0 … 15``. Rows ``sharing.PERIOD`` apart have the same.
+    ``column`` is ``0 … 15``. Rows ``overlap.PERIOD`` apart have the same.
 
-    ``SHARES`` is ``Problem.shares``. The rows of a branch that leaves pairs here lie in those of the one before it, so
-    a pair that ``n`` of them hold gets the sum of ``log2((t + 1) / t)`` up to ``t = n``: ``log2(n + 1)``. Two columns
-    hold each summand, over ``factor``: the number itself, and what its rounding leaves.
+    ``OVERLAPS`` is ``Problem.overlaps``. The rows of a branch that leaves pairs here lie in those of the one before
+    it, so a pair that ``n`` of them hold gets the sum of ``log2((t + 1) / t)`` up to ``t = n``: ``log2(n + 1)``. Two
+    columns hold each summand, over ``factor``: the number itself, and what its rounding leaves.
     """
     number = column // 2
-    step = (SHARES >> (4 * number)) & 15
+    step = (OVERLAPS >> (4 * number)) & 15
     inside = ((index - kv_head // r)[:, None] & (((1 << step) >> 1) - 1)[None, :]) == 0
     inside = inside & (step > 0)[None, :]
-    shares = inside.to(tl.float32)
+    columns = inside.to(tl.float32)
     if WEIGHTED:
         summand = tl.math.log2((number + 2).to(tl.float32) / (number + 1).to(tl.float32)) / factor
         rounded = summand.to(DTYPE).to(tl.float32)
-        shares *= tl.where(column % 2 == 0, rounded, summand - rounded)[None, :]
-    return shares.to(DTYPE)
+        columns *= tl.where(column % 2 == 0, rounded, summand - rounded)[None, :]
+    return columns.to(DTYPE)
 
 
 @triton.jit

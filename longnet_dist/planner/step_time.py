@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longnet_dist.geometry.sharing import computed_share
+from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.planner.activations import WIDE, kept_by_block
 from longnet_dist.planner.devices import Device
 from longnet_dist.planner.exchange import exchange_of

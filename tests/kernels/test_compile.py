@@ -63,7 +63,7 @@ names.append("shared:")
 # one, for the sake of time.
 pattern, causal = DilatedPattern([8192], [2]), dim == 64
 (segment,) = shared_segments(pattern, 4096, 8192, 8192, causal)
-piece = replace(compact_piece(pattern, segment, 4096, 8192), shares=(2, 4))
+piece = replace(compact_piece(pattern, segment, 4096, 8192), overlap_rates=(2, 4))
 call = Call(piece, (0,), causal, 0.1, fresh=not causal)
 (key, value), (dkey, dvalue) = (torch.empty(2, 1, 4096, 1, dim, dtype=x) for x in (torch.bfloat16, torch.float32))
 if capability == 90:

@@ -56,7 +56,7 @@ def streamed(q, k, v, pattern, chunk):
         (128, 2, 2, 16, 1, [64], [2], "modulo", False),
         (95, 4, 4, 16, 1, [16, 32], [3, 6], "modulo", True),
         (95, 2, 1, 16, 2, [17, 30], [3, 4], "blocked", False),
-        # Branches that share pairs: in tiles longer and shorter than their period; a chain that begins at r = 2.
+        # Branches that overlap: in tiles longer and shorter than their period; a chain that begins at r = 2.
         (150, 3, 3, 16, 1, [16, 32, 64, 24], [1, 2, 4, 3], "modulo", True),
         (141, 2, 1, 16, 1, [64, 128], [1, 64], "modulo", True),
         (100, 4, 4, 16, 1, [24, 48], [2, 8], "modulo", True),
@@ -117,9 +117,9 @@ def test_refuses_what_it_cannot_run():
 
 
 # Each row compiles kernels of its own, two to five seconds each, and so they are few. In turn: the kernel for Hopper
-# with grouped heads and shared pairs; with the last segment outside the copy engine's view; at D 128, the same and
-# causal with shared pairs; the portable kernels, a head dim that needs padding, twice the same bits, without and with
-# shared pairs; the widest head dim.
+# with grouped heads and merged overlaps; with the last segment outside the copy engine's view; at D 128, the same and
+# causal with merged overlaps; the portable kernels, a head dim that needs padding, twice the same bits, without and
+# with merged overlaps; the widest head dim.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class BuffersOfTriton:
     """A kernel with the buffers of kernels/triton_kernel.py, which runs on GPUs alone, and none of its work."""
 
     starts_fresh = True
-    shares_pairs = False
+    merges_overlaps = False
 
     def accumulator_dtype(self, dtype):
         return dtype

@@ -4,8 +4,8 @@ A branch ``c`` with ``w_c = 2·w_p`` and ``r_c`` a multiple of ``r_p`` keeps, in
 rows that branch ``p`` keeps in the segment of the same place. Its pairs within a half are therefore pairs of ``p``,
 too. In the softmax over the multiset union a pair that ``m`` branches hold counts ``m`` times, so ``p`` may compute it
 once with its weight times ``m``, and ``c`` is left with the pairs of a query of one half and a key of the other: in a
-causal model a query of the second and a key of the first, which no mask divides. Chains of such branches share pairs
-along the whole chain.
+causal model a query of the second and a key of the first, which no mask divides. Chains of such branches leave
+pairs along the whole chain.
 """
 
 from __future__ import annotations
@@ -17,58 +17,58 @@ from longnet_dist.geometry.pattern import Branch, DilatedPattern, kept_rows
 from longnet_dist.geometry.window import Piece
 
 PERIOD = 64
-"""Rows after which the shares of a chain must repeat: of a kernel's tile."""
-MOST_SHARES = 8
+"""Rows after which the kept rows of a chain must repeat: of a kernel's tile."""
+MOST_OVERLAPS = 8
 """Branches that may leave pairs to one: half the columns that a kernel adds to its rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
+class Overlap:
     """What a branch leaves to another, and what others leave to it.
 
     Attributes:
         half: rows of a segment's first half, where the pairs within a half are another branch's; 0 where none are.
-        shares: for each branch that leaves pairs to this one, its dilation rate over this one's, ascending.
+        overlap_rates: for each branch that leaves pairs to this one, its dilation rate over this one's, ascending.
     """
 
     half: int = 0
-    shares: tuple[int, ...] = ()
+    overlap_rates: tuple[int, ...] = ()
 
     def of(self, piece: Piece, causal: bool) -> tuple[Piece, ...]:
         """The piece of the branch without the pairs that it leaves, and with those that it computes for others."""
         halves = (self.half,) if causal or not self.half else (self.half, -self.half)
-        return tuple(replace(piece, half=half, shares=self.shares) for half in halves)
+        return tuple(replace(piece, half=half, overlap_rates=self.overlap_rates) for half in halves)
 
 
 @lru_cache(maxsize=128)
-def sharing(pattern: DilatedPattern) -> tuple[Sharing, ...]:
+def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
     """Of each branch; only offsets ``h mod r`` let one branch's rows lie in another's."""
     branches = pattern.branches
     if pattern.head_offsets != "modulo":
-        return (Sharing(),) * len(branches)
+        return (Overlap(),) * len(branches)
     next_of: dict[int, int] = {}
     root_of = dict(enumerate(range(len(branches))))
     place_of = dict.fromkeys(root_of, 0)
     for child, branch in sorted(enumerate(branches), key=lambda item: item[1].segment_length):
         for parent, other in enumerate(branches):
             root = branches[root_of[parent]]
-            room = parent not in next_of and place_of[parent] < MOST_SHARES
+            room = parent not in next_of and place_of[parent] < MOST_OVERLAPS
             if room and _holds(other, branch, root):
                 next_of[parent], root_of[child], place_of[child] = child, root_of[parent], place_of[parent] + 1
                 break
     found = []
     for number, branch in enumerate(branches):
         half = branch.segment_length // 2 if number in next_of.values() else 0
-        shares, later = [], next_of.get(number)
+        rates, later = [], next_of.get(number)
         while later is not None:
-            shares.append(branches[later].dilation_rate // branch.dilation_rate)
+            rates.append(branches[later].dilation_rate // branch.dilation_rate)
             later = next_of.get(later)
-        found.append(Sharing(half, tuple(shares)))
+        found.append(Overlap(half, tuple(rates)))
     return tuple(found)
 
 
 def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool) -> float:
-    """Pairs that are computed where branches share them, over all (query, key) pairs of the pattern.
+    """Pairs that are computed where overlaps are merged, over all (query, key) pairs of the pattern.
 
     Args:
         pattern: the branches.
@@ -77,8 +77,8 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool)
         causal: whether a row sees only itself and earlier rows.
     """
     computed = 0
-    for branch, shared in zip(pattern, sharing(pattern), strict=True):
-        width, rate, half = branch.segment_length, branch.dilation_rate, shared.half
+    for branch, overlap in zip(pattern, overlaps(pattern), strict=True):
+        width, rate, half = branch.segment_length, branch.dilation_rate, overlap.half
         for offset in pattern.offsets(branch, kv_heads):
             for length, count in ((width, N // width), (N % width, 1)):
                 kept, keys = kept_rows(length, offset, rate), kept_rows(min(length, half), offset, rate)

@@ -8,30 +8,30 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from longnet_dist.kernels.triton_tiles import shared_rows
+from longnet_dist.kernels.triton_tiles import multiplicity_columns
 
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # (64 rows, 16 columns)
 
 
 @gluon.jit
-def allocate_shared_rows(DTYPE: gl.constexpr, COUNT: gl.constexpr):
+def allocate_columns(DTYPE: gl.constexpr, COUNT: gl.constexpr):
     """Room for ``COUNT`` times the columns of 64 rows."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 16], DTYPE)
     return gl.allocate_shared_memory(DTYPE, [COUNT, 64, 16], layout)
 
 
 @gluon.jit
-def write_shared_rows(tile, first, kv_head, r, factor, SHARES: gl.constexpr, WEIGHTED: gl.constexpr):
+def write_columns(tile, first, kv_head, r, factor, OVERLAPS: gl.constexpr, WEIGHTED: gl.constexpr):
     """The columns of the 64 rows from index ``first`` on; a barrier of the group must follow."""
     index = first + gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     column = gl.arange(0, 16, gl.SliceLayout(0, ROWS))
-    tile.store(shared_rows(index, column, kv_head, r, factor, SHARES, WEIGHTED, tile.dtype))
+    tile.store(multiplicity_columns(index, column, kv_head, r, factor, OVERLAPS, WEIGHTED, tile.dtype))
     fence_async_shared()
 
 
 @gluon.jit
-def shared_product(left, right, scores, SHARES: gl.constexpr):
-    """The logarithms of multiplicities ``left · rightᵀ``, not waited for; ``scores`` as they are without shares."""
-    if SHARES:
+def multiplicity_product(left, right, scores, OVERLAPS: gl.constexpr):
+    """The logarithms of multiplicities ``left · rightᵀ``, not waited for; ``scores`` as they are without overlaps."""
+    if OVERLAPS:
         scores = warpgroup_mma(left, right.permute((1, 0)), scores, use_acc=False, is_async=True)
     return scores

@@ -7,17 +7,17 @@ from math import log2
 import pytest
 import torch
 
+from longnet_dist.geometry.overlap import Overlap, computed_share, overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.sharing import Sharing, computed_share, sharing
 from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
 
 HEADS = 5
 
 
-def pieces_of(pattern, start, stop, total, causal, shared):
+def pieces_of(pattern, start, stop, total, causal, merged):
     pieces = [*dense_pieces(pattern, start, stop, total, causal)]
     pieces += [compact_piece(pattern, s, start, stop) for s in shared_segments(pattern, start, stop, total, causal)]
-    return [x for piece in pieces for x in sharing(pattern)[piece.branch].of(piece, causal)] if shared else pieces
+    return [x for piece in pieces for x in overlaps(pattern)[piece.branch].of(piece, causal)] if merged else pieces
 
 
 def pairs(pattern, pieces, causal):
@@ -38,7 +38,7 @@ def pairs(pattern, pieces, causal):
                         if piece.half < 0:
                             here = offset + j * rate < -piece.half <= offset + i * rate
                         if here:
-                            alike = [(x - head // rate) % share == 0 for x in (i, j) for share in piece.shares]
+                            alike = [(x - head // rate) % share == 0 for x in (i, j) for share in piece.overlap_rates]
                             half = len(alike) // 2
                             times = 1 + sum(a and b for a, b in zip(alike[:half], alike[half:], strict=True))
                             counts[head, start + j * rate, start + i * rate] += times
@@ -63,8 +63,8 @@ PATTERNS = [
 @pytest.mark.parametrize("window", [(0, 96, 96), (0, 77, 77), (16, 48, 96), (13, 61, 90), (70, 71, 90)])
 def test_every_pair_counts_as_often_as_branches_hold_it(pattern, window, causal):
     plain, all_pairs = pairs(pattern, pieces_of(pattern, *window, causal, False), causal)
-    shared, computed = pairs(pattern, pieces_of(pattern, *window, causal, True), causal)
-    assert shared == plain
+    merged, computed = pairs(pattern, pieces_of(pattern, *window, causal, True), causal)
+    assert merged == plain
     assert computed <= all_pairs == plain.total()
     if window[0] == 0 and window[1] == window[2]:
         assert computed / all_pairs == pytest.approx(computed_share(pattern, window[2], HEADS, causal))
@@ -82,31 +82,31 @@ def test_random_patterns():
         start = draw.randrange(total)
         window = start, draw.randint(start + 1, total), total
         causal = draw.random() < 0.5
-        shared, plain = (pairs(pattern, pieces_of(pattern, *window, causal, x), causal)[0] for x in (True, False))
-        assert shared == plain
+        merged, plain = (pairs(pattern, pieces_of(pattern, *window, causal, x), causal)[0] for x in (True, False))
+        assert merged == plain
 
 
 def test_chains_of_the_known_patterns():
-    assert sharing(DilatedPattern.paper()) == (
-        Sharing(0, (2, 4)), Sharing(2048, (2,)), Sharing(4096), Sharing(), Sharing()
+    assert overlaps(DilatedPattern.paper()) == (
+        Overlap(0, (2, 4)), Overlap(2048, (2,)), Overlap(4096), Overlap(), Overlap()
     )  # fmt: skip
-    geometric = sharing(DilatedPattern.geometric(2048, 2**20))
+    geometric = overlaps(DilatedPattern.geometric(2048, 2**20))
     assert [x.half for x in geometric] == [0, *(2048 << i for i in range(6)), 0, 2048 << 7, 2048 << 8]
-    assert geometric[0].shares == (2, 4, 8, 16, 32, 64)  # the next would not repeat in a tile
-    assert geometric[7].shares == (2, 4)
-    equal = sharing(DilatedPattern([4 << i for i in range(11)], [1] * 11))  # of more than a kernel has columns for
-    assert [len(x.shares) for x in equal] == [8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 0]
-    assert sharing(DilatedPattern([8, 16], [1, 2], "blocked")) == (Sharing(), Sharing())
+    assert geometric[0].overlap_rates == (2, 4, 8, 16, 32, 64)  # the next would not repeat in a tile
+    assert geometric[7].overlap_rates == (2, 4)
+    equal = overlaps(DilatedPattern([4 << i for i in range(11)], [1] * 11))  # of more than a kernel has columns for
+    assert [len(x.overlap_rates) for x in equal] == [8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 0]
+    assert overlaps(DilatedPattern([8, 16], [1, 2], "blocked")) == (Overlap(), Overlap())
 
 
 def test_a_quarter_fewer_pairs():
     pattern = DilatedPattern.geometric(32, 512)
-    shared, plain = (pairs(pattern, pieces_of(pattern, 0, 512, 512, True, x), True)[1] for x in (True, False))
-    assert 0.74 < shared / plain < 0.78
+    merged, plain = (pairs(pattern, pieces_of(pattern, 0, 512, 512, True, x), True)[1] for x in (True, False))
+    assert 0.74 < merged / plain < 0.78
 
 
 def test_columns_give_the_logarithm_of_a_multiplicity():
-    """The sum of what ``kernels.triton_tiles.shared_rows`` puts into its columns."""
+    """The sum of what ``kernels.triton_tiles.multiplicity_columns`` puts into its columns."""
     for level in range(7):
         summands = [torch.tensor(log2((t + 2) / (t + 1)) / 0.18) for t in range(level)]
         rounded = [x.bfloat16().float() for x in summands]
