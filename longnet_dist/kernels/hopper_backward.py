@@ -27,7 +27,7 @@ def hopper_backward_kernel(
     rows, key_rows,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
     D: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
     GROUPED: gl.constexpr, FRESH: gl.constexpr, LATE: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def hopper_backward_kernel(
     """
     shape = (
         tiles, segments, kv_heads, head_block, w, r, first_segment, window_start, query_start, query_stop, key_stop,
-        half,
+        half, overlaps,
     )  # fmt: skip
     sources = Sources(
         q, k, v, dout, statistics, q_strides, k_strides, v_strides, dout_strides, statistics_strides, rows, key_rows

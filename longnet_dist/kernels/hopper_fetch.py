@@ -28,7 +28,7 @@ class Form(NamedTuple):
         HALVES: times 64 queries of a tile.
         STAGES: tiles of queries in shared memory.
         LATE: whether dK is multiplied behind dQ instead of before it.
-        OVERLAPS: ``Problem.overlaps``.
+        OVERLAPS: whether ``Problem.overlaps`` has any.
     """
 
     D: Any

@@ -27,7 +27,7 @@ from longnet_dist.kernels.triton_tiles import UNSPECIALIZED
 def hopper_forward_kernel(
     q, k, v, running, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, rows, key_rows,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     CAUSAL: gl.constexpr, COMPACT: gl.constexpr, FRESH: gl.constexpr, LIMIT: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def hopper_forward_kernel(
     """
     shape = (
         tiles, segments, heads, group, head_block, w, r, first_segment, window_start, query_start, query_stop, key_stop,
-        half,
+        half, overlaps,
     )  # fmt: skip
     sources = Sources(q, k, v, running, q_strides, k_strides, v_strides, out_strides, rows, key_rows)
     results = Results(out, lse, lse_strides)

@@ -24,7 +24,7 @@ class Form(NamedTuple):
         KEYS: of a tile; STAGES: tiles of keys, and of values, in shared memory, at most 4.
         TURNS: tiles of 128 queries that a program takes one after the other.
         LIMIT: the largest sum that a kept maximum may leave.
-        OVERLAPS: ``Problem.overlaps``.
+        OVERLAPS: whether ``Problem.overlaps`` has any.
     """
 
     D: Any

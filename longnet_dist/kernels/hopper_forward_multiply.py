@@ -56,8 +56,8 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
     work, all_seen = _work(0, shape, form, W)
     if form.OVERLAPS:  # of all tiles of the program, which are a period apart
         first, factor = work_of_turn(0, shape, form).first, scale * LOG2_E  # which is there without work, too
-        write_columns(tiles.query_columns.index(W), first, work.kv_head, work.r, factor, form.OVERLAPS, True)
-        write_columns(tiles.key_columns.index(W), work.begin, work.kv_head, work.r, factor, form.OVERLAPS, False)
+        write_columns(tiles.query_columns.index(W), first, work.kv_head, work.r, factor, shape[13], True)
+        write_columns(tiles.key_columns.index(W), work.begin, work.kv_head, work.r, factor, shape[13], False)
         gl.thread_barrier()
     scores = _begin(work, all_seen, base, done, tiles, form, W)
     scores = _end(scores, work, all_seen, base, form)
@@ -70,7 +70,7 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
             result, operand, slot = _last_sum(base + all_seen - 1, done, state, tiles, form, W)
             # The first scores of the next tile stand beside the end of this one.
             ahead = _begin(later, later_seen, base + all_seen, done + 1, tiles, form, W)
-            result, operand = warpgroup_mma_wait(1 + (form.OVERLAPS != 0), deps=[result, operand])
+            result, operand = warpgroup_mma_wait(1 + form.OVERLAPS, deps=[result, operand])
             _leave(form.STAGES + slot, form)
             state = Softmax(state.weights, state.maximum, state.total, result)
             _finish(sources, results, tiles, state, lse_pointers, old, work, done, scale * LOG2_E, form, W)
@@ -115,7 +115,7 @@ def _scores(query, key, tiles, form, W: gl.constexpr):
     KEYS: gl.constexpr = key.shape[0]
     scores = gl.zeros([64, KEYS], gl.float32, _scores_layout(KEYS))
     scores = multiplicity_product(tiles.query_columns.index(W), tiles.key_columns.index(W), scores, form.OVERLAPS)
-    return warpgroup_mma(query, key.permute((1, 0)), scores, use_acc=form.OVERLAPS != 0, is_async=True)
+    return warpgroup_mma(query, key.permute((1, 0)), scores, use_acc=form.OVERLAPS, is_async=True)
 
 
 @gluon.jit

@@ -54,7 +54,7 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "D": problem.dim,
         "KEYS": tiles.keys,
         "CAUSAL": problem.causal,
-        "OVERLAPS": problem.overlaps,
+        "OVERLAPS": problem.overlaps > 0,
         "COMPACT": problem.piece.compact,
         "FRESH": problem.call.fresh,
         "STAGES": tiles.stages - bool(problem.overlaps),  # whose columns need the room
@@ -102,7 +102,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "QUERIES": tiles.queries,
         "STAGES": tiles.stages,
         "CAUSAL": problem.causal,
-        "OVERLAPS": problem.overlaps,
+        "OVERLAPS": problem.overlaps > 0,
         "COMPACT": problem.piece.compact,
         "GROUPED": grouped,
         "FRESH": problem.call.fresh,

@@ -21,11 +21,11 @@ def allocate_columns(DTYPE: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def write_columns(tile, first, kv_head, r, factor, OVERLAPS: gl.constexpr, WEIGHTED: gl.constexpr):
+def write_columns(tile, first, kv_head, r, factor, overlaps, WEIGHTED: gl.constexpr):
     """The columns of the 64 rows from index ``first`` on; a barrier of the group must follow."""
     index = first + gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     column = gl.arange(0, 16, gl.SliceLayout(0, ROWS))
-    tile.store(multiplicity_columns(index, column, kv_head, r, factor, OVERLAPS, WEIGHTED, tile.dtype))
+    tile.store(multiplicity_columns(index, column, kv_head, r, factor, overlaps, WEIGHTED, tile.dtype))
     fence_async_shared()
 
 

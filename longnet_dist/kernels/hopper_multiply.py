@@ -87,8 +87,8 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     factor = scale * LOG2_E
     if form.OVERLAPS:  # of all tiles of queries, which are a period apart
         first_row = given.begin + first_key
-        write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, form.OVERLAPS, True)
-        write_columns(tiles.query_columns.index(W), first, given.kv_head, shape[5], factor, form.OVERLAPS, False)
+        write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, shape[12], True)
+        write_columns(tiles.query_columns.index(W), first, given.kv_head, shape[5], factor, shape[12], False)
         gl.thread_barrier()
     mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
     scores = _scores(key_rows, tiles.q.index(0), tiles, form, W)
@@ -121,7 +121,7 @@ def _scores(key_rows, query, tiles, form, W: gl.constexpr):
     """Scores of a group's keys and 64 queries, with multiplicities, to be waited for."""
     scores = gl.zeros([64, 64], gl.float32, SCORES)
     scores = multiplicity_product(tiles.key_columns.index(W), tiles.query_columns.index(W), scores, form.OVERLAPS)
-    return warpgroup_mma(key_rows, query.permute((1, 0)), scores, use_acc=form.OVERLAPS != 0, is_async=True)
+    return warpgroup_mma(key_rows, query.permute((1, 0)), scores, use_acc=form.OVERLAPS, is_async=True)
 
 
 @gluon.jit
@@ -185,7 +185,7 @@ def _step(
     bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
     mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
     scores = _scores(key_rows, tiles.q.index(later % form.STAGES * form.HALVES), tiles, form, W)
-    PRODUCTS: gl.constexpr = 1 + (form.OVERLAPS != 0)  # of the scores
+    PRODUCTS: gl.constexpr = 1 + form.OVERLAPS  # of the scores
     if form.LATE:
         dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
     else:

@@ -34,23 +34,17 @@ def scores_of(left, left_columns, right, right_columns, OVERLAPS: tl.constexpr, 
 @triton.jit
 def _attend(
     query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head, rows,
-    begin, end, index, begin_key, keys, factor, r,
+    begin, end, index, begin_key, keys, factor, r, overlaps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, OVERLAPS: tl.constexpr,
     MASKED: tl.constexpr, FIXED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running softmax after keys ``begin … end-1``; with ``FIXED`` its ``maximum`` is kept, whatever the scores."""
     for start in tl.range(begin, end, KEYS):
         key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
-        if OVERLAPS != 0 and KEYS % 64 != 0:
+        if OVERLAPS and KEYS % 64 != 0:
+            place = begin_key + start + tl.arange(0, KEYS)
             key_columns = multiplicity_columns(
-                begin_key + start + tl.arange(0, KEYS),
-                tl.arange(0, 16),
-                kv_head,
-                r,
-                factor,
-                OVERLAPS,
-                False,
-                query.dtype,
+                place, tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
             )
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION) * factor
         if MASKED:
@@ -96,7 +90,7 @@ def _start(
 def forward_kernel(
     q, k, v, running, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, LIMIT: tl.constexpr,
@@ -128,9 +122,9 @@ def forward_kernel(
     factor, kv_head = scale * LOG2_E, head // group
     query_columns, key_columns = 0, 0
     if OVERLAPS:
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, OVERLAPS, True, query.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, overlaps, True, query.dtype)
         key_columns = multiplicity_columns(
-            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, OVERLAPS, False, query.dtype
+            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
         )
     # Keys from ``full`` on, which come first: masked for some query, or the last ones where no maximum is known yet.
     stop, full = keys, keys // KEYS * KEYS
@@ -145,7 +139,7 @@ def forward_kernel(
     )  # fmt: skip
     maximum, total, result = _attend(
         query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-        key_rows, full, stop, index, begin_key, keys, factor, r,
+        key_rows, full, stop, index, begin_key, keys, factor, r, overlaps,
         D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     # The maximum only guards against overflow. What the first keys, or the earlier branches, left does so for nearly
@@ -155,7 +149,7 @@ def forward_kernel(
     maximum = tl.where(bare, 0.0, maximum)
     maximum, total, result = _attend(
         query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-        key_rows, 0, full, index, begin_key, keys, factor, r,
+        key_rows, 0, full, index, begin_key, keys, factor, r, overlaps,
         D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, False, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     safe = ((total > 1 / LIMIT) & (total < LIMIT)) | (index >= last)
@@ -166,7 +160,7 @@ def forward_kernel(
         )  # fmt: skip
         maximum, total, result = _attend(
             query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-            key_rows, 0, stop, index, begin_key, keys, factor, r,
+            key_rows, 0, stop, index, begin_key, keys, factor, r, overlaps,
             D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 

@@ -223,6 +223,7 @@ class Problem:
             piece.query_stop,
             piece.key_stop,
             piece.half,
+            self.overlaps,
             self.call.scale,
         )
 
@@ -232,7 +233,7 @@ class Problem:
             "D": self.dim,
             "BLOCK_D": self.block_dim,
             "CAUSAL": self.causal,
-            "OVERLAPS": self.overlaps,
+            "OVERLAPS": self.overlaps > 0,
             "COMPACT": self.piece.compact,
             "DESCRIPTORS": described,
             "PRECISION": "ieee" if self.wide else "tf32",

@@ -15,6 +15,7 @@ import triton.language as tl
 # Integers that differ from call to call and gain nothing from a kernel compiled for their value.
 UNSPECIALIZED = (
     "tiles", "segments", "w", "first_segment", "window_start", "query_start", "query_stop", "key_stop", "half",
+    "overlaps",
 )  # fmt: skip
 
 
@@ -70,19 +71,17 @@ def rows_of(row, step, first):
 
 
 @triton.jit
-def multiplicity_columns(
-    index, column, kv_head, r, factor, OVERLAPS: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr
-):
+def multiplicity_columns(index, column, kv_head, r, factor, overlaps, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
     """Sixteen columns more of queries (``WEIGHTED``) or keys, whose product is the logarithm of a pair's multiplicity.
 
     ``column`` is ``0 … 15``. Rows ``overlap.PERIOD`` apart have the same.
 
-    ``OVERLAPS`` is ``Problem.overlaps``. The rows of a branch that leaves pairs here lie in those of the one before
+    ``overlaps`` is ``Problem.overlaps``. The rows of a branch that leaves pairs here lie in those of the one before
     it, so a pair that ``n`` of them hold gets the sum of ``log2((t + 1) / t)`` up to ``t = n``: ``log2(n + 1)``. Two
     columns hold each summand, over ``factor``: the number itself, and what its rounding leaves.
     """
     number = column // 2
-    step = (OVERLAPS >> (4 * number)) & 15
+    step = (overlaps >> (4 * number)) & 15
     inside = ((index - kv_head // r)[:, None] & (((1 << step) >> 1) - 1)[None, :]) == 0
     inside = inside & (step > 0)[None, :]
     columns = inside.to(tl.float32)
