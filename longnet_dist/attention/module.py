@@ -158,13 +158,20 @@ def project(
         head_dim: ``D``.
         norm_eps: epsilon of the norms of queries and keys.
     """
-    q, k, v = (
-        rearrange(F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"]), "n (h d) -> n h d", d=head_dim)
-        for name in ("q_proj", "k_proj", "v_proj")
-    )
+    return *queries_and_keys(x, turn, weights, head_dim, norm_eps), _heads(x, weights, "v_proj", head_dim)
+
+
+def queries_and_keys(
+    x: Tensor, turn: Turn | None, weights: Mapping[str, Tensor], head_dim: int, norm_eps: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`project` without the values."""
+    q, k = (_heads(x, weights, name, head_dim) for name in ("q_proj", "k_proj"))
     if "q_norm.weight" in weights:
         q = F.rms_norm(q, (head_dim,), weights["q_norm.weight"], norm_eps)
         k = F.rms_norm(k, (head_dim,), weights["k_norm.weight"], norm_eps)
-    if turn is not None:
-        q, k = turned(q, k, turn)
-    return q, k, v
+    return (q, k) if turn is None else turned(q, k, turn)
+
+
+def _heads(x: Tensor, weights: Mapping[str, Tensor], name: str, head_dim: int) -> Tensor:
+    projected = F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    return rearrange(projected, "n (h d) -> n h d", d=head_dim)

@@ -29,12 +29,12 @@ def hopper_backward_kernel(
     tiles, segments, kv_heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
     D: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
-    GROUPED: gl.constexpr, FRESH: gl.constexpr, LATE: gl.constexpr, OVERLAPS: gl.constexpr,
+    GROUPED: gl.constexpr, FRESH: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV of 128 keys of a (batch, kv head, segment), and to dQ through the copy engine.
 
     ``q, k, v, dout, dq`` are descriptors of the view ``(B·rows / r, r·row_stride)``. ``statistics`` ``(B, n, H, 2)``
-    holds lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet; ``LATE``: see ``Form``.
+    holds lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet.
     """
     shape = (
         tiles, segments, kv_heads, head_block, w, r, first_segment, window_start, query_start, query_stop, key_stop,
@@ -46,7 +46,7 @@ def hopper_backward_kernel(
     results = Results(dq, dk, dv, dq_strides, dk_strides, dv_strides, rows)
     _run(  # a form with a name would be made of numbers that the compiler does not know
         sources, results, shape, group, scale,
-        Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, LATE, OVERLAPS),
+        Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, OVERLAPS),
     )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ class Form(NamedTuple):
     Attributes:
         HALVES: times 64 queries of a tile.
         STAGES: tiles of queries in shared memory.
-        LATE: whether dK is multiplied behind dQ instead of before it.
         OVERLAPS: whether ``Problem.overlaps`` has any.
     """
 
@@ -38,7 +37,6 @@ class Form(NamedTuple):
     COMPACT: Any
     GROUPED: Any
     FRESH: Any
-    LATE: Any
     OVERLAPS: Any
 
 

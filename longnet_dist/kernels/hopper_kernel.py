@@ -94,9 +94,6 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         None,
         None,
     )
-    grouped = q.shape[2] > heads
-    # dK behind dQ was the faster in all but one of the measured cases: bidirectional without groups at head dim 64.
-    late = problem.causal or grouped or problem.dim == 128
     constants = {
         "D": problem.dim,
         "QUERIES": tiles.queries,
@@ -104,9 +101,8 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "CAUSAL": problem.causal,
         "OVERLAPS": problem.overlaps > 0,
         "COMPACT": problem.piece.compact,
-        "GROUPED": grouped,
+        "GROUPED": q.shape[2] > heads,
         "FRESH": problem.call.fresh,
-        "LATE": late,
     }
     return Launch(
         hopper_backward_kernel,

@@ -159,8 +159,6 @@ def _step(
         ds, dkey, dvalue = _second_half(
             ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form, W, MASKED
         )
-    if not form.LATE:
-        dkey = warpgroup_mma(gl.convert_layout(ds, operand), query, dkey, is_async=True)
     now, before = 0, 0  # which of two buffers of dS
     if form.HALVES == 1:
         now, before = step % 2, (step + 1) % 2
@@ -176,32 +174,24 @@ def _step(
     elif step > 0:
         meet(READY + W + 2 * before, MULTIPLIERS)
     dquery = _dquery(tiles, 2 * before + zero, zero, form, W)
-    if form.LATE:
-        if form.HALVES == 2:
-            dkey = warpgroup_mma(gl.convert_layout(ds, operand), query, dkey, is_async=True)
-        else:  # too few registers to hold dS
-            dkey = warpgroup_mma(tiles.late_ds.index(2 * now + W + zero), query, dkey, is_async=True)
+    if form.HALVES == 2:
+        dkey = warpgroup_mma(gl.convert_layout(ds, operand), query, dkey, is_async=True)
+    else:  # too few registers to hold dS
+        dkey = warpgroup_mma(tiles.late_ds.index(2 * now + W + zero), query, dkey, is_async=True)
     later = step + 1  # after the last step: scores of some old tile
     bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
     mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
     scores = _scores(key_rows, tiles.q.index(later % form.STAGES * form.HALVES), tiles, form, W)
     PRODUCTS: gl.constexpr = 1 + form.OVERLAPS  # of the scores
-    if form.LATE:
-        dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
-    else:
-        dquery, dkey, dvalue = warpgroup_mma_wait(PRODUCTS, deps=[dquery, dkey, dvalue])
-        arrive(SLOT_FREE + slot, MULTIPLIERS + FETCHERS)
+    dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
     arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
     _stage_dquery(tiles.dq.index(W), dquery)
     if form.HALVES == 2:
         _add_dquery(step, tiles, work, target, form, W)
     elif step > 0:
         _add_dquery(step - 1, tiles, work, target, form, W)
-    if form.LATE:
-        scores, dkey = warpgroup_mma_wait(0, deps=[scores, dkey])
-        arrive(SLOT_FREE + slot, MULTIPLIERS + FETCHERS)
-    else:
-        scores = warpgroup_mma_wait(0, deps=[scores])
+    scores, dkey = warpgroup_mma_wait(0, deps=[scores, dkey])
+    arrive(SLOT_FREE + slot, MULTIPLIERS + FETCHERS)
     return scores, dkey, dvalue
 
 

@@ -2,26 +2,28 @@
 
 Functions of tensors, so that torch can compile and differentiate them: rows ``x (n, E)`` of all sequences of a batch,
 one behind the other, and the block's parameters by name. What is larger than a tile of rows is written into the
-caller's buffers: a compiled function stores there what it computes, without a copy.
+caller's buffers: a compiled function stores there what it computes, without a copy. A matrix product that is a result
+as it stands comes behind the compiled function, which would copy it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.attention.module import project
+from longnet_dist.attention.module import project, queries_and_keys
 from longnet_dist.attention.positions import Turn
 from longnet_dist.kernels.contract import wide_dtype
 from longnet_dist.model.compiled import run
-from longnet_dist.model.feed_forward import feed_forward
+from longnet_dist.model.feed_forward import feed_forward, feed_forward_inner
 from longnet_dist.model.folded import folded, unfold_gradients
+from longnet_dist.model.gelu_norm import GeluNorm
 
 Weights = Mapping[str, Tensor]
 _BEFORE = tuple(f"{name}." for name in ("self_attn_layer_norm", *(f"self_attn.{x}_proj" for x in "qkv")))
@@ -38,33 +40,61 @@ def before_attention(
 
 def after_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor:
     """The block's output ``(n, E)`` from its input and the attention's output ``(n, H, D)``."""
-    out = _norm(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps)
-    x = x + F.linear(out, weights["self_attn.out_proj.weight"], weights["self_attn.out_proj.bias"])
+    x = _add_attention(x, out, weights, eps)
     return x + feed_forward(_norm(x, weights, "final_layer_norm", eps), _part(weights, "ffn."), eps)
 
 
-def write_projections(
-    x: Tensor, turn: Turn | None, weights: Weights, head_dim: int, eps: float, q: Tensor, k: Tensor, v: Tensor
-) -> None:
-    """:func:`before_attention`, written into ``q, k, v``."""
-    for buffer, value in zip((q, k, v), before_attention(x, turn, weights, head_dim, eps), strict=True):
-        buffer.copy_(value)
+def _add_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor:
+    """The first residual sum."""
+    out = _norm(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps)
+    return x + F.linear(out, weights["self_attn.out_proj.weight"], weights["self_attn.out_proj.bias"])
 
 
-def write_output(x: Tensor, out: Tensor, weights: Weights, eps: float, z: Tensor) -> None:
-    """:func:`after_attention`, written into ``z``."""
-    z.copy_(after_attention(x, out, weights, eps))
+def write_queries_and_keys(
+    x: Tensor, turn: Turn | None, weights: Weights, head_dim: int, eps: float, q: Tensor, k: Tensor
+) -> Tensor:
+    """:func:`before_attention` without the values; the normed rows ``(n, E)``, of which they are a product."""
+    x = _norm(x, weights, "self_attn_layer_norm", eps)
+    queries, keys = queries_and_keys(x, turn, _part(weights, "self_attn."), head_dim, eps)
+    q.copy_(queries)
+    k.copy_(keys)
+    return x
+
+
+def write_first_sum(x: Tensor, out: Tensor, weights: Weights, eps: float, gelu_norm: GeluNorm, z: Tensor) -> Tensor:
+    """:func:`after_attention` without its last product: what that is added to, in ``z``, and its factor ``(n, F)``."""
+    x = _add_attention(x, out, weights, eps)
+    z.copy_(x + weights["ffn.fc2.bias"])
+    return feed_forward_inner(_norm(x, weights, "final_layer_norm", eps), _part(weights, "ffn."), eps, gelu_norm)
 
 
 def write_output_gradients(
-    x: Tensor, out: Tensor, dz: Tensor, weights: Weights, eps: float, dx: Tensor, dout: Tensor, sums: dict[str, Tensor]
+    x: Tensor,
+    out: Tensor,
+    dz: Tensor,
+    weights: Weights,
+    eps: float,
+    gelu_norm: GeluNorm,
+    dx: Tensor,
+    dout: Tensor,
+    sums: dict[str, Tensor],
 ) -> None:
     """Backward of :func:`after_attention`: writes ``dx`` and ``dout``, adds the gradients of the weights to ``sums``.
 
-    It computes the forward again; compiled without the last matrix product, which the gradient does not need.
+    It computes the forward again, without the last matrix product, which the gradient does not need. ``weights`` are
+    folded: the norms have none.
     """
-    _, backward, *_ = torch.func.vjp(partial(after_attention, eps=eps), x, out, weights)
-    x_gradient, out_gradient, gradients = backward(dz)
+    bias = weights["ffn.fc1.bias"]
+    others = {name: weight for name, weight in weights.items() if not name.startswith(("ffn.fc1.bias", "ffn.fc2"))}
+
+    def first_half(x: Tensor, out: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        x = _add_attention(x, out, weights, eps)
+        return x, F.linear(_norm(x, weights, "final_layer_norm", eps), weights["ffn.fc1.weight"], bias)
+
+    (_, inner), backward, *_ = torch.func.vjp(first_half, x, out, others)
+    normed, inner_gradient, bias_gradient = gelu_norm.gradients(dz @ weights["ffn.fc2.weight"], inner, eps)
+    x_gradient, out_gradient, gradients = backward((dz, inner_gradient))
+    gradients |= {"ffn.fc1.bias": bias_gradient, "ffn.fc2.weight": dz.T @ normed, "ffn.fc2.bias": dz.sum(0)}
     dx.copy_(x_gradient)
     dout.copy_(out_gradient)
     _add(sums, gradients)
@@ -121,6 +151,12 @@ class RowParts:
         """The weights that act behind it."""
         return {name: weight for name, weight in self.weights.items() if not name.startswith(_BEFORE)}
 
+    @property
+    def gelu_norm(self) -> GeluNorm:
+        """The middle of the feed-forward network, without graph."""
+        weight = self.weights["ffn.fc1.weight"]
+        return GeluNorm.of(weight.device, weight.dtype, len(self.weights["ffn.fc1.bias"]))
+
     def graph_before(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``(n, heads, D)`` with their graph."""
         parts = [self._run(before_attention, x[rows], *self._before(rows, self.before)) for rows in self._tiles(x)]
@@ -134,19 +170,22 @@ class RowParts:
 
     def projections(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``(n, heads, D)``."""
-        heads = [len(self.before[f"self_attn.{name}_proj.bias"]) // self.head_dim for name in "qkv"]
         x, weights = x.detach(), _detached(self.before)
-        whole = tuple(x.new_empty(len(x), number, self.head_dim) for number in heads)
+        bias, factor = weights["self_attn.v_proj.bias"], weights["self_attn.v_proj.weight"].T
+        heads = [len(weights[f"self_attn.{name}_proj.bias"]) // self.head_dim for name in "qkv"]
+        q, k, v = (x.new_empty(len(x), number, self.head_dim) for number in heads)
         for rows in self._tiles(x):
-            self._run(write_projections, x[rows], *self._before(rows, weights), *(part[rows] for part in whole))
-        return whole
+            normed = self._run(write_queries_and_keys, x[rows], *self._before(rows, weights), q[rows], k[rows])
+            torch.addmm(bias, normed, factor, out=v[rows].flatten(1))
+        return q, k, v
 
     def output(self, x: Tensor, out: Tensor) -> Tensor:
         """The block's output."""
         x, out, weights = x.detach(), out.detach(), _detached(self.after)
         z = torch.empty_like(x)
         for rows in self._tiles(x):
-            self._run(write_output, x[rows], out[rows], weights, self.eps, z[rows])
+            inner = self._run(write_first_sum, x[rows], out[rows], weights, self.eps, self.gelu_norm, z[rows])
+            z[rows].addmm_(inner, weights["ffn.fc2.weight"].T)
         return z
 
     def output_gradients(self, x: Tensor, out: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -154,7 +193,7 @@ class RowParts:
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), folded(_detached(self.after))
         sums = _zeros(weights)
         for rows in self._tiles(x):
-            given = x[rows], out[rows], dz[rows], weights, self.eps
+            given = x[rows], out[rows], dz[rows], weights, self.eps, self.gelu_norm
             self._run(write_output_gradients, *given, dx[rows], dout[rows], sums)
         return dx, dout, _gradients(sums, self.after)
 

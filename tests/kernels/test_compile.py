@@ -43,6 +43,7 @@ torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
 from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients
+from longnet_dist.kernels.gelu_norm import gelu_norm, gelu_norm_gradients
 from longnet_dist.kernels.triton_kernel import TritonKernel
 from longnet_dist.kernels.triton_launch import Geometry
 
@@ -73,6 +74,10 @@ if capability == 90:
 if capability == 90 and dim == 64:
     call = Call(dense_pieces(DilatedPattern([4096], [1]), 0, rows, rows, False)[0], (0, 0), False, 0.1, fresh=True)
     kernel.backward(call, BackwardInputs(dout, q, k, v, out, lse, statistics), Gradients(dq, dk, dv))
+for length in (3072, 8192):
+    inner = torch.empty(4, length, dtype=torch.bfloat16)
+    gelu_norm(inner, None, None, 1e-5)
+    gelu_norm_gradients(inner, inner, 1e-5)
 print(" ".join(["kernels:", *names]))
 """
 
@@ -99,6 +104,8 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
     assert dense.count("hopper_forward_kernel") == 2 * forward
     assert shared.count("hopper_forward_kernel") == forward
     assert "query_gradient_kernel" in names
+    spilled = re.findall(r"entry function '_gelu_norm\w*kernel'(?s:.*?) (\d+) bytes spill stores", log)
+    assert spilled == 4 * ["0"]
     # ptxas warns where it has to wait for every matrix product.
     assert not re.search("serialized.*'hopper_", log)
     for name, compiled in (("backward", hopper * (1 + 128 // dim)), ("forward", 2 * forward)):
