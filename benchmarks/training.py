@@ -95,9 +95,11 @@ class Benchmark:
             self._point("throughput", mode, rows // 4, (*size, f"train.activation_checkpointing={mode}"))
         if "1.3b" in self.options.models:
             tile = ("train.feed_forward_tile=32768",)
-            for kept in (12, 0):
+            for kept, waiting in ((18, 6), (12, 0), (0, 0)):
                 settings = (*BIG_MODEL, *tile, f"train.keep_projections={kept}")
-                self._point("throughput", f"1.3b, {kept} projections", rows // 4, settings, warmup=2, steps=3)
+                settings += (f"train.offload_projections={waiting}",) * bool(waiting)
+                name = f"1.3b, {kept} projections" + f", {waiting} on the host" * bool(waiting)
+                self._point("throughput", name, rows // 4, settings, warmup=2, steps=3)
 
     def longest(self) -> None:
         """The models asked for, each with all that saves memory."""

@@ -165,7 +165,11 @@ def turned(q: Tensor, k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of channels ``(2i, 2i+1)`` as a complex number times its factor, in the dtype of the tables."""
-    real, imaginary = torch.unflatten(x.to(cos.dtype), -1, (-1, 2)).unbind(-1)
-    pairs = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
+    """Each pair of channels ``(2i, 2i+1)`` as a complex number times its factor, in the dtype of the tables.
+
+    Without branches, which a compiler would compute both for every channel.
+    """
+    pairs = torch.unflatten(x.to(cos.dtype), -1, (-1, 2))
+    signs = 2 * torch.arange(2, device=x.device) - 1
+    rotated = pairs * cos.unsqueeze(-1) + pairs.flip(-1) * signs * sin.unsqueeze(-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -86,6 +86,8 @@ class TrainConfig(Section):
             device, so that these are not computed again; with ``selective``.
         offload_activations: move what checkpointing keeps, but for those, to pinned memory of the host, beside the
             computation; not with ``none``.
+        offload_projections: how many of the blocks that keep projections, the first of them, move these to the host as
+            well; with ``offload_activations``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
         compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
         peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
@@ -124,6 +126,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     keep_projections: int = Field(0, ge=0)
     offload_activations: bool = False
+    offload_projections: int = Field(0, ge=0)
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
     peak_tflops: PositiveFloat | None = None
@@ -167,6 +170,12 @@ class TrainConfig(Section):
                 f"train.keep_projections={self.keep_projections} says how much more selective checkpointing keeps, but "
                 f"train.activation_checkpointing is {self.activation_checkpointing}; use selective, or "
                 f"train.keep_projections=0"
+            )
+        if self.offload_projections > (self.keep_projections if self.offload_activations else 0):
+            raise ConfigError(
+                f"train.offload_projections={self.offload_projections} blocks cannot offload their projections where "
+                f"train.keep_projections={self.keep_projections} keep any and train.offload_activations is "
+                f"{str(self.offload_activations).lower()}; use offload_activations, and keep_projections as large"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(

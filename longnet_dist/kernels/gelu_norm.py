@@ -5,7 +5,7 @@
 
 Rows of thousands of numbers are too long for Inductor's kernels, which read them twice forward and three times
 backward, or hold a quarter of them in vain; and its error function costs as much time as the memory. Here a row lies in
-registers, in ``CHUNKS`` pieces of a power of two, and one exponential gives both gelu and its derivative.
+registers, in pieces of a power of two, and one exponential gives both gelu and its derivative.
 """
 
 from __future__ import annotations
@@ -17,21 +17,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LONGEST = 10240
+"""Numbers of a row that fit in the registers of a program."""
+
 
 class _Form(NamedTuple):
-    """How a row is spread over the threads of a program."""
+    """How a row is spread over the threads of a program; the fastest of those measured on an H100.
+
+    Attributes:
+        warps: of a program.
+        piece: most numbers of a piece.
+        programs: of the gradients, for each of the device's processors.
+    """
 
     warps: int
-    programs: int  # a processor, of the gradients
+    piece: int = 1024
+    programs: int = 1
 
     @classmethod
     def of(cls, length: int) -> _Form:
-        return cls(4, 6) if length <= 4096 else cls(8, 3)
+        return cls(4 if length <= 4096 else 8)
 
+    @classmethod
+    def of_gradients(cls, length: int) -> _Form:
+        return cls(4, 1024, 3) if length <= 4096 else cls(8, 2048, 2)
 
-LONGEST = 16384
-"""Numbers of a row that fit in the registers of a program."""
-_PIECE = 1024
+    def split(self, length: int) -> int:
+        """Numbers of a piece: the largest power of two that divides the row."""
+        return min(length & -length, self.piece)
 
 
 @torch.library.custom_op(
@@ -51,7 +64,15 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     y, form = torch.empty_like(h), _Form.of(length)
     affine = weight is not None
     _gelu_norm_kernel[(rows,)](
-        h, weight if affine else h, bias if affine else h, y, eps, length, _piece(length), affine, num_warps=form.warps
+        h,
+        weight if affine else h,
+        bias if affine else h,
+        y,
+        eps,
+        length,
+        form.split(length),
+        affine,
+        num_warps=form.warps,
     )
     return y
 
@@ -69,12 +90,12 @@ def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tens
         h, eps: as in :func:`gelu_norm`.
     """
     rows, length = h.shape
-    form = _Form.of(length)
+    form = _Form.of_gradients(length)
     programs = min(rows, form.programs * _processors(h.device))
     y, dh = torch.empty_like(h), torch.empty_like(h)
     sums = h.new_empty(programs, length, dtype=torch.float32)
     _gelu_norm_gradients_kernel[(programs,)](
-        dy, h, y, dh, sums, rows, eps, length, _piece(length), num_warps=form.warps
+        dy, h, y, dh, sums, rows, eps, length, form.split(length), num_warps=form.warps
     )
     return y, dh, sums.sum(0)
 
@@ -91,12 +112,7 @@ def _(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def fits(length: int) -> bool:
     """Whether rows of ``length`` numbers lie in registers, in not too many pieces."""
-    return length <= LONGEST and length <= 16 * _piece(length)
-
-
-def _piece(length: int) -> int:
-    """The largest power of two that divides a row and gives each thread a vector of it."""
-    return min(length & -length, _PIECE)
+    return length <= LONGEST and length <= 16 * _Form.of(length).split(length)
 
 
 def _processors(device: torch.device) -> int:
@@ -148,38 +164,34 @@ def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.c
 
 @triton.jit
 def _gelu_norm_gradients_kernel(dy, h, y, dh, sums, rows, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr):
-    """Program ``p`` of ``P`` takes rows ``p, p + P, …``; row ``p`` of ``sums (P, LENGTH)`` is the sum of their ``dh``.
-
-    A row is read twice, the second time from the cache, which leaves registers for more rows at a time.
-    """
+    """Program ``p`` of ``P`` takes rows ``p, p + P, …``; row ``p`` of ``sums (P, LENGTH)`` sums their ``dh``."""
     program = tl.program_id(0)
     columns = tl.arange(0, PIECE)
     column_sums = ()
-    for _piece_of_row in tl.static_range(LENGTH // PIECE):
+    for _ in tl.static_range(LENGTH // PIECE):
         column_sums = column_sums + (tl.zeros((PIECE,), tl.float32),)
-    for row in tl.range(program, rows, tl.num_programs(0)):
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=2):
         start = tl.full((), LENGTH, tl.int64) * row
-        values = ()
+        given, values, slopes = (), (), ()
         value_sums = tl.zeros((PIECE,), tl.float32)
         given_sums, products = value_sums, value_sums
         for first in tl.static_range(0, LENGTH, PIECE):
-            given = tl.load(dy + start + first + columns).to(tl.float32)
+            gradient = tl.load(dy + start + first + columns).to(tl.float32)
             value, slope = _gelu(tl.load(h + start + first + columns).to(tl.float32))
-            values = values + (value,)
-            value_sums, given_sums, products = value_sums + value, given_sums + given, products + given * value
-        value_sum, given_sum, product = tl.reduce((value_sums, given_sums, products), 0, _add)
-        mean, given_mean = value_sum / LENGTH, given_sum / LENGTH
+            given, values, slopes = given + (gradient,), values + (value,), slopes + (slope,)
+            value_sums, given_sums, products = value_sums + value, given_sums + gradient, products + gradient * value
+        mean, given_mean, product = tl.reduce((value_sums, given_sums, products), 0, _add)
+        mean, given_mean, product = mean / LENGTH, given_mean / LENGTH, product / LENGTH
         squares = tl.zeros((PIECE,), tl.float32)
         for i in tl.static_range(LENGTH // PIECE):
             squares += (values[i] - mean) * (values[i] - mean)
         scale = tl.rsqrt(tl.sum(squares) / LENGTH + eps)
-        along = (product / LENGTH - mean * given_mean) * scale
+        along = (product - mean * given_mean) * scale
         new_sums = ()
         for i in tl.static_range(LENGTH // PIECE):
+            value = (values[i] - mean) * scale
+            gradient = (given[i] - given_mean - value * along) * scale * slopes[i]
             at = start + i * PIECE + columns
-            value, slope = _gelu(tl.load(h + at).to(tl.float32))
-            value = (value - mean) * scale
-            gradient = (tl.load(dy + at).to(tl.float32) - given_mean - value * along) * scale * slope
             tl.store(y + at, value)
             tl.store(dh + at, gradient)
             new_sums = new_sums + (column_sums[i] + gradient,)

@@ -75,7 +75,8 @@ class Block(nn.Module):
         weights = dict(self.named_parameters())
         compile = execution.compiles(self.training, cache is not None)
         parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, compile)
-        passage = Passage(parts, spec, execution.checkpointing, (x.shape[0], x.shape[1]), self._shelf())
+        stay, shape = not execution.offload_projections, (x.shape[0], x.shape[1])
+        passage = Passage(parts, spec, execution.checkpointing, shape, self._shelf(), stay)
         return passage.run(x.flatten(0, 1)).view_as(x)
 
     def _shelf(self) -> Shelf | None:

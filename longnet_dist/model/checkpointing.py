@@ -33,6 +33,7 @@ class Execution:
             attention's output, ``projections`` its queries, keys and values as well, ``full`` its input.
         keep_projections: blocks, from the last one down, that keep ``projections`` where the others are ``selective``.
         offload: whether that, but for the projections, waits in the memory of the host; not with ``none``.
+        offload_projections: of how many of the blocks with projections, the first ones, these wait there as well.
         tile: rows that are projected, normed and fed forward at once; None for all.
         compile: whether these row-wise parts are compiled, in training and in streams.
     """
@@ -40,6 +41,7 @@ class Execution:
     checkpointing: Checkpointing = "none"
     keep_projections: int = 0
     offload: bool = False
+    offload_projections: int = 0
     tile: int | None = None
     compile: bool = False
 
@@ -50,6 +52,7 @@ class Execution:
             train.activation_checkpointing,
             train.keep_projections,
             train.offload_activations,
+            train.offload_projections,
             train.feed_forward_tile,
             train.compiles(device_type),
         )
@@ -57,7 +60,10 @@ class Execution:
     def of_blocks(self, layers: int) -> list[Execution]:
         """Of each block; what the last one keeps is wanted back at once and stays on the device."""
         kept = min(self.keep_projections, layers)
-        blocks = [self] * (layers - kept) + [replace(self, checkpointing="projections")] * kept
+        waiting = min(self.offload_projections, kept)
+        blocks = [replace(self, offload_projections=0)] * (layers - kept)
+        blocks += [replace(self, checkpointing="projections")] * waiting
+        blocks += [replace(self, checkpointing="projections", offload_projections=0)] * (kept - waiting)
         return [*blocks[:-1], replace(blocks[-1], offload=False)]
 
     def compiles(self, training: bool, streamed: bool) -> bool:
@@ -75,6 +81,7 @@ class Passage:
         checkpointing: what it keeps.
         shape: batch and rows of a sequence.
         shelf: where it keeps it; None if there will be no backward.
+        projections_stay: whether its projections stay on the device where the rest is offloaded.
     """
 
     parts: RowParts
@@ -82,6 +89,7 @@ class Passage:
     checkpointing: Checkpointing
     shape: tuple[int, int]
     shelf: Shelf | None
+    projections_stay: bool = True
     _shared: list[Tensor] = field(default_factory=list, init=False)
     _for_attention: _ForAttention | None = field(default=None, init=False)
 
@@ -107,7 +115,7 @@ class Passage:
                 self._shared = shared
             if self.checkpointing == "projections":
                 for name, tensor in zip("qkv", projections, strict=True):
-                    self.shelf.put(name, tensor, stays=True)
+                    self.shelf.put(name, tensor, self.projections_stay)
         return out.flatten(0, 1)
 
     def output_backward(self, dz: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -58,7 +58,7 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     made = 0 if layout.config.train.keep_projections else projections  # in the attention
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
-    behind = sum(tensors[name] for name in _BEHIND) + 5 * width + inner
+    behind = sum(tensors[name] for name in _BEHIND) + 5 * width + 2 * inner
     before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
     gradients = attention_backward_bytes(layout)
     weights = block_parameters(model)

@@ -67,7 +67,8 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     train = layout.config.train
     blocks = OFFLOAD_BLOCKS[train.activation_checkpointing] if train.offload_activations else model.layers
     with_projections = min(train.keep_projections, model.layers)
-    all_kept = min(model.layers, blocks) * kept + with_projections * projections_kept(layout)
+    here = max(with_projections - train.offload_projections, min(with_projections, blocks))
+    all_kept = min(model.layers, blocks) * kept + here * projections_kept(layout)
     first_kept = kept + (with_projections == model.layers) * projections_kept(layout)
     attention = min(held, rows * attention_backward_bytes(layout))
     block = {"block": held - attention, "attention": attention, "exchange": _in_flight(layout, exchange)}
@@ -141,6 +142,14 @@ def _host(layout: RunLayout) -> dict[str, int]:
     return {
         "process": HOST_PROCESS_BYTES,
         "optimizer": state_of(layout).host,
-        "activations": (model.layers - 1) * kept_by_block(layout) if train.offload_activations else 0,
+        "activations": offloaded_bytes(layout),
         CHECKPOINT: checkpoint,
     }
+
+
+def offloaded_bytes(layout: RunLayout) -> int:
+    """What all blocks move to the host; the last one keeps its own on the device."""
+    train, others = layout.config.train, layout.config.model.layers - 1
+    if not train.offload_activations:
+        return 0
+    return others * kept_by_block(layout) + min(train.offload_projections, others) * projections_kept(layout)

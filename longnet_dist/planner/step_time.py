@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from longnet_dist.geometry.overlap import computed_share
-from longnet_dist.planner.activations import WIDE, kept_by_block
+from longnet_dist.planner.activations import WIDE
 from longnet_dist.planner.devices import Device
 from longnet_dist.planner.exchange import exchange_of
 from longnet_dist.planner.layout import RunLayout
+from longnet_dist.planner.memory import offloaded_bytes
 from longnet_dist.planner.model_cost import (
     attention_flops,
     block_matrix_weights,
@@ -98,9 +99,7 @@ def _row_wise_bytes(layout: RunLayout) -> float:
 
 def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> float:
     """What copies to the host and back take beyond the computation that they run beside."""
-    if not layout.config.train.offload_activations:
-        return 0.0
-    moved = 2 * layout.config.model.layers * kept_by_block(layout) * layout.passes
+    moved = 2 * offloaded_bytes(layout) * layout.passes
     return max(0.0, moved / (device.host_link * device.rates.host_link) - computing)
 
 

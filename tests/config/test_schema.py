@@ -36,6 +36,10 @@ def test_a_configuration_is_immutable():
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage=4 should be 0, 1, 2 or 3"),
         ({"deepspeed": {"extra": {"gradient_clipping": 1}}}, "use train.clip_norm"),
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
+        (
+            {"train": {"activation_checkpointing": "selective", "keep_projections": 2, "offload_projections": 1}},
+            "train.offload_activations is false; use offload_activations",
+        ),
         ({"train": {"offload_activations": True}}, "train.activation_checkpointing is none; use selective or full"),
         ({"train": {"activation_checkpointing": "some"}}, "should be 'none', 'selective' or 'full'"),
         ({"train": {"profile": {"first": 0}}}, "train.profile.first=0 should be greater than 0"),

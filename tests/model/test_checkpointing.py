@@ -18,6 +18,7 @@ EXECUTIONS = (
     Execution("selective", offload=True, tile=7),
     Execution("full", tile=10),
     Execution("selective", keep_projections=2, offload=True, tile=7),
+    Execution("selective", keep_projections=3, offload=True, offload_projections=2),
     Execution("full", offload=True),
 )
 
