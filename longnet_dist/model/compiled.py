@@ -32,8 +32,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _whole_rows() -> Any:
     """Lets Inductor hold rows of up to ``WIDEST_ROW`` numbers in registers, where it would not go beyond 1,024.
 
-    The norm inside the feed-forward, fused with its GELU, then reads a row once and computes its error function once,
-    instead of twice forward and three times backward.
+    A norm then reads a row once, instead of twice forward and three times backward, and so does what is fused with it.
     """
     from torch._inductor.virtualized import V
 
