@@ -173,9 +173,10 @@ class TrainConfig(Section):
             )
         if self.offload_projections > (self.keep_projections if self.offload_activations else 0):
             raise ConfigError(
-                f"train.offload_projections={self.offload_projections} blocks cannot offload their projections where "
-                f"train.keep_projections={self.keep_projections} keep any and train.offload_activations is "
-                f"{str(self.offload_activations).lower()}; use offload_activations, and keep_projections as large"
+                f"train.offload_projections={self.offload_projections} blocks let the projections that they keep wait "
+                f"on the host, but train.keep_projections={self.keep_projections} and train.offload_activations is "
+                f"{str(self.offload_activations).lower()}; use offload_activations=true and keep_projections="
+                f"{max(self.offload_projections, self.keep_projections)}"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(

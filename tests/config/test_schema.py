@@ -38,7 +38,7 @@ def test_a_configuration_is_immutable():
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
         (
             {"train": {"activation_checkpointing": "selective", "keep_projections": 2, "offload_projections": 1}},
-            "train.offload_activations is false; use offload_activations",
+            "train.offload_activations is false; use offload_activations=true and keep_projections=2",
         ),
         ({"train": {"offload_activations": True}}, "train.activation_checkpointing is none; use selective or full"),
         ({"train": {"activation_checkpointing": "some"}}, "should be 'none', 'selective' or 'full'"),
