@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.attention_peers import dense_kernels
 from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.kernels.reference import oracle
 
@@ -20,12 +21,7 @@ def compare(seed: int, backend: str) -> dict[str, Any]:
     """One random problem: shape, relative errors ``‖x - x64‖ / ‖x64‖`` against the float64 oracle, and their ratios."""
     rng = random.Random(seed)
     rows, kv_heads, group = rng.randint(200, 1500), rng.randint(1, 3), rng.choice([1, 1, 2, 3])
-    branches = rng.randint(1, 3)
-    pattern = DilatedPattern(
-        [rows] + [rng.randint(50, rows) for _ in range(branches - 1)],
-        [rng.randint(1, 6) for _ in range(branches)],
-        rng.choice(["modulo", "blocked"]),
-    )
+    pattern = random_pattern(rng, rows)
     dim, causal = rng.choice([32, 64, 64, 80, 96, 128, 128, 256]), rng.random() < 0.5
     dtype = rng.choice([torch.bfloat16, torch.float16])
     generator = torch.Generator().manual_seed(seed)
@@ -44,10 +40,27 @@ def compare(seed: int, backend: str) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "causal": causal,
         "pattern": str(pattern),
+        "computed_share": computed_share(pattern, rows, kv_heads, causal),
         "errors": dict(zip(NAMES, ours, strict=True)),
         "dense_errors": dict(zip(NAMES, dense, strict=True)),
         "ratio": max(a / b for a, b in zip(ours, dense, strict=True)),
     }
+
+
+def random_pattern(rng: random.Random, rows: int) -> DilatedPattern:
+    """Half of the time branches of any lengths and rates, else a chain whose branches overlap, and perhaps another."""
+    if rng.random() < 0.5:
+        branches = rng.randint(1, 3)
+        lengths = [rows] + [rng.randint(50, rows) for _ in range(branches - 1)]
+        return DilatedPattern(lengths, [rng.randint(1, 6) for _ in lengths], rng.choice(["modulo", "blocked"]))
+    branches, rates = rng.randint(2, 4), [rng.choice([1, 1, 2, 3])]
+    for _ in range(branches - 1):
+        rates.append(rates[-1] * rng.choice([1, 2, 2, 4]))
+    shortest = rates[-1] * rng.randint(1, max(1, rows // rates[-1] >> (branches - 1)))
+    lengths = [shortest << branch for branch in range(branches)]
+    if rng.random() < 0.3:
+        lengths, rates = [*lengths, rng.randint(50, rows)], [*rates, rng.randint(1, 6)]
+    return DilatedPattern(lengths, rates)
 
 
 def _errors(attend: Any, tensors: list[Tensor], pattern: DilatedPattern, causal: bool) -> list[float]:
