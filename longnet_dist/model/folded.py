@@ -35,15 +35,17 @@ def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
-def unfold_gradients(gradients: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """From the gradients of ``folded(weights)`` those of ``weights``, in place."""
+def unfolded_gradients(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of ``weights`` from those of ``folded(weights)``, in the precision of these."""
+    found = dict(gradients)
     for norm, linear in _pairs(weights):
         gain, shift = weights[f"{norm}.weight"], weights[f"{norm}.bias"]
         wide, bias = gradients[f"{linear}.weight"], gradients[f"{linear}.bias"]
         weight = weights[f"{linear}.weight"].to(wide.dtype)
         for name, part in ((f"{norm}.weight", (wide * weight).sum(0)), (f"{norm}.bias", bias @ weight)):
-            gradients[name] = gradients[name] + part if name in gradients else part
-        wide.mul_(gain).addr_(bias, shift.to(wide.dtype))
+            found[name] = found[name] + part if name in found else part
+        found[f"{linear}.weight"] = wide * gain + bias[:, None] * shift
+    return found
 
 
 def _pairs(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

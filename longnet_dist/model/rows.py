@@ -22,7 +22,7 @@ from longnet_dist.attention.positions import Turn
 from longnet_dist.kernels.contract import wide_dtype
 from longnet_dist.model.compiled import run
 from longnet_dist.model.feed_forward import feed_forward, feed_forward_inner
-from longnet_dist.model.folded import folded, unfold_gradients
+from longnet_dist.model.folded import folded, unfolded_gradients
 from longnet_dist.model.gelu_norm import GeluNorm
 
 Weights = Mapping[str, Tensor]
@@ -190,21 +190,25 @@ class RowParts:
 
     def output_gradients(self, x: Tensor, out: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention."""
-        dx, dout, weights = torch.empty_like(x), torch.empty_like(out), folded(_detached(self.after))
+        dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(folded, _detached(self.after))
         sums = _zeros(weights)
         for rows in self._tiles(x):
             given = x[rows], out[rows], dz[rows], weights, self.eps, self.gelu_norm
             self._run(write_output_gradients, *given, dx[rows], dout[rows], sums)
-        return dx, dout, _gradients(sums, self.after)
+        return dx, dout, self._gradients(sums, self.after)
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
         """Add to ``dx`` what comes through q, k, v; gradients of the weights before the attention."""
-        weights = folded(_detached(self.before))
+        weights = self._run(folded, _detached(self.before))
         sums = _zeros(weights)
         for rows in self._tiles(x):
             tiles = tuple(gradient[rows] for gradient in gradients)
             self._run(add_projection_gradients, x[rows], tiles, *self._before(rows, weights), dx[rows], sums)
-        return _gradients(sums, self.before)
+        return self._gradients(sums, self.before)
+
+    def _gradients(self, sums: Weights, weights: Weights) -> list[Tensor]:
+        found: list[Tensor] = self._run(_of_weights, sums, _detached(weights))
+        return found
 
     def _before(self, rows: slice, weights: Weights) -> tuple[Turn | None, Weights, int, float]:
         return self.turn and self.turn.rows(rows), weights, self.head_dim, self.eps
@@ -231,10 +235,10 @@ def _zeros(weights: Weights) -> dict[str, Tensor]:
     return {name: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for name, weight in weights.items()}
 
 
-def _gradients(sums: dict[str, Tensor], weights: Weights) -> list[Tensor]:
-    """Of ``weights``, from the sums of those of ``folded(weights)``."""
-    unfold_gradients(sums, _detached(weights))
-    return [sums[name].to(weight.dtype) for name, weight in weights.items()]
+def _of_weights(sums: Weights, weights: Weights) -> list[Tensor]:
+    """Gradients of ``weights`` from the sums of those of ``folded(weights)``."""
+    gradients = unfolded_gradients(sums, weights)
+    return [gradients[name].to(weight.dtype) for name, weight in weights.items()]
 
 
 def _norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
