@@ -3,7 +3,8 @@
     python benchmarks/attention.py [--sections speed torchscale accuracy] [--only CASE ...] [--output FOLDER]
 
 Prints tables and writes ``attention.json``, anew after every line, and ``attention.png``. A rate counts the attended
-(query, key) pairs alone: 4·D FLOPs a pair forward, 10·D backward. The dense rate is that of the fastest kernel found
+(query, key) pairs of every branch, 4·D FLOPs a pair forward, 10·D backward, also those that several branches hold and
+that are computed once: ``computed_share`` says how many there are. The dense rate is that of the fastest kernel found
 (``attention_peers.py``) on N / 2048 sequences of 2,048 rows. The section ``torchscale`` needs a checkout of
 github.com/microsoft/torchscale, whose path the environment variable TORCHSCALE names.
 """
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from benchmarks.attention_accuracy import compare
 from benchmarks.attention_peers import Attend, dense_kernels, torchscale_attention
 from benchmarks.record import clocks, environment
 from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.geometry.pattern import DilatedPattern
 
 MILLION = 1 << 20
@@ -225,6 +228,7 @@ def speed(cases: list[Case], backend: str, save: Callable[[str, Any], None]) -> 
         best = max(both for _, both in dense.values())
         result = {"case": asdict(case), "dense": dense, "dense_tflops": best, **measure(case, backend)}
         result["share_of_dense"] = result["both_tflops"] / best
+        result["computed_share"] = computed_share(case.pattern, case.rows, case.kv_heads, case.causal)
         results.append(result)
         print(
             f"{case.name:26}{result['forward_ms']:9.2f}{result['both_ms']:9.2f}{result['both_tflops']:9.0f}{best:7.0f}"
@@ -278,7 +282,10 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python benchmarks/attention.py", *sys.argv[1:]])
-    document: dict[str, Any] = {"environment": {**environment(), "triton": triton.__version__, "command": command}}
+    peers = {name: version(name) for name in ("flash-attn", "flash-attn-4") if list(distributions(name=name))}
+    document: dict[str, Any] = {
+        "environment": {**environment(), "triton": triton.__version__, **peers, "command": command}
+    }
 
     def save(part: str, found: Any) -> None:
         document[part] = found
