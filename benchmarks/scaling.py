@@ -139,7 +139,7 @@ class Benchmark:
         if team.size > 1:
             variants["waited"] = (partial(attend, overlap=False), nullcontext)
             variants["stubbed"] = (attend, stubbed_exchange)
-        return self._times(team, variants) | problem.traffic(self.dtype)
+        return self._times(team, variants) | problem.traffic(self.device, self.dtype)
 
     def _peers(self) -> None:
         self.result["peers"] = []

@@ -19,7 +19,9 @@ from torch import Tensor
 from longnet_dist import DilatedPattern, dilated_attention
 from longnet_dist.attention.functional import AttentionSpec, attention_backward, attention_forward
 from longnet_dist.geometry.exchange import plan_exchange
+from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.geometry.window import Shards
+from longnet_dist.kernels.choice import choose_kernel
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class Problem:
     def shards(self) -> Shards:
         return Shards.even(self.rows, self.gpus)
 
-    def traffic(self, dtype: torch.dtype) -> dict[str, list[int]]:
+    def traffic(self, device: torch.device, dtype: torch.dtype) -> dict[str, list[int]]:
         """Bytes that each rank sends and receives in a forward and a backward, for other ranks or for itself."""
-        plans = [plan_exchange(self.pattern, self.shards, rank, self.heads, True) for rank in range(self.gpus)]
+        halves = first_halves(self.pattern) if choose_kernel("auto", device, dtype).merges_overlaps else ()
+        plans = [plan_exchange(self.pattern, self.shards, rank, self.heads, True, halves) for rank in range(self.gpus)]
         out, back = (2 * self.dim * size for size in (dtype.itemsize, 4))
         counts = [(sum(plan.send_counts), sum(plan.receive_counts)) for plan in plans]
         return {

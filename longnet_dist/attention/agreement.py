@@ -44,11 +44,12 @@ def agree_on_shards(
     group: dist.ProcessGroup | None,
     total_rows: int | None,
     cache: LayerCache | None = None,
+    merges: bool = False,
 ) -> tuple[Shards, int]:
     """The slices of the sequence and this rank's number; checks the inputs.
 
     With a group and no ``total_rows``, one all-gather of a few integers lets every rank see what the others were given,
-    so that a fault on one rank is raised on all.
+    so that a fault on one rank is raised on all; ``merges``: whether its kernel merges overlaps, as all must.
     """
     if cache is not None:
         return _chunk_of(cache, q, k, v, pattern, causal)
@@ -58,7 +59,7 @@ def agree_on_shards(
         return Shards(q.shape[1], q.shape[1], 1), 0
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if total_rows is None:
-        counts = _compare_ranks(q, k, v, pattern, causal, group)
+        counts = _compare_ranks(q, k, v, pattern, causal, merges, group)
         return Shards(sum(counts), counts[0], ranks), rank
     check_inputs(q, k, v)
     rows = q.shape[1]
@@ -96,7 +97,7 @@ def _check_total(total_rows: int | None, rows: int) -> None:
 
 
 def _compare_ranks(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, causal: bool, group: dist.ProcessGroup
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, causal: bool, merges: bool, group: dist.ProcessGroup
 ) -> list[int]:
     """Rows of every rank; ShapeError on all ranks if one rank's inputs are wrong or differ from the others'."""
     fault: ShapeError | None = None
@@ -104,7 +105,7 @@ def _compare_ranks(
         check_inputs(q, k, v)
     except ShapeError as error:
         fault = error
-    facts = _facts(q, k, pattern, causal) if fault is None else []
+    facts = [*_facts(q, k, pattern, causal), int(merges)] if fault is None else []
     mine = torch.tensor([*facts, *[-1] * (_NUM_FACTS - len(facts))], dtype=torch.int64, device=q.device)
     all_facts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_facts, mine, group=group)
@@ -115,8 +116,9 @@ def _compare_ranks(
     counts = [row[0] for row in table]
     if bad:
         raise ShapeError(
-            f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern and causal, "
-            f"but rank {bad[0]} differs from rank 0 or was refused: {table[bad[0]]} against {table[0]}"
+            f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern and causal and "
+            f"have the same backend, but rank {bad[0]} differs from rank 0 or was refused: {table[bad[0]]} against "
+            f"{table[0]}"
         )
     if any(count != counts[0] for count in counts[:-1]) or counts[-1] > counts[0]:
         raise ShapeError(
@@ -126,7 +128,7 @@ def _compare_ranks(
     return counts
 
 
-_NUM_FACTS = 8
+_NUM_FACTS = 9
 
 
 def _facts(q: Tensor, k: Tensor, pattern: DilatedPattern, causal: bool) -> list[int]:

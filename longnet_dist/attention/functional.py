@@ -15,7 +15,7 @@ from longnet_dist.attention.agreement import agree_on_shards
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.comm.exchange import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.geometry.exchange import ExchangePlan, plan_exchange
-from longnet_dist.geometry.overlap import overlaps
+from longnet_dist.geometry.overlap import first_halves, overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import (
     Piece,
@@ -96,7 +96,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """All of a call that is not a tensor; made by :meth:`of`, which checks it."""
+    """All of a call that is not a tensor; made by :meth:`of`, which checks it.
+
+    Attributes:
+        merges: whether pairs that several branches hold are computed once.
+    """
 
     pattern: DilatedPattern
     shards: Shards
@@ -104,6 +108,7 @@ class AttentionSpec:
     causal: bool
     scale: float
     kernel: Kernel
+    merges: bool
     group: dist.ProcessGroup | None
     deterministic: bool
     overlap: bool
@@ -126,14 +131,17 @@ class AttentionSpec:
         cache: LayerCache | None,
     ) -> AttentionSpec:
         """Of a call with the arguments of :func:`dilated_attention`; of q, k, v only shape, dtype and device count."""
-        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache)
+        kernel = choose_kernel(backend, q.device, q.dtype, deterministic)
+        merges = kernel.merges_overlaps and (scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE)
+        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache, merges)
         return cls(
             pattern,
             shards,
             rank,
             causal,
             q.shape[-1] ** -0.5 if scale is None else float(scale),
-            choose_kernel(backend, q.device, q.dtype, deterministic),
+            kernel,
+            merges,
             group if shards.num_ranks > 1 else None,
             deterministic,
             overlap,
@@ -149,12 +157,17 @@ class AttentionSpec:
         """Whether rows are shared at all, between ranks or chunks."""
         return needs_exchange(self.pattern, self.shards)
 
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Which rows ranks need of each other then; a stream keeps all, so that any kernel goes on with it."""
+        return first_halves(self.pattern) if self.merges and self.causal and self.cache is None else ()
+
     def plan(self, kv_heads: int) -> ExchangePlan:
-        return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal)
+        return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal, self.halves)
 
     def shared(self) -> tuple[Segment, ...]:
         """The segments whose keys this window takes from compact buffers."""
-        return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal)
+        return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal, self.halves)
 
     def dense_calls(self, kv_heads: int) -> tuple[Call, ...]:
         """The calls whose keys are the window's own rows.
@@ -170,8 +183,7 @@ class AttentionSpec:
         return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
 
     def _maker(self, kv_heads: int) -> _CallMaker:
-        merges = self.kernel.merges_overlaps and LEAST_SCALE <= self.scale <= 1 / LEAST_SCALE
-        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, merges)
+        return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, self.merges)
 
 
 class _CallMaker(NamedTuple):

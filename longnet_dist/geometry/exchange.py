@@ -1,9 +1,10 @@
 """Which sparse rows each rank sends to which, in integers only.
 
 A segment that crosses the edge of a rank's slice is *shared*: every rank that it touches needs the rows that the others
-keep in it (a causal model: only those of earlier ranks). One that goes on behind the chunk is needed by all ranks, for
-the chunks that follow. The order of rows in a message follows from integers that both ends know: by peer, then segment,
-then global row, then head.
+keep in it; in a causal model only those of earlier ranks, and where overlaps are merged only those of its first half,
+which only ranks behind that half need (``halves``: ``overlap.first_halves``). A segment that goes on behind the chunk
+is needed by all ranks, for the chunks that follow. The order of rows in a message follows from integers that both ends
+know: by peer, then segment, then global row, then head.
 """
 
 from __future__ import annotations
@@ -45,24 +46,32 @@ class ExchangePlan:
 
 
 @lru_cache(maxsize=64)
-def plan_exchange(pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: int, causal: bool) -> ExchangePlan:
-    """The plan of ``rank``: made from integers alone, so that each rank makes its own and all fit together."""
+def plan_exchange(
+    pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: int, causal: bool, halves: tuple[int, ...] = ()
+) -> ExchangePlan:
+    """The plan of ``rank``: made from integers alone, so that each rank makes its own and all fit together.
+
+    ``halves`` is for a causal model outside of a stream.
+    """
     empty = np.empty(0, np.int64)
     window = shards.window(rank)
 
     send: list[tuple[Integers, Integers]] = [(empty, empty)]
     for segment in edge_segments(pattern, *window, shards.total_rows):
-        rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment, window))
-        peers = np.array(_receivers(segment, shards, rank, causal), np.int64)
+        sent = _overlap(segment.start, segment.keys_stop(halves), window)
+        rows, heads = kept_records(pattern, segment, kv_heads, *sent)
+        peers = np.array(_receivers(segment, shards, rank, causal, halves), np.int64)
         places = (rows - window[0]) * kv_heads + heads
         send.append((np.repeat(peers, len(places)), np.tile(places, len(peers))))
     peers, all_places = map(np.concatenate, zip(*send, strict=True))
     order = np.argsort(peers, kind="stable")
 
-    segments = held_segments(pattern, shards, rank, causal)
+    segments = held_segments(pattern, shards, rank, causal, halves)
     receive: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
     for number, segment in enumerate(segments):
-        kept, kept_heads = kept_records(pattern, segment, kv_heads, *_overlap(segment, (shards.start, shards.stop)))
+        kept, kept_heads = kept_records(
+            pattern, segment, kv_heads, *_overlap(segment.start, segment.stop, (shards.start, shards.stop))
+        )
         slots = (kept - segment.start) // segment.dilation_rate * kv_heads + kept_heads
         sources = (kept - shards.start) // shards.rows_per_rank
         receive.append((sources, np.full(len(kept), number, np.int64), slots))
@@ -85,26 +94,33 @@ def sums_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
     return distinct, order, np.append(starts, len(places))
 
 
-def held_segments(pattern: DilatedPattern, shards: Shards, rank: int, causal: bool) -> tuple[Segment, ...]:
+def held_segments(
+    pattern: DilatedPattern, shards: Shards, rank: int, causal: bool, halves: tuple[int, ...] = ()
+) -> tuple[Segment, ...]:
     """The segments whose rows ``rank`` holds: those its own window shares, and those that go on behind the chunk."""
-    shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal)
+    shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal, halves)
     open_ones = open_segments(pattern, shards.stop, shards.total_rows)
     held = {(s.branch, s.index): s for s in (*shared, *open_ones)}  # of an open segment, all of it
     return tuple(held[key] for key in sorted(held))
 
 
-def _receivers(segment: Segment, shards: Shards, rank: int, causal: bool) -> range:
+def _receivers(segment: Segment, shards: Shards, rank: int, causal: bool, halves: tuple[int, ...]) -> range:
     """The ranks that need what ``rank`` keeps in the segment; itself too if its own window takes it from a buffer."""
     if segment.stop > shards.stop:
         return range(shards.num_ranks)
     last = shards.rank_of(segment.stop - 1)
     if causal:
-        return range(rank if segment.start < shards.window(rank)[0] else rank + 1, last + 1)
+        first = rank if segment.start < shards.window(rank)[0] else rank + 1
+        if segment.keys_stop(halves) < segment.stop:
+            first = max(first, shards.rank_of(segment.keys_stop(halves)))
+        elif halves and halves[segment.branch]:
+            return range(0)  # it ends before its second half begins
+        return range(first, last + 1)
     return range(shards.rank_of(segment.start), last + 1)
 
 
-def _overlap(segment: Segment, window: tuple[int, int]) -> tuple[int, int]:
-    return max(segment.start, window[0]), min(segment.stop, window[1])
+def _overlap(start: int, stop: int, window: tuple[int, int]) -> tuple[int, int]:
+    return max(start, window[0]), min(stop, window[1])
 
 
 def kept_records(

@@ -67,6 +67,11 @@ def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
     return tuple(found)
 
 
+def first_halves(pattern: DilatedPattern) -> tuple[int, ...]:
+    """``Overlap.half`` of each branch: where its keys are needed, in a causal model, by the queries behind them."""
+    return tuple(overlap.half for overlap in overlaps(pattern))
+
+
 def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool) -> float:
     """Pairs that are computed where overlaps are merged, over all (query, key) pairs of the pattern.
 

@@ -85,6 +85,11 @@ class Segment:
         """Rows of the compact key buffer: the most that any head keeps."""
         return kept_rows(self.stop - self.start, 0, self.dilation_rate)
 
+    def keys_stop(self, halves: tuple[int, ...]) -> int:
+        """End of the rows whose keys are needed in other windows, where branches compute ``halves``."""
+        half = halves[self.branch] if halves else 0
+        return min(self.stop, self.start + half) if half else self.stop
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -183,16 +188,19 @@ def open_segments(pattern: DilatedPattern, row: int, total_rows: int) -> tuple[S
 
 @lru_cache(maxsize=512)
 def shared_segments(
-    pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool
+    pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool, halves: tuple[int, ...] = ()
 ) -> tuple[Segment, ...]:
     """The segments for which window ``[start, stop)`` needs keys of other windows, by branch and index.
 
-    In a causal model these began before the window, and end with it, since later keys are never seen.
+    In a causal model these began before the window, and end with it, since later keys are never seen; where a branch
+    has one of the ``halves`` (``overlap.first_halves``), with their first half, and only windows behind it need them.
     """
     segments = edge_segments(pattern, start, stop, total_rows)
-    if causal:
-        return tuple(replace(s, stop=min(s.stop, stop)) for s in segments if s.start < start)
-    return tuple(segments)
+    if not causal:
+        return tuple(segments)
+    began = [s for s in segments if s.start < start]
+    needed = [s for s in began if not any(halves) or not halves[s.branch] or s.keys_stop(halves) < min(s.stop, stop)]
+    return tuple(replace(s, stop=min(s.keys_stop(halves), stop)) for s in needed)
 
 
 def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: int) -> Piece:

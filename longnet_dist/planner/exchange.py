@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longnet_dist.geometry.exchange import held_segments
+from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
 from longnet_dist.geometry.window import Segment, needs_exchange
 from longnet_dist.planner.activations import WIDE
@@ -37,7 +38,8 @@ def exchange_of(layout: RunLayout) -> Exchange:
     if not needs_exchange(pattern, shards):
         return Exchange(0, 0, 0, 0, 0)
     rank = shards.num_ranks - 1 if model.causal else shards.num_ranks // 2
-    segments = held_segments(pattern, shards, rank, model.causal)
+    merged = layout.device_type == "cuda" and model.causal and layout.num_chunks == 1
+    segments = held_segments(pattern, shards, rank, model.causal, first_halves(pattern) if merged else ())
     received = sum(_records(pattern, s, kv_heads, shards.start, shards.stop) for s in segments)
     own = sum(_records(pattern, s, kv_heads, *shards.window(rank)) for s in segments)
     numbers = (received - own) * 2 * model.head_dim * layout.micro_batch_size

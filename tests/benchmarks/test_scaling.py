@@ -46,7 +46,9 @@ def sent_and_received():
 
     dist.all_to_all_single = spy
     problem.attend(problem.inputs(dist.get_rank(), CPU, torch.float32), dist.group.WORLD)
-    traffic = {name: values[dist.get_rank()] for name, values in problem.traffic(torch.float32).items()}
+    traffic = {
+        name: values[dist.get_rank()] for name, values in problem.traffic(torch.device("cpu"), torch.float32).items()
+    }
     return moved, [(traffic[f"{way}_sent_bytes"], traffic[f"{way}_received_bytes"]) for way in ("forward", "backward")]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from longnet_dist.geometry.exchange import plan_exchange
+from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards, compact_piece, dense_pieces, shared_segments
 from tests.cases import random_case
@@ -11,15 +12,20 @@ from tests.cases import random_case
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7])
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("in_a_stream", [False, True])
-def test_every_slot_receives_exactly_its_record(ranks, seed, in_a_stream):
+@pytest.mark.parametrize("kind", ["whole", "in a stream", "merged"])
+def test_every_slot_receives_exactly_its_record(ranks, seed, kind):
     """Deliver (global row, head) labels by the plans: each slot must get the row that its place in the buffer means."""
     case = random_case(seed, ranks)
     shards, pattern, kv_heads, causal = case.shards, case.pattern, case.k.shape[2], case.causal
-    if in_a_stream:  # the same rows as a chunk in the middle of a longer causal sequence
+    if kind == "in a stream":  # the same rows as a chunk in the middle of a longer causal sequence
         start, total = 13, shards.total_rows
         shards, causal = Shards(start + total + 17, shards.rows_per_rank, ranks, start, start + total), True
-    plans = [plan_exchange(pattern, shards, rank, kv_heads, causal) for rank in range(ranks)]
+    halves = ()
+    if kind == "merged":
+        pattern, causal = random_chain(random.Random(seed), shards.total_rows), True
+        halves = first_halves(pattern)
+        assert any(halves)
+    plans = [plan_exchange(pattern, shards, rank, kv_heads, causal, halves) for rank in range(ranks)]
     mail = {}
     for rank, plan in enumerate(plans):
         edges = np.cumsum(plan.send_counts)[:-1]
@@ -41,8 +47,53 @@ def test_every_slot_receives_exactly_its_record(ranks, seed, in_a_stream):
                     held = shards.start <= row < min(segment.stop, shards.stop)
                     assert buffers.pop((number, index * kv_heads + head), None) == ((row, head) if held else None)
         assert not buffers
-        needed = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal)
+        needed = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal, halves)
         assert {(s.branch, s.index) for s in needed} <= {(s.branch, s.index) for s in plan.segments}
+
+
+def random_chain(draw, rows):
+    """A pattern whose branches overlap, with segments shorter and longer than ``rows``."""
+    width, rates = 2 * draw.randint(1, max(1, rows // 4)), [1]
+    for _ in range(draw.randint(1, 4)):
+        rates.append(rates[-1] * draw.choice([1, 2]))
+    width += -width % rates[-1]
+    return DilatedPattern([width << branch for branch in range(len(rates))], rates)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7])
+@pytest.mark.parametrize("seed", range(8))
+def test_merged_ranks_hold_the_keys_of_all_their_pairs_and_no_others(ranks, seed):
+    """Of a branch with halves: those of a segment's first half, on the ranks that hold queries behind it."""
+    draw = random.Random(100 * seed + ranks)
+    rows = draw.randint(20, 200)
+    shards = Shards.even(ranks * (rows // ranks), ranks)
+    pattern = random_chain(draw, shards.total_rows)
+    halves = first_halves(pattern)
+    for rank in range(ranks):
+        start, stop = shards.window(rank)
+        held = {(s.branch, s.index): s for s in plan_exchange(pattern, shards, rank, 3, True, halves).segments}
+        for number, (branch, half) in enumerate(zip(pattern, halves, strict=True)):
+            for index in range(-(-shards.total_rows // branch.segment_length)):
+                first = index * branch.segment_length
+                last = min(first + branch.segment_length, shards.total_rows)
+                queries = range(max(start, first + half), min(stop, last))
+                segment = held.pop((number, index), None)
+                if first < start and queries:
+                    assert (segment.start, segment.stop) == (first, min(first + half, last) if half else queries.stop)
+                else:
+                    assert segment is None
+        assert not held
+
+
+def test_where_overlaps_are_merged_ranks_receive_less():
+    pattern, shards = DilatedPattern.geometric(2048, 2**20), Shards.even(2**20, 8)
+    halves = first_halves(pattern)
+    whole, half = (
+        [sum(plan_exchange(pattern, shards, rank, 12, True, x).receive_counts) for rank in range(8)]
+        for x in ((), halves)
+    )
+    assert sum(half) < 0.65 * sum(whole)
+    assert max(half) < 0.7 * max(whole)
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 1024, 4096])

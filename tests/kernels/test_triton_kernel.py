@@ -2,12 +2,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.attention.functional import AttentionSpec, dilated_attention
 from longnet_dist.attention.stream import Stream
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.window import Shards
 from longnet_dist.kernels.reference import oracle
+from tests.distributed import run_distributed
 
 pytest.importorskip("triton")
 from longnet_dist.kernels.triton_kernel import TritonKernel
@@ -114,6 +117,42 @@ def test_refuses_what_it_cannot_run():
     q, k, v, _ = (x.double() for x in inputs(8, 1, 1, 16))
     with pytest.raises(ConfigError, match="float32 in Triton's interpreter"):
         dilated_attention(q, k, v, DilatedPattern([8], [1]), backend="triton")
+
+
+def errors_on_a_rank(total, lengths, rates, causal):
+    """Largest difference of this rank's rows from the oracle; segments whose keys it took from others."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    pattern, shards = DilatedPattern(lengths, rates), Shards.even(total, ranks)
+    q, k, v, dout = inputs(total, 4, 2, 16)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, _ = oracle(*exact, pattern, causal=causal)
+    wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
+    rows = slice(*shards.window(rank))
+    local = [x[:, rows].clone().requires_grad_() for x in (q, k, v)]
+    group = dist.group.WORLD
+    out = dilated_attention(*local, pattern, causal=causal, group=group, backend="triton", total_rows=total)
+    actual = [out, *torch.autograd.grad(out, local, dout[:, rows])]
+    spec = AttentionSpec.of(*local, pattern, causal, None, group, "triton", False, True, total, None)
+    taken = [(s.branch, s.index, s.stop) for s in spec.shared()]
+    return max((a - b[:, rows]).abs().max().item() for a, b in zip(actual, wanted, strict=True)), taken
+
+
+# Segments of four ranks and more: a later branch's keys come from the ranks of its first half alone, and only to those
+# behind it; halves that end inside a slice; without a causal mask all rows travel.
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(
+    ("ranks", "total", "lengths", "rates", "causal"),
+    [
+        (4, 64, [16, 32, 64], [1, 2, 4], True),
+        (3, 77, [20, 40, 80], [1, 2, 2], True),
+        (2, 60, [16, 32, 64], [1, 2, 4], False),
+    ],
+)
+def test_ranks_whose_branches_overlap(ranks, total, lengths, rates, causal):
+    results = run_distributed(errors_on_a_rank, ranks, total, lengths, rates, causal)
+    assert max(error for error, _ in results) < 2e-5
+    if (ranks, causal) == (4, True):
+        assert [taken for _, taken in results] == [[], [(1, 0, 16)], [(2, 0, 32)], [(1, 1, 48), (2, 0, 32)]]
 
 
 # Each row compiles kernels of its own, two to five seconds each, and so they are few. In turn: the kernel for Hopper

@@ -1,6 +1,7 @@
 import pytest
 
 from longnet_dist.geometry.exchange import plan_exchange
+from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.planner.exchange import exchange_of
 from tests.planner.layouts import small_layout
 
@@ -21,6 +22,16 @@ def test_records_are_those_of_the_plan(ranks, rows, chunk, causal):
     assert counted.foreign == sum(plan.receive_counts) - plan.receive_counts[rank]
     assert counted.bytes == counted.foreign * 2 * 32 * (2 + 4)
     assert counted.held_rows == sum(segment.compact_rows for segment in plan.segments)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_records_where_a_gpu_merges_overlaps(device):
+    model = {"segment_lengths": [1024, 2048, 4096], "dilation_rates": [1, 2, 4]}
+    layout = small_layout(4096, 4, device, model=model)
+    pattern, heads = layout.config.model.pattern, layout.config.model.heads
+    halves = first_halves(pattern) if device == "cuda" else ()
+    plan = plan_exchange(pattern, layout.last_chunk, 3, heads, True, halves)
+    assert exchange_of(layout).received == sum(plan.receive_counts) > 0
 
 
 def test_aligned_segments_move_nothing():
