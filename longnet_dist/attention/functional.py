@@ -159,8 +159,9 @@ class AttentionSpec:
 
     @property
     def halves(self) -> tuple[int, ...]:
-        """Which rows ranks need of each other then; a stream keeps all, so that any kernel goes on with it."""
-        return first_halves(self.pattern) if self.merges and self.causal and self.cache is None else ()
+        """Which rows ranks need of each other then; chunks leave all for the next, so that any kernel goes on."""
+        whole = self.shards.stop - self.shards.start == self.shards.total_rows
+        return first_halves(self.pattern) if self.merges and self.causal and whole else ()
 
     def plan(self, kv_heads: int) -> ExchangePlan:
         return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal, self.halves)

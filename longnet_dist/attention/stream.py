@@ -98,7 +98,8 @@ class Stream:
     def record(self, length: int) -> Iterator[Shards]:
         """Visit all chunks but the last, to keep the rows that :meth:`replay` needs; run them without graph."""
         chunks = self.chunks(length)
-        self.recorded = recorded_segments(self.pattern, chunks, self.rank, self.causal)
+        alone = len(chunks) == 1  # and then leaves nothing for others
+        self.recorded = () if alone else recorded_segments(self.pattern, chunks, self.rank, self.causal)
         yield from self._leave_rows(chunks[:-1])
 
     def replay(self, length: int) -> Iterator[Shards]:
@@ -158,7 +159,7 @@ class LayerCache:
         """Buffers with room for the ``segments`` of the present chunk, holding what earlier chunks left."""
         if self._rows is None:
             self._rows = CompactBuffers(self.stream.recorded or (), k.shape[2], k, k.dtype)
-        if self.stream.recorded is None:
+        if not self.stream.recorded:
             self._rows.hold(segments)
         return self._rows
 

@@ -51,7 +51,7 @@ def plan_exchange(
 ) -> ExchangePlan:
     """The plan of ``rank``: made from integers alone, so that each rank makes its own and all fit together.
 
-    ``halves`` is for a causal model outside of a stream.
+    ``halves`` is for a causal model and a chunk that is the whole sequence.
     """
     empty = np.empty(0, np.int64)
     window = shards.window(rank)

@@ -119,7 +119,7 @@ def test_refuses_what_it_cannot_run():
         dilated_attention(q, k, v, DilatedPattern([8], [1]), backend="triton")
 
 
-def errors_on_a_rank(total, lengths, rates, causal):
+def errors_on_a_rank(total, lengths, rates, causal, streamed):
     """Largest difference of this rank's rows from the oracle; segments whose keys it took from others."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     pattern, shards = DilatedPattern(lengths, rates), Shards.even(total, ranks)
@@ -130,9 +130,17 @@ def errors_on_a_rank(total, lengths, rates, causal):
     rows = slice(*shards.window(rank))
     local = [x[:, rows].clone().requires_grad_() for x in (q, k, v)]
     group = dist.group.WORLD
-    out = dilated_attention(*local, pattern, causal=causal, group=group, backend="triton", total_rows=total)
+    cache = None
+    if streamed:  # as training does, whose step is a stream of one chunk
+        stream = Stream(pattern, total, 1, num_ranks=ranks, rank=rank, causal=causal)
+        assert not list(stream.record(total))
+        next(stream.replay(total))
+        cache = stream.layers[0]
+    out = dilated_attention(
+        *local, pattern, causal=causal, group=group, backend="triton", total_rows=total, cache=cache
+    )
     actual = [out, *torch.autograd.grad(out, local, dout[:, rows])]
-    spec = AttentionSpec.of(*local, pattern, causal, None, group, "triton", False, True, total, None)
+    spec = AttentionSpec.of(*local, pattern, causal, None, group, "triton", False, True, total, cache)
     taken = [(s.branch, s.index, s.stop) for s in spec.shared()]
     return max((a - b[:, rows]).abs().max().item() for a, b in zip(actual, wanted, strict=True)), taken
 
@@ -141,15 +149,16 @@ def errors_on_a_rank(total, lengths, rates, causal):
 # behind it; halves that end inside a slice; without a causal mask all rows travel.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.parametrize(
-    ("ranks", "total", "lengths", "rates", "causal"),
+    ("ranks", "total", "lengths", "rates", "causal", "streamed"),
     [
-        (4, 64, [16, 32, 64], [1, 2, 4], True),
-        (3, 77, [20, 40, 80], [1, 2, 2], True),
-        (2, 60, [16, 32, 64], [1, 2, 4], False),
+        (4, 64, [16, 32, 64], [1, 2, 4], True, False),
+        (4, 64, [16, 32, 64], [1, 2, 4], True, True),
+        (3, 77, [20, 40, 80], [1, 2, 2], True, False),
+        (2, 60, [16, 32, 64], [1, 2, 4], False, False),
     ],
 )
-def test_ranks_whose_branches_overlap(ranks, total, lengths, rates, causal):
-    results = run_distributed(errors_on_a_rank, ranks, total, lengths, rates, causal)
+def test_ranks_whose_branches_overlap(ranks, total, lengths, rates, causal, streamed):
+    results = run_distributed(errors_on_a_rank, ranks, total, lengths, rates, causal, streamed)
     assert max(error for error, _ in results) < 2e-5
     if (ranks, causal) == (4, True):
         assert [taken for _, taken in results] == [[], [(1, 0, 16)], [(2, 0, 32)], [(1, 1, 48), (2, 0, 32)]]
