@@ -105,7 +105,7 @@ def _compare_ranks(
         check_inputs(q, k, v)
     except ShapeError as error:
         fault = error
-    facts = [*_facts(q, k, pattern, causal), int(merges)] if fault is None else []
+    facts = _facts(q, k, pattern, causal, merges) if fault is None else []
     mine = torch.tensor([*facts, *[-1] * (_NUM_FACTS - len(facts))], dtype=torch.int64, device=q.device)
     all_facts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_facts, mine, group=group)
@@ -131,8 +131,8 @@ def _compare_ranks(
 _NUM_FACTS = 9
 
 
-def _facts(q: Tensor, k: Tensor, pattern: DilatedPattern, causal: bool) -> list[int]:
+def _facts(q: Tensor, k: Tensor, pattern: DilatedPattern, causal: bool, merges: bool) -> list[int]:
     batch, rows, heads, dim = q.shape
     lengths, rates = pattern.segment_lengths, pattern.dilation_rates
     digest = hash((lengths, rates, len(pattern.head_offsets)))  # of integers only: equal in all processes
-    return [rows, batch, heads, k.shape[2], dim, _DTYPES.index(q.dtype), digest, int(causal)]
+    return [rows, batch, heads, k.shape[2], dim, _DTYPES.index(q.dtype), digest, int(causal), int(merges)]

@@ -58,8 +58,8 @@ def plan_exchange(
 
     send: list[tuple[Integers, Integers]] = [(empty, empty)]
     for segment in edge_segments(pattern, *window, shards.total_rows):
-        sent = _overlap(segment.start, segment.keys_stop(halves), window)
-        rows, heads = kept_records(pattern, segment, kv_heads, *sent)
+        last, _ = segment.sides(halves)
+        rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment.start, last, window))
         peers = np.array(_receivers(segment, shards, rank, causal, halves), np.int64)
         places = (rows - window[0]) * kv_heads + heads
         send.append((np.repeat(peers, len(places)), np.tile(places, len(peers))))
@@ -110,12 +110,9 @@ def _receivers(segment: Segment, shards: Shards, rank: int, causal: bool, halves
         return range(shards.num_ranks)
     last = shards.rank_of(segment.stop - 1)
     if causal:
-        first = rank if segment.start < shards.window(rank)[0] else rank + 1
-        if segment.keys_stop(halves) < segment.stop:
-            first = max(first, shards.rank_of(segment.keys_stop(halves)))
-        elif halves and halves[segment.branch]:
-            return range(0)  # it ends before its second half begins
-        return range(first, last + 1)
+        _, needing = segment.sides(halves)
+        first = max(rank if segment.start < shards.window(rank)[0] else rank + 1, shards.rank_of(needing))
+        return range(first, last + 1) if needing < segment.stop else range(0)
     return range(shards.rank_of(segment.start), last + 1)
 
 

@@ -85,10 +85,14 @@ class Segment:
         """Rows of the compact key buffer: the most that any head keeps."""
         return kept_rows(self.stop - self.start, 0, self.dilation_rate)
 
-    def keys_stop(self, halves: tuple[int, ...]) -> int:
-        """End of the rows whose keys are needed in other windows, where branches compute ``halves``."""
+    def sides(self, halves: tuple[int, ...]) -> tuple[int, int]:
+        """End of the rows whose keys a causal model needs in other windows, and the first row whose query needs them.
+
+        Both are the middle where the branch has one of the ``halves`` (``overlap.first_halves``).
+        """
         half = halves[self.branch] if halves else 0
-        return min(self.stop, self.start + half) if half else self.stop
+        middle = min(self.start + half, self.stop)
+        return (middle, middle) if half else (self.stop, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +196,14 @@ def shared_segments(
 ) -> tuple[Segment, ...]:
     """The segments for which window ``[start, stop)`` needs keys of other windows, by branch and index.
 
-    In a causal model these began before the window, and end with it, since later keys are never seen; where a branch
-    has one of the ``halves`` (``overlap.first_halves``), with their first half, and only windows behind it need them.
+    In a causal model these began before the window, and end with it, since later keys are never seen, or with the keys
+    that are needed at all (:meth:`Segment.sides`).
     """
     segments = edge_segments(pattern, start, stop, total_rows)
     if not causal:
         return tuple(segments)
-    began = [s for s in segments if s.start < start]
-    needed = [s for s in began if not any(halves) or not halves[s.branch] or s.keys_stop(halves) < min(s.stop, stop)]
-    return tuple(replace(s, stop=min(s.keys_stop(halves), stop)) for s in needed)
+    began = ((s, *s.sides(halves)) for s in segments if s.start < start)
+    return tuple(replace(s, stop=min(last, stop)) for s, last, first in began if first < min(s.stop, stop))
 
 
 def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: int) -> Piece:

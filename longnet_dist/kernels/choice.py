@@ -54,13 +54,13 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype, determinis
     if backend == "sdpa":
         return "" if device.type == "cpu" else f"runs on the CPU, but the tensors are on {device}"
     if backend == "triton" and device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32 and _has_triton():
+        if os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32 and has_triton():
             return ""
         return "runs on a CPU only in float32 in Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"runs on a GPU, but the tensors are on {device}"
     if backend == "triton":
-        if not _has_triton():
+        if not has_triton():
             return "needs the package triton"
         return "" if dtype in _GPU_DTYPES else f"takes bfloat16, float16 and float32, not {dtype}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -81,7 +81,8 @@ def _kernel(backend: str) -> Kernel:
     return SdpaKernel() if backend == "sdpa" else ReferenceKernel()
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed; it is absent on most CPUs."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -60,10 +60,9 @@ class Execution:
     def of_blocks(self, layers: int) -> list[Execution]:
         """Of each block; what the last one keeps is wanted back at once and stays on the device."""
         kept = min(self.keep_projections, layers)
-        waiting = min(self.offload_projections, kept)
-        blocks = [replace(self, offload_projections=0)] * (layers - kept)
-        blocks += [replace(self, checkpointing="projections")] * waiting
-        blocks += [replace(self, checkpointing="projections", offload_projections=0)] * (kept - waiting)
+        waiting, keeping = min(self.offload_projections, kept), replace(self, checkpointing="projections")
+        blocks = [self] * (layers - kept) + [keeping] * waiting
+        blocks += [replace(keeping, offload_projections=0)] * (kept - waiting)
         return [*blocks[:-1], replace(blocks[-1], offload=False)]
 
     def compiles(self, training: bool, streamed: bool) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from longnet_dist.kernels.choice import has_triton
 
 
 def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -32,8 +33,8 @@ class GeluNorm(NamedTuple):
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, length: int) -> GeluNorm:
         """The kernels of ``longnet_dist/kernels/gelu_norm.py`` where they run: on a GPU with Triton, most lengths."""
-        if device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
-            from longnet_dist.kernels import gelu_norm as kernels  # triton is absent on most CPUs
+        if device.type == "cuda" and dtype != torch.float64 and has_triton():
+            from longnet_dist.kernels import gelu_norm as kernels
 
             if kernels.fits(length):
                 return cls(kernels.gelu_norm, kernels.gelu_norm_gradients)

@@ -151,7 +151,7 @@ class RowParts:
         """The weights that act behind it."""
         return {name: weight for name, weight in self.weights.items() if not name.startswith(_BEFORE)}
 
-    @property
+    @cached_property
     def gelu_norm(self) -> GeluNorm:
         """The middle of the feed-forward network, without graph."""
         weight = self.weights["ffn.fc1.weight"]

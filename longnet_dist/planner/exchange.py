@@ -38,8 +38,8 @@ def exchange_of(layout: RunLayout) -> Exchange:
     if not needs_exchange(pattern, shards):
         return Exchange(0, 0, 0, 0, 0)
     rank = shards.num_ranks - 1 if model.causal else shards.num_ranks // 2
-    merged = layout.device_type == "cuda" and model.causal and layout.num_chunks == 1
-    segments = held_segments(pattern, shards, rank, model.causal, first_halves(pattern) if merged else ())
+    halved = layout.merges_overlaps and model.causal and layout.num_chunks == 1  # as AttentionSpec.halves
+    segments = held_segments(pattern, shards, rank, model.causal, first_halves(pattern) if halved else ())
     received = sum(_records(pattern, s, kv_heads, shards.start, shards.stop) for s in segments)
     own = sum(_records(pattern, s, kv_heads, *shards.window(rank)) for s in segments)
     numbers = (received - own) * 2 * model.head_dim * layout.micro_batch_size

@@ -74,6 +74,11 @@ class RunLayout:
         return self.config.train.compiles(self.device_type)
 
     @property
+    def merges_overlaps(self) -> bool:
+        """Whether pairs that several branches hold are computed once: by the kernels of a GPU."""
+        return self.device_type == "cuda"
+
+    @property
     def num_chunks(self) -> int:
         """Chunks of a sequence."""
         return self.passes // self.accumulation

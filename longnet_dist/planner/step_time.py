@@ -80,7 +80,7 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     sequences = layout.micro_batch_size * layout.accumulation / layout.mesh.sequence
     length = layout.config.data.sequence_length
     flops = model.layers * attention_flops(model, length) * sequences
-    if layout.device_type == "cuda":
+    if layout.merges_overlaps:
         flops *= computed_share(model.pattern, length, model.kv_heads or model.heads, model.causal)
     forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _recorded(layout)
     wide = rates.wide_heads if model.head_dim > 64 else 1.0
