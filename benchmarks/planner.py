@@ -135,11 +135,13 @@ def measure(each: Case) -> dict[str, Any]:
     from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
     from longnet_dist.planner.devices import device_of, host_memory_bytes
     from longnet_dist.planner.plan import Plan
+    from longnet_dist.train.allocator import prepare_allocator
     from longnet_dist.train.engine import prepare_deepspeed
     from longnet_dist.train.loop import Trainer
     from longnet_dist.train.plan import RunPlan
     from longnet_dist.train.throughput import Throughput
 
+    prepare_allocator(os.environ)
     launch = LaunchEnvironment.read(os.environ)
     device = launch.device()
     with tempfile.TemporaryDirectory() as folder:

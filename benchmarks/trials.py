@@ -25,6 +25,7 @@ from longnet_dist.data.batches import Batches
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.planner.devices import device_of
+from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.engine import build_engine, prepare_deepspeed
 from longnet_dist.train.rows_ahead import RowsAhead
 from longnet_dist.train.schedule import learning_rate
@@ -69,7 +70,7 @@ def isolated(trial: Trial, seconds: float) -> dict[str, Any]:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.trials", json.dumps(asdict(trial)), str(answer)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ | {"PYTHONPATH": path}
+        environment = os.environ | {"PYTHONPATH": path}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
@@ -134,6 +135,7 @@ def main() -> None:
     """What :func:`isolated` starts: a trial as JSON, and the file for the answer."""
     fields = json.loads(sys.argv[1])
     trial = Trial(**{**fields, "settings": tuple(fields["settings"])})
+    prepare_allocator(os.environ)
     launch = LaunchEnvironment()
     device = launch.device()
     prepare_deepspeed(launch, device)

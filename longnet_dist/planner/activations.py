@@ -49,7 +49,8 @@ def _held_by_autograd(layout: RunLayout) -> int:
 def _held_by_checkpointing(layout: RunLayout) -> int:
     """Gradients on their way and what is computed again (model/checkpointing.py), row-wise parts a tile at a time.
 
-    The largest of three moments: behind the attention, within it, before it.
+    The largest of three moments: behind the attention, within it, before it. Compiled, results of the model's width on
+    their way to the next are not stored.
     """
     model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
     tile = min(layout.config.train.feed_forward_tile or rows, rows)
@@ -58,7 +59,7 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     made = 0 if layout.config.train.keep_projections else projections  # in the attention
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
-    behind = sum(tensors[name] for name in _BEHIND) + 5 * width + 2 * inner
+    behind = sum(tensors[name] for name in _BEHIND) + 2 * inner + (0 if layout.compiled else 5 * width)
     before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
     gradients = attention_backward_bytes(layout)
     weights = block_parameters(model)

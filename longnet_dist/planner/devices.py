@@ -26,11 +26,11 @@ class Rates:
     ``benchmarks/results/planner_h100.json``.
 
     Attributes:
-        matmul: share of the peak in the matrix products of a block: 620 TFLOP/s of 989 with the work around them.
-        attention_forward: share of the peak at head dim 64 (392 TFLOP/s).
-        attention_backward: the same, counting 2.5 times the forward's FLOPs (366 TFLOP/s).
+        matmul: share of the peak in the matrix products of a block: 655 TFLOP/s of 989 with the work around them.
+        attention_forward: share of the peak at head dim 64 (357 TFLOP/s).
+        attention_backward: the same, counting 2.5 times the forward's FLOPs (333 TFLOP/s).
         wide_heads: by how much head dim 128 is faster (421 against 385 TFLOP/s).
-        bandwidth: share of the memory's bandwidth in row-wise work (3.1 of 3.35 TB/s).
+        bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
         host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
         step_seconds: of a step whatever it computes: launches, the host's part, reading data.
         collective_seconds: latency of one exchange (NCCL on two H200: 41–102 µs up to 4 MiB a rank).
@@ -38,15 +38,15 @@ class Rates:
         context_bytes: what CUDA, NCCL and compiled kernels occupy outside of torch's allocator.
     """
 
-    matmul: float = 0.627
-    attention_forward: float = 0.396
-    attention_backward: float = 0.370
+    matmul: float = 0.662
+    attention_forward: float = 0.361
+    attention_backward: float = 0.337
     wide_heads: float = 1.09
-    bandwidth: float = 0.924
+    bandwidth: float = 0.895
     host_link: float = 0.78
     step_seconds: float = 0.02
     collective_seconds: float = 80e-6
-    fragmentation: float = 0.058
+    fragmentation: float = 0.01
     context_bytes: int = int(0.905 * GIB)
 
 

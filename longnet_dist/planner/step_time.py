@@ -17,9 +17,12 @@ from longnet_dist.planner.model_cost import (
 )
 
 # Tensors of a row that row-wise work reads and writes: (of the model's width, of the inner width).
-FORWARD_PASSES = (16, 4)  # three norms 2 each, positions 4, two residuals 3 each; gelu and norm 2 each
+FORWARD_PASSES = (12, 2)  # two norms 2 each, positions 4, a sum with its norm 4; gelu with its norm
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
-BACKWARD_PASSES = (24, 6)  # norms 3 each, positions 4, residuals 6, dQ to the run's precision 5; gelu and norm 3 each
+BACKWARD_PASSES = (
+    27,
+    4,
+)  # norms 3, 5 and 6, statistics and dQ's zeros 4, positions and sums of biases 9; gelu with norm
 EAGER = 1.6  # without torch.compile intermediate results travel, too
 LOGIT_BYTES = 50  # of a logit, from the product to its gradient
 UPDATE_BYTES = 50  # of a sharded parameter: gradient, its norm, clipping, moments, master weight
@@ -83,7 +86,8 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     if layout.merges_overlaps:
         flops *= computed_share(model.pattern, length, model.kv_heads or model.heads, model.causal)
     forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _recorded(layout)
-    wide = rates.wide_heads if model.head_dim > 64 else 1.0
+    padded = 1 << (model.head_dim - 1).bit_length()  # the width that a kernel multiplies
+    wide = (rates.wide_heads if model.head_dim > 64 else 1.0) * model.head_dim / padded
     return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide)
 
 
@@ -92,7 +96,7 @@ def _row_wise_bytes(layout: RunLayout) -> float:
     projections, behind = (blocks / model.layers for blocks in _again(layout))
     again = projections * PROJECTION_PASSES + behind * (FORWARD_PASSES[0] - PROJECTION_PASSES)
     width = FORWARD_PASSES[0] * forwards + again + BACKWARD_PASSES[0]
-    inner = FORWARD_PASSES[1] * (forwards + behind) + BACKWARD_PASSES[1]
+    inner = FORWARD_PASSES[1] * forwards + BACKWARD_PASSES[1]
     blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize
     return _rows(layout) * (blocks * (1 if layout.compiled else EAGER) + model.vocab_size * LOGIT_BYTES)
 

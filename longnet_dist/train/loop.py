@@ -27,6 +27,7 @@ from longnet_dist.model.longnet import LongNet
 from longnet_dist.planner.devices import device_of, host_memory_bytes
 from longnet_dist.planner.plan import Plan
 from longnet_dist.planner.table import check_fits
+from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.checkpoint import CheckpointState, checkpoint_folder, load_weights, restore
 from longnet_dist.train.checkpoint_writer import CheckpointWriter, remove_partial
 from longnet_dist.train.engine import build_engine, prepare_deepspeed
@@ -56,6 +57,7 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
         LongNetError: a mistake in configuration, data or checkpoint, on all ranks before they meet; divergence; a full
             disk or memory; another rank that failed or does not answer.
     """
+    prepare_allocator(os.environ)
     device = launch.device()
     plan = RunPlan.make(config, launch.world_size, device.type)
     needs = Plan.of(plan, device_of(device), launch.local_world_size, host_memory_bytes())
