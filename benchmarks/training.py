@@ -104,7 +104,7 @@ class Benchmark:
         self._point("throughput", "full", rows, (*tiled, *FULL))
         self._point("throughput", "selective, host", rows, (*tiled, *SELECTIVE, *HOST))
         self._point("throughput", "5 projections", rows, (*tiled, *SELECTIVE, "train.keep_projections=5"))
-        for kept in (12, 11):
+        for kept in (12, 11, 10):
             settings = (*tiled, *SELECTIVE, *HOST, f"train.keep_projections={kept}")
             self._point("throughput", f"host, {kept} projections", rows, settings)
         for mode in ("none", "selective"):
