@@ -25,6 +25,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def block_dim(dim: int) -> int:
+    """The power of two that the kernels of a GPU pad a head dim to."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What is the same for all rows of a piece.

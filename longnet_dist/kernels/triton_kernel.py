@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, block_dim, wide_dtype
 from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.kernels.triton_forward import forward_kernel
 from longnet_dist.kernels.triton_launch import (
@@ -22,7 +22,6 @@ from longnet_dist.kernels.triton_launch import (
     Launch,
     Problem,
     View,
-    block_dim,
     block_view,
 )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet_dist.geometry.window import Piece
-from longnet_dist.kernels.contract import Call
+from longnet_dist.kernels.contract import Call, block_dim
 
 FORWARD_SIDES, BACKWARD_SIDES = "qkkqqq", "qqkkqqkk"
 """Where the buffers of a launch stand: with the window's rows, ``"q"``, or where the keys do, ``"k"``."""
@@ -252,11 +252,6 @@ def block_view(x: Geometry, rate: int, rows: int) -> View:
     shape = [batch, length // rate, rate, heads, dim]
     strides = [stride[0], rate * stride[1], stride[1], stride[2], 1]
     return View(TensorDescriptor, (shape, strides, [1, rows, 1, 1, block_dim(dim)]))
-
-
-def block_dim(dim: int) -> int:
-    """The power of two that a head dim is padded to."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _describable(x: Geometry, rate: int) -> bool:

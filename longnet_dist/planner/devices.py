@@ -29,7 +29,7 @@ class Rates:
         matmul: share of the peak in the matrix products of a block: 655 TFLOP/s of 989 with the work around them.
         attention_forward: share of the peak at head dim 64 (357 TFLOP/s).
         attention_backward: the same, counting 2.5 times the forward's FLOPs (333 TFLOP/s).
-        wide_heads: by how much head dim 128 is faster (421 against 385 TFLOP/s).
+        wide_heads: by how much head dim 128 is faster.
         bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
         host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
         step_seconds: of a step whatever it computes: launches, the host's part, reading data.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from longnet_dist.geometry.overlap import computed_share
+from longnet_dist.kernels.contract import block_dim
 from longnet_dist.planner.activations import WIDE
 from longnet_dist.planner.devices import Device
 from longnet_dist.planner.exchange import exchange_of
@@ -85,8 +86,9 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     if layout.merges_overlaps:
         flops *= computed_share(model.pattern, length, model.kv_heads or model.heads, model.causal)
     forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _recorded(layout)
-    padded = 1 << (model.head_dim - 1).bit_length()  # the width that a kernel multiplies
-    wide = (rates.wide_heads if model.head_dim > 64 else 1.0) * model.head_dim / padded
+    if layout.device_type == "cuda":
+        flops *= block_dim(model.head_dim) / model.head_dim
+    wide = rates.wide_heads if model.head_dim > 64 else 1.0
     return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide)
 
 
