@@ -4,6 +4,7 @@
     python benchmarks/training.py --parts longest baseline curves --output benchmarks/results/training_h100.json
 
 * ``throughput``: the median step of models and lengths, with every memory option of its own.
+* ``gains``: time and memory of each option beside those of ``selective``, also as a table in ``.md``.
 * ``longest``: the longest sequence of whole training steps, by doubling and halving, to ``--resolution`` rows. The
   first step compiles and pins memory, the second is timed.
 * ``baseline``: the same model with dense attention (cuDNN), checkpointed by torch and compiled, beside it.
@@ -36,7 +37,7 @@ from longnet_dist.cli import run_cli
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.train.run_folder import write_text
 
-PARTS = ("throughput", "longest", "baseline", "curves")
+PARTS = ("throughput", "gains", "longest", "baseline", "curves")
 SELECTIVE = ("train.activation_checkpointing=selective",)
 FULL = ("train.activation_checkpointing=full",)
 HOST = ("train.offload_activations=true",)
@@ -59,6 +60,21 @@ OPTIONS = {
     "host": (*FULL, *HOST, "train.compile=false"),
     "optimizer on the host": (*SELECTIVE, "train.compile=false", "deepspeed.offload_optimizer=true"),
 }
+GAINS = {
+    "selective": SELECTIVE,
+    "none": ("train.activation_checkpointing=none",),
+    "full": FULL,
+    "12 projections": (*SELECTIVE, "train.keep_projections=12"),
+    "host": (*SELECTIVE, *HOST),
+    "host, 12 projections, 6 there": (
+        *SELECTIVE, *HOST, "train.keep_projections=12", "train.offload_projections=6",
+    ),
+    "no tiles": (*SELECTIVE, "train.feed_forward_tile=null"),
+    "not compiled": (*SELECTIVE, "train.compile=false"),
+    "optimizer on the host": (*SELECTIVE, "deepspeed.offload_optimizer=true"),
+    "100,277 ids": (*SELECTIVE, "model.vocab_size=100277"),
+    "100,277 ids, logits whole": (*SELECTIVE, "model.vocab_size=100277", f"model.loss_chunk={2**30}"),
+}  # fmt: skip
 
 
 class Benchmark:
@@ -88,7 +104,7 @@ class Benchmark:
         self._point("throughput", "full", rows, (*tiled, *FULL))
         self._point("throughput", "selective, host", rows, (*tiled, *SELECTIVE, *HOST))
         self._point("throughput", "5 projections", rows, (*tiled, *SELECTIVE, "train.keep_projections=5"))
-        for kept in (12, 11):
+        for kept in (12, 11, 10):
             settings = (*tiled, *SELECTIVE, *HOST, f"train.keep_projections={kept}")
             self._point("throughput", f"host, {kept} projections", rows, settings)
         for mode in ("none", "selective"):
@@ -100,6 +116,14 @@ class Benchmark:
                 settings += (f"train.offload_projections={waiting}",) * bool(waiting)
                 name = f"1.3b, {kept} projections" + f", {waiting} on the host" * bool(waiting)
                 self._point("throughput", name, rows // 4, settings, warmup=2, steps=3)
+
+    def gains(self) -> None:
+        """Each option against ``selective``."""
+        rows, size = self.options.gain_rows, self.options.settings
+        tile = f"train.feed_forward_tile={self.options.tiles[0]}"
+        for name, settings in GAINS.items():
+            self._point("gains", name, rows, (*size, tile, *settings), warmup=2, steps=3)
+        write_text(self.options.output.with_suffix(".md"), gains_table(self.result["points"]))
 
     def longest(self) -> None:
         """The models asked for, each with all that saves memory."""
@@ -198,6 +222,23 @@ class Benchmark:
         draw(self.result["points"], output.with_suffix(".png"))
 
 
+def gains_table(points: list[dict[str, Any]]) -> str:
+    """The measurements of ``gains`` as Markdown; times are relative to the first of their length."""
+    lines = ["| option | tokens | s a step | × `selective` | peak GiB |", "|---|---|---|---|---|"]
+    found = [point for point in points if point["part"] == "gains"]
+    plain = {p["rows"]: p["median_seconds"] for p in found if p["name"] == "selective" and "median_seconds" in p}
+    for point in found:
+        cells = [point["name"], f"{point['rows']:,}"]
+        if "error" in point:
+            cells += [point["error"], "", ""]
+        else:
+            seconds, memory = point["median_seconds"], point.get("peak_allocated_bytes", 0) / 2**30
+            ratio = f"{seconds / plain[point['rows']]:.3f}" if point["rows"] in plain else ""
+            cells += [f"{seconds:.3f}", ratio, f"{memory:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(points: list[dict[str, Any]], path: Path) -> None:
     """Seconds of a step over its length, and the curves."""
     figure = new_figure(11, 4.5)
@@ -242,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", type=int, default=1, help="curves at once, each of which must fit (default %(default)s)")
     add("--settings", nargs="*", default=[], metavar="key=value", help="over the paper's model")
     add("--rows", type=int, default=2**20, help="of throughput (default %(default)s)")
+    add("--gain-rows", type=int, default=2**18, help="of gains (default %(default)s)")
     add("--tiles", type=int, nargs="+", default=[65536, 16384, 262144], help="of throughput; the first for the others")
     add("--start", type=int, default=2**22, help="of the longest sequence (default %(default)s)")
     add("--most", type=int, default=2**26, help="rows to try: the host must hold 2 bytes · E · layers of each")

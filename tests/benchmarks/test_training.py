@@ -13,7 +13,19 @@ TINY = (
     "train.warmup_steps=1", "train.steps=100",
 )  # fmt: skip
 SIZES = ["--rows", "256", "--tiles", "40", "64", "--start", "64", "--resolution", "32", "--baseline-rows", "64", "128"]
-SIZES += ["--curve-rows", "64", "--curve-steps", "3", "--curve-precision", "fp32", "--models", "paper", "dense"]
+SIZES += [
+    "--gain-rows",
+    "64",
+    "--curve-rows",
+    "64",
+    "--curve-steps",
+    "3",
+    "--curve-precision",
+    "fp32",
+    "--models",
+    "paper",
+    "dense",
+]
 
 
 @pytest.fixture
@@ -46,12 +58,21 @@ def points(output, part):
 def test_every_part(tmp_path, data, here, capsys):
     output = tmp_path / "results" / "training.json"
     words = ["--data", str(data), "--output", str(output), "--settings", *TINY]
-    training.main([*words, *SIZES, "--parts", "throughput", "longest", "baseline", "curves"])
+    training.main([*words, *SIZES, "--parts", "throughput", "gains", "longest", "baseline", "curves"])
     speeds = points(output, "throughput")
     assert [point["name"] for point in speeds[:2]] == ["tile 40", "tile 64"]
     for point in speeds:
         assert point["tokens_per_second"] == pytest.approx(point["rows"] / sorted(point["seconds"][3:])[2])
         assert point["losses"][0] == pytest.approx(speeds[0]["losses"][0], rel=1e-5) or point["rows"] != 256
+    gains = points(output, "gains")
+    assert [point["name"] for point in gains] == list(training.GAINS)
+    for point in gains:
+        same = gains[0]["losses"] if "ids" not in point["name"] else gains[-1]["losses"]
+        assert point["losses"] == pytest.approx(same, rel=1e-4)
+    _, _, first, *others = output.with_suffix(".md").read_text().splitlines()
+    assert first.startswith("| selective | 64 | ")
+    assert first.split(" | ")[3] == "1.000"
+    assert len(others) == len(training.GAINS) - 1
     longest = [(point["rows"], "error" in point) for point in points(output, "longest") if point["name"] == "paper"]
     assert longest == [(64, False), (128, False), (256, True), (192, True), (160, True)]
     dilated, dense = points(output, "baseline")[:2]

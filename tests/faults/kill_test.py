@@ -4,10 +4,12 @@
     python -m tests.faults.kill_test --in-checkpoint 30 kills of rank 0 while it writes a checkpoint
 
 The run is one ``torchrun --max-restarts`` with train.resume=auto. It passes if its final parameters and optimizer
-states are those of the undisturbed run to the last bit. ``test_kill.py`` has a short form.
+states are those of the undisturbed run to the last bit. ``test_kill.py`` has a short form. ``--output`` adds what was
+seen to a JSON file.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -17,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.record import environment
 from tests.faults.ranks import checkpoint_is_torn, freeze_in_checkpoint, num_steps, same_bits, wait_until
 from tests.train.runs import write_config, write_corpus
 
@@ -29,13 +32,23 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--in-checkpoint", action="store_true", help="only while a checkpoint is being written")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to add the result to")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(kill_test(Path(folder), options.kills, options.in_checkpoint, options.seed))
+        result = kill_test(Path(folder), options.kills, options.in_checkpoint, options.seed)
+    print(
+        "{kills} kills {killed}, {torn} of which left a checkpoint half written; as many recoveries, {seconds:.0f} s: "
+        "{end} is equal in every bit".format(**result)
+    )
+    if options.output:
+        before = json.loads(options.output.read_text()) if options.output.exists() else []
+        command = " ".join(["python", "-m", "tests.faults.kill_test", *["--in-checkpoint"] * options.in_checkpoint])
+        before.append({"command": command, "environment": environment(), **result})
+        options.output.write_text(json.dumps(before, indent=1) + "\n")
 
 
 def kill_test(folder, kills, in_checkpoint, seed=0):
-    """Do it; return what to say of it. Raises AssertionError if anything is different."""
+    """Do it; return what was seen. Raises AssertionError if anything is different."""
     data, run = write_corpus(folder / "source.tokens"), folder / "killed"
     configs = [write_config(folder, name, data) for name in ("killed", "whole")]
     settings = [f"train.steps={STEPS_PER_KILL * (kills + 1)}", f"train.checkpoint_every={1 if in_checkpoint else 3}"]
@@ -55,11 +68,8 @@ def kill_test(folder, kills, in_checkpoint, seed=0):
         seconds = time.monotonic() - began
         assert start(configs[1], settings, 0, log).wait() == 0
     end = same_bits(run, folder / "whole")
-    when = "of rank 0 in a checkpoint" if in_checkpoint else "of a random rank at random times"
-    return (
-        f"{kills} kills {when}, {torn} of which left a checkpoint half written; as many recoveries, "
-        f"{seconds:.0f} s: {end} is equal in every bit"
-    )
+    killed = "of rank 0 in a checkpoint" if in_checkpoint else "of a random rank at random times"
+    return {"kills": kills, "killed": killed, "torn": torn, "seconds": seconds, "end": end}
 
 
 def start(config, settings, restarts, log):
