@@ -103,10 +103,9 @@ class Benchmark:
         self._point("throughput", "not compiled", rows, (*tiled, *SELECTIVE, "train.compile=false"))
         self._point("throughput", "full", rows, (*tiled, *FULL))
         self._point("throughput", "selective, host", rows, (*tiled, *SELECTIVE, *HOST))
-        self._point("throughput", "5 projections", rows, (*tiled, *SELECTIVE, "train.keep_projections=5"))
-        for kept in (12, 11, 10):
-            settings = (*tiled, *SELECTIVE, *HOST, f"train.keep_projections={kept}")
-            self._point("throughput", f"host, {kept} projections", rows, settings)
+        for host, kept in (((), 5), ((), 12), (HOST, 12), (HOST, 11), (HOST, 10)):
+            settings = (*tiled, *SELECTIVE, *host, f"train.keep_projections={kept}")
+            self._point("throughput", "host, " * bool(host) + f"{kept} projections", rows, settings)
         for mode in ("none", "selective"):
             self._point("throughput", mode, rows // 4, (*size, f"train.activation_checkpointing={mode}"))
         if "1.3b" in self.options.models:

@@ -12,20 +12,11 @@ TINY = (
     "model.dim=16", "model.layers=2", "model.heads=2", "model.segment_lengths=[16,64]", "model.dilation_rates=[1,2]",
     "train.warmup_steps=1", "train.steps=100",
 )  # fmt: skip
-SIZES = ["--rows", "256", "--tiles", "40", "64", "--start", "64", "--resolution", "32", "--baseline-rows", "64", "128"]
-SIZES += [
-    "--gain-rows",
-    "64",
-    "--curve-rows",
-    "64",
-    "--curve-steps",
-    "3",
-    "--curve-precision",
-    "fp32",
-    "--models",
-    "paper",
-    "dense",
-]
+SIZES = [
+    "--rows", "256", "--tiles", "40", "64", "--gain-rows", "64", "--start", "64", "--resolution", "32",
+    "--baseline-rows", "64", "128", "--curve-rows", "64", "--curve-steps", "3", "--curve-precision", "fp32",
+    "--models", "paper", "dense",
+]  # fmt: skip
 
 
 @pytest.fixture
