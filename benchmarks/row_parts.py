@@ -1,4 +1,4 @@
-"""Time of the row-wise parts of a block, compiled, with the kernels for gelu and its norm and with torch's.
+"""Time of the row-wise parts of a block, compiled, with kernels of our own and with torch's.
 
     python benchmarks/row_parts.py [--sizes 768:12:65536 2048:32:32768] [--output benchmarks/results/row_parts.json]
 
@@ -29,6 +29,7 @@ from longnet_dist.attention.positions import Positions
 from longnet_dist.cli import run_cli
 from longnet_dist.model.block import Block
 from longnet_dist.model.gelu_norm import PLAIN, GeluNorm
+from longnet_dist.model.join_gradients import join_gradients
 from longnet_dist.model.rows import RowParts
 from longnet_dist.train.run_folder import write_text
 
@@ -36,7 +37,7 @@ from longnet_dist.train.run_folder import write_text
 class WithTorch(RowParts):
     """The same parts without kernels of our own."""
 
-    gelu_norm = PLAIN
+    gelu_norm, join_gradients = PLAIN, staticmethod(join_gradients)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -167,9 +167,13 @@ def queries_and_keys(
     """:func:`project` without the values."""
     q, k = (_heads(x, weights, name, head_dim) for name in ("q_proj", "k_proj"))
     if "q_norm.weight" in weights:
-        q = F.rms_norm(q, (head_dim,), weights["q_norm.weight"], norm_eps)
-        k = F.rms_norm(k, (head_dim,), weights["k_norm.weight"], norm_eps)
+        q, k = normed_heads(q, k, weights["q_norm.weight"], weights["k_norm.weight"], norm_eps)
     return (q, k) if turn is None else turned(q, k, turn)
+
+
+def normed_heads(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head's query and key, ``(n, heads, D)``; gains ``(D,)``."""
+    return F.rms_norm(q, q_gain.shape, q_gain, norm_eps), F.rms_norm(k, k_gain.shape, k_gain, norm_eps)
 
 
 def _heads(x: Tensor, weights: Mapping[str, Tensor], name: str, head_dim: int) -> Tensor:

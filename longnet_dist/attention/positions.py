@@ -44,6 +44,10 @@ class Turn(NamedTuple):
         """The turn of some of the rows."""
         return Turn(*(table[rows] for table in self))
 
+    def back(self) -> Turn:
+        """What takes the gradients of turned queries and keys to those of the others."""
+        return Turn(self.query_cos, -self.query_sin, self.key_cos, -self.key_sin)
+
 
 @dataclass(eq=False)
 class Positions:

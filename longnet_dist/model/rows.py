@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.attention.module import project, queries_and_keys
-from longnet_dist.attention.positions import Turn
+from longnet_dist.attention.module import normed_heads, project, queries_and_keys
+from longnet_dist.attention.positions import Turn, turned
 from longnet_dist.kernels.contract import wide_dtype
 from longnet_dist.model.compiled import run
 from longnet_dist.model.feed_forward import feed_forward, feed_forward_inner
 from longnet_dist.model.folded import folded, unfolded_gradients
 from longnet_dist.model.gelu_norm import GeluNorm
+from longnet_dist.model.join_gradients import JoinGradients, join_gradients_of
 
 Weights = Mapping[str, Tensor]
-_BEFORE = tuple(f"{name}." for name in ("self_attn_layer_norm", *(f"self_attn.{x}_proj" for x in "qkv")))
+_PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_STACKED = "self_attn.qkv_proj."
+_BEFORE = tuple(f"{name}." for name in ("self_attn_layer_norm", *_PROJECTIONS))
 _BEFORE += ("self_attn.q_norm.", "self_attn.k_norm.")
 
 
@@ -102,23 +105,35 @@ def write_output_gradients(
 
 def add_projection_gradients(
     x: Tensor,
-    gradients: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor, Tensor],
     turn: Turn | None,
     weights: Weights,
     head_dim: int,
     eps: float,
+    join: JoinGradients,
     dx: Tensor,
     sums: dict[str, Tensor],
 ) -> None:
-    """Backward of :func:`before_attention`: adds to ``dx`` and ``sums``; ``gradients`` may be wider than ``x``."""
+    """Backward of :func:`before_attention`: adds to ``dx`` and ``sums``; ``gradients`` may be wider than ``x``.
 
-    def projections(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        return before_attention(x, turn, weights, head_dim, eps)
-
-    _, backward, *_ = torch.func.vjp(projections, x, weights)
-    x_gradient, weight_gradients = backward(tuple(gradient.to(x.dtype) for gradient in gradients))
-    dx.add_(x_gradient)
-    _add(sums, weight_gradients)
+    ``weights`` are folded and stacked. The gradients of the three projections stand side by side, so that they are one
+    factor of two matrix products.
+    """
+    dq, dk, dv = gradients
+    normed, norm_backward, *_ = torch.func.vjp(lambda x: F.layer_norm(x, x.shape[-1:], eps=eps), x)
+    gains = {name: weight for name, weight in weights.items() if name.endswith("_norm.weight")}
+    if gains:
+        heads = [dq.shape[1], dk.shape[1]]
+        maps = (weights[_STACKED + kind][: sum(heads) * head_dim] for kind in ("weight", "bias"))
+        projected = torch.split(torch.unflatten(F.linear(normed, *maps), -1, (-1, head_dim)), heads, 1)
+        _, backward, *_ = torch.func.vjp(partial(normed_heads, norm_eps=eps), *projected, *gains.values())
+        if turn is not None:
+            dq, dk = turned(dq, dk, turn.back())
+        dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
+        _add(sums, dict(zip(gains, gain_gradients, strict=True)))
+    joined, bias_gradient = join(dq, dk, dv, None if gains else turn, x.dtype)
+    dx.add_(*norm_backward(joined @ weights[_STACKED + "weight"]))
+    _add(sums, {_STACKED + "weight": joined.T @ normed, _STACKED + "bias": bias_gradient})
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,13 @@ class RowParts:
         weight = self.weights["ffn.fc1.weight"]
         return GeluNorm.of(weight.device, weight.dtype, len(self.weights["ffn.fc1.bias"]))
 
+    @cached_property
+    def join_gradients(self) -> JoinGradients:
+        """What puts the gradients of the three projections side by side."""
+        heads, kv_heads, _ = self._heads
+        weight = self.weights["self_attn.q_proj.weight"]
+        return join_gradients_of(weight.device, weight.dtype, self.head_dim, heads, kv_heads)
+
     def graph_before(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``(n, heads, D)`` with their graph."""
         parts = [self._run(before_attention, x[rows], *self._before(rows, self.before)) for rows in self._tiles(x)]
@@ -172,8 +194,7 @@ class RowParts:
         """q, k, v ``(n, heads, D)``."""
         x, weights = x.detach(), _detached(self.before)
         bias, factor = weights["self_attn.v_proj.bias"], weights["self_attn.v_proj.weight"].T
-        heads = [len(weights[f"self_attn.{name}_proj.bias"]) // self.head_dim for name in "qkv"]
-        q, k, v = (x.new_empty(len(x), number, self.head_dim) for number in heads)
+        q, k, v = (x.new_empty(len(x), number, self.head_dim) for number in self._heads)
         for rows in self._tiles(x):
             normed = self._run(write_queries_and_keys, x[rows], *self._before(rows, weights), q[rows], k[rows])
             torch.addmm(bias, normed, factor, out=v[rows].flatten(1))
@@ -199,12 +220,19 @@ class RowParts:
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
         """Add to ``dx`` what comes through q, k, v; gradients of the weights before the attention."""
-        weights = self._run(folded, _detached(self.before))
+        folded_weights = self._run(folded, _detached(self.before))
+        weights = _stacked(folded_weights)
         sums = _zeros(weights)
         for rows in self._tiles(x):
             tiles = tuple(gradient[rows] for gradient in gradients)
-            self._run(add_projection_gradients, x[rows], tiles, *self._before(rows, weights), dx[rows], sums)
-        return self._gradients(sums, self.before)
+            given = x[rows], tiles, *self._before(rows, weights), self.join_gradients
+            self._run(add_projection_gradients, *given, dx[rows], sums)
+        return self._gradients(_unstacked(sums, folded_weights), self.before)
+
+    @property
+    def _heads(self) -> list[int]:
+        """Of queries, keys, values."""
+        return [len(self.weights[f"{name}.bias"]) // self.head_dim for name in _PROJECTIONS]
 
     def _gradients(self, sums: Weights, weights: Weights) -> list[Tensor]:
         found: list[Tensor] = self._run(_of_weights, sums, _detached(weights))
@@ -239,6 +267,23 @@ def _of_weights(sums: Weights, weights: Weights) -> list[Tensor]:
     """Gradients of ``weights`` from the sums of those of ``folded(weights)``."""
     gradients = unfolded_gradients(sums, weights)
     return [gradients[name].to(weight.dtype) for name, weight in weights.items()]
+
+
+def _stacked(weights: Weights) -> dict[str, Tensor]:
+    """``weights`` with the three projections as one map."""
+    kinds = "weight", "bias"
+    maps = {_STACKED + kind: torch.cat([weights[f"{name}.{kind}"] for name in _PROJECTIONS]) for kind in kinds}
+    return maps | {name: weight for name, weight in weights.items() if not name.startswith(_PROJECTIONS)}
+
+
+def _unstacked(sums: Weights, weights: Weights) -> dict[str, Tensor]:
+    """What stands in ``sums`` for ``_stacked(weights)``, by the names of ``weights``."""
+    lengths = [len(weights[f"{name}.bias"]) for name in _PROJECTIONS]
+    found = {name: part for name, part in sums.items() if not name.startswith(_STACKED)}
+    for kind in ("weight", "bias"):
+        parts = torch.split(sums[_STACKED + kind], lengths)
+        found |= {f"{name}.{kind}": part for name, part in zip(_PROJECTIONS, parts, strict=True)}
+    return found
 
 
 def _norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:

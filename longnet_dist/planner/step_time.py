@@ -18,10 +18,10 @@ from longnet_dist.planner.model_cost import (
 )
 
 # Tensors of a row that row-wise work reads and writes: (of the model's width, of the inner width).
-# Forward: two norms 2 each, positions 4, a sum with its norm 4; gelu with its norm 2. Backward: norms 3, 5 and 6,
-# statistics and the zeros of dQ 4, positions and sums of biases 9; gelu with its norm 4.
+# Forward: two norms 2 each, positions 4, a sum with its norm 4; gelu with its norm 2. Backward: norms 3, 5 and 4,
+# statistics and the zeros of dQ 4, gradients of q, k, v side by side 7; gelu with its norm 4.
 FORWARD_PASSES = (12, 2)
-BACKWARD_PASSES = (27, 4)
+BACKWARD_PASSES = (23, 4)
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
 EAGER = 1.6  # without torch.compile intermediate results travel, too
 LOGIT_BYTES = 50  # of a logit, from the product to its gradient

@@ -40,8 +40,10 @@ def compile_only(self, *args, grid, warmup, **options):
 JITFunction.run = compile_only
 torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
 
+from longnet_dist.attention.positions import Turn
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
+from longnet_dist.kernels import join_gradients
 from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients
 from longnet_dist.kernels.gelu_norm import gelu_norm, gelu_norm_gradients
 from longnet_dist.kernels.triton_kernel import TritonKernel
@@ -78,6 +80,11 @@ for length in (3072, 8192):
     inner = torch.empty(4, length, dtype=torch.bfloat16)
     gelu_norm(inner, None, None, 1e-5)
     gelu_norm_gradients(inner, inner, 1e-5)
+join_gradients._processors = lambda device: 132
+for heads, kv_heads, width in ((12, 12, 64), (12, 4, 64), (16, 16, 96), (32, 32, 64), (32, 32, 80)):
+    dq, table = torch.empty(64, heads, width), torch.empty(64, 1, width // 2)
+    dk = torch.empty(64, kv_heads, width, dtype=torch.bfloat16)
+    join_gradients.join_gradients(dq, dk, dk, Turn(*[table] * 4), torch.bfloat16)
 print(" ".join(["kernels:", *names]))
 """
 
@@ -106,6 +113,8 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
     assert "query_gradient_kernel" in names
     spilled = re.findall(r"entry function '_gelu_norm\w*kernel'(?s:.*?) (\d+) bytes spill stores", log)
     assert spilled == 4 * ["0"]
+    spilled = re.findall(r"entry function '_join_gradients_kernel'(?s:.*?) (\d+) bytes spill stores", log)
+    assert spilled == 5 * ["0"]
     # ptxas warns where it has to wait for every matrix product.
     assert not re.search("serialized.*'hopper_", log)
     for name, compiled in (("backward", hopper * (1 + 128 // dim)), ("forward", 2 * forward)):

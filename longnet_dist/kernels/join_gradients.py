@@ -1,0 +1,193 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+# ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
+"""Gradients of queries, keys and values turned back, rounded, put side by side and summed, in one pass over them.
+
+Inductor turns, copies and sums in kernels of their own, each of which reads the gradients again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 12288
+"""Numbers of a row of the result that a program can sum."""
+SUMS = 96
+"""Most of them that a thread holds, of all rows that a program takes at once."""
+PROGRAMS = 3
+"""Of four warps, for each of the device's processors: as many as fit."""
+
+
+def join_gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, turn: tuple[Tensor, Tensor, Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As in ``longnet_dist/model/join_gradients.py``, for heads that :func:`fits` knows."""
+    given = (dq, dk, dv, *(turn or (None,) * 4))
+    joined, sums = _join_gradients(*(tensor if tensor is None else tensor.contiguous() for tensor in given), dtype)
+    return joined, sums
+
+
+def fits(head_dim: int, heads: int, kv_heads: int) -> bool:
+    """Whether a row falls into pieces that are large enough, and its sums into registers."""
+    return head_dim % 2 == 0 and _piece(head_dim, heads, kv_heads) >= 64 and (heads + 2 * kv_heads) * head_dim <= WIDEST
+
+
+def _piece(head_dim: int, heads: int, kv_heads: int) -> int:
+    """The largest power of two, at most 512, that divides queries and keys of a row."""
+    numbers = heads * head_dim | kv_heads * head_dim
+    return min(numbers & -numbers, 512)
+
+
+@torch.library.custom_op(
+    "longnet_dist::join_gradients",
+    mutates_args=(),
+    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+)
+def _join_gradients(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    query_cos: Tensor | None,
+    query_sin: Tensor | None,
+    key_cos: Tensor | None,
+    key_sin: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    rows, heads, head_dim = dq.shape
+    numbers, key_numbers = heads * head_dim, dk.shape[1] * head_dim
+    width = numbers + 2 * key_numbers
+    warps = 4 if width <= 4096 else 8
+    rows_at_once = 1 << (SUMS * 32 * warps // width).bit_length() - 1
+    tables = [dq if table is None else table for table in (query_cos, query_sin, key_cos, key_sin)]
+    most = PROGRAMS * _processors(dq.device) * 4 // warps
+    programs = min(triton.cdiv(rows, rows_at_once), most)
+    joined, sums = dq.new_empty(rows, width, dtype=dtype), dq.new_empty(programs, width, dtype=torch.float32)
+    _join_gradients_kernel[(programs,)](
+        dq,
+        dk,
+        dv,
+        *tables,
+        joined,
+        sums,
+        rows,
+        numbers,
+        key_numbers,
+        head_dim // 2,
+        _piece(head_dim, heads, dk.shape[1]) // 2,
+        rows_at_once,
+        query_cos is not None,
+        num_warps=warps,
+    )
+    return joined, sums.sum(0)
+
+
+@_join_gradients.register_fake
+def _(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    query_cos: Tensor | None,
+    query_sin: Tensor | None,
+    key_cos: Tensor | None,
+    key_sin: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    width = dq.shape[1] * dq.shape[2] + 2 * dk.shape[1] * dk.shape[2]
+    return dq.new_empty(dq.shape[0], width, dtype=dtype), dq.new_empty(width, dtype=torch.float32)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def _load_pairs(source, place, valid):
+    """Numbers ``2·place`` and ``2·place + 1``, in one access each."""
+    wide: tl.constexpr = source.dtype.element_ty.primitive_bitwidth
+    half: tl.constexpr = tl.uint16 if wide == 16 else tl.uint32
+    both: tl.constexpr = tl.uint32 if wide == 16 else tl.uint64
+    bits = tl.load(source.to(tl.pointer_type(both)) + place, mask=valid, other=0)
+    even = bits.to(half).to(source.dtype.element_ty, bitcast=True)
+    odd = (bits >> wide).to(half).to(source.dtype.element_ty, bitcast=True)
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(target, place, even, odd, valid):
+    wide: tl.constexpr = target.dtype.element_ty.primitive_bitwidth
+    half: tl.constexpr = tl.uint16 if wide == 16 else tl.uint32
+    both: tl.constexpr = tl.uint32 if wide == 16 else tl.uint64
+    low = even.to(target.dtype.element_ty).to(half, bitcast=True).to(both)
+    high = odd.to(target.dtype.element_ty).to(half, bitcast=True).to(both)
+    tl.store(target.to(tl.pointer_type(both)) + place, low | (high << wide), mask=valid)
+
+
+@triton.jit
+def _join_piece(
+    source, cos, sin, joined, row, rows, even_sums, odd_sums, first: tl.constexpr, start: tl.constexpr,
+    NUMBERS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """Pairs of numbers from pair ``first`` on of rows of ``source`` to pair ``start`` on of ``joined``; the new sums.
+
+    As many rows, from ``row`` on, and pairs as the sums ``(rows, pairs)`` have; ``NUMBERS, WIDTH`` of a whole row.
+    """
+    index = row + tl.arange(0, even_sums.shape[0])[:, None]
+    valid = index < rows
+    index = index.to(tl.int64)
+    pairs = tl.arange(0, even_sums.shape[1])[None, :]
+    even, odd = _load_pairs(source, index * (NUMBERS // 2) + first + pairs, valid)
+    if TURN:
+        at = index * HALF + (first + pairs) % HALF
+        c, s = tl.load(cos + at, mask=valid, other=0.0), tl.load(sin + at, mask=valid, other=0.0)
+        even, odd = even * c + odd * s, odd * c - even * s
+    _store_pairs(joined, index * (WIDTH // 2) + start + pairs, even, odd, valid)
+    return even_sums + even, odd_sums + odd
+
+
+@triton.jit
+def _join_gradients_kernel(
+    dq, dk, dv, query_cos, query_sin, key_cos, key_sin, joined, sums, rows,
+    QUERY: tl.constexpr, KEY: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …; row ``p`` of ``sums`` is theirs.
+
+    ``dq (rows, QUERY)``, ``dk, dv (rows, KEY)``, tables ``(rows, HALF)``, ``joined (rows, QUERY + 2·KEY)``.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    WIDTH: tl.constexpr = QUERY + 2 * KEY
+    QUERIES: tl.constexpr = QUERY // 2 // PAIRS
+    KEYS: tl.constexpr = KEY // 2 // PAIRS
+    evens, odds = (), ()
+    for _ in tl.static_range(QUERIES + 2 * KEYS):
+        evens, odds = evens + (tl.zeros((ROWS, PAIRS), tl.float32),), odds + (tl.zeros((ROWS, PAIRS), tl.float32),)
+    for row in tl.range(program * ROWS, rows, programs * ROWS):
+        new_evens, new_odds = (), ()
+        for i in tl.static_range(QUERIES):
+            even, odd = _join_piece(
+                dq, query_cos, query_sin, joined, row, rows, evens[i], odds[i],
+                i * PAIRS, i * PAIRS, QUERY, WIDTH, HALF, TURN,
+            )  # fmt: skip
+            new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
+        for i in tl.static_range(KEYS):
+            even, odd = _join_piece(
+                dk, key_cos, key_sin, joined, row, rows, evens[QUERIES + i], odds[QUERIES + i],
+                i * PAIRS, QUERY // 2 + i * PAIRS, KEY, WIDTH, HALF, TURN,
+            )  # fmt: skip
+            new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
+        for i in tl.static_range(KEYS):
+            even, odd = _join_piece(
+                dv, key_cos, key_sin, joined, row, rows, evens[QUERIES + KEYS + i], odds[QUERIES + KEYS + i],
+                i * PAIRS, (QUERY + KEY) // 2 + i * PAIRS, KEY, WIDTH, HALF, False,
+            )  # fmt: skip
+            new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
+        evens, odds = new_evens, new_odds
+    start = sums + program.to(tl.int64) * WIDTH
+    for i in tl.static_range(QUERIES + 2 * KEYS):
+        place = 2 * (i * PAIRS + tl.arange(0, PAIRS))
+        tl.store(start + place, tl.sum(evens[i], 0))
+        tl.store(start + place + 1, tl.sum(odds[i], 0))
