@@ -1,12 +1,13 @@
 """Planned against measured: peak memory and step time of real training steps on one device.
 
     python benchmarks/planner.py [--output benchmarks/results/planner_h100.json] [--seconds 540]
+    python benchmarks/planner.py --training benchmarks/results/training_h100.json --output planner_training_h100.json
 
 Each configuration runs in a process of its own: some optimizer steps of the trainer, as ``launch/train.py`` does them,
 on random bytes. The constants of ``longnet_dist/planner/devices.py`` are fitted to those marked ``fit`` alone; what the
 run suggests for them is printed and written beside the result. Every configuration is written when it is done: a run
 that was cut, or whose ``--seconds`` were over, goes on with the same ``--output``. ``--again`` plans what was measured
-with the present constants, on any machine.
+with the present constants, on any machine; ``--training`` those steps that ``benchmarks/training.py`` measured.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from longnet_dist.config.schema import Config
+    from longnet_dist.planner.devices import Device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
@@ -87,6 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.one is not None:
         options.output.write_text(json.dumps(measure(cases[options.one])))
         return
+    if options.training is not None:
+        results, measured_in = of_training(options.training)
+        _write(options, results, measured_in)
+        print(markdown(results))
+        return
     from benchmarks.record import environment
 
     before = json.loads(options.output.read_text())["cases"] if options.output.exists() else []
@@ -109,22 +116,53 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _write(options: argparse.Namespace, done: list[dict[str, Any]], environment: dict[str, Any]) -> None:
-    command = f"python benchmarks/planner.py{' --cpu' * options.cpu} --output {options.output.name}"
+    training = f" --training {options.training.name}" if options.training else ""
+    command = f"python benchmarks/planner.py{' --cpu' * options.cpu}{training} --output {options.output.name}"
     result = {"command": command, "environment": environment, "cases": done, "suggested": suggest(done)}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     options.output.with_suffix(".md").write_text(markdown(done))
 
 
+def of_training(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measured steps of ``benchmarks/training.py`` as results with plans, and where the last of them were measured.
+
+    Without dense attention, which the planner does not know, and steps so short that only the host's part counts.
+    """
+    from benchmarks.record import environment
+    from benchmarks.trials import Trial
+    from longnet_dist.planner.devices import match_device
+
+    content = json.loads(file.read_text())
+    measured_in = content["runs"][-1]["environment"]
+    device = match_device(measured_in["gpu"])
+    if device is None:
+        raise SystemExit(f"{file}: there is no {measured_in['gpu']!r} in longnet_dist/planner/devices.py to plan for")
+    results = []
+    for point in content["points"]:
+        if "error" in point or point["dense"] or point["part"] == "curves":
+            continue
+        trial = Trial(point["name"], point["rows"], "", tuple(point["settings"]))
+        measured = {f"peak_memory_{kind}": point[f"peak_{kind}_bytes"] for kind in ("allocated", "reserved")}
+        result = asdict(Case(f"{point['part']}: {trial.name}, {trial.rows:,} tokens", False, trial.settings))
+        result |= {"planned": _plan(trial.config(), device), "planned_by": environment()["commit"]}
+        results.append(result | {"seconds": [point["seconds"][0], point["median_seconds"]], "measured": measured})
+    return results, measured_in
+
+
 def plan_again(result: dict[str, Any]) -> dict[str, Any]:
     """The plan of a measured case, for the device that it was measured on and a host that is large enough."""
     from longnet_dist.planner.devices import named_device
-    from longnet_dist.planner.layout import RunLayout
-    from longnet_dist.planner.plan import Plan
 
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), result["settings"])
     device = named_device(result["planned"]["device"]["name"])
-    device = replace(device, memory_bytes=result["planned"]["device"]["memory_bytes"])
+    return _plan(config, replace(device, memory_bytes=result["planned"]["device"]["memory_bytes"]))
+
+
+def _plan(config: Config, device: Device) -> dict[str, Any]:
+    from longnet_dist.planner.layout import RunLayout
+    from longnet_dist.planner.plan import Plan
+
     return Plan.of(RunLayout.of(config, 1, device.type), device).to_json()
 
 
@@ -255,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=540.0, help="no configuration begins later (default 540)")
     parser.add_argument("--cpu", action="store_true", help="tiny configurations on the CPU")
     parser.add_argument("--again", action="store_true", help="only plan again what was measured")
+    parser.add_argument("--training", type=Path, metavar="FILE", help="only plan what benchmarks/training.py measured")
     parser.add_argument("--one", metavar="NAME", help="measure this configuration in this process")
     return parser
 

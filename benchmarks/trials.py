@@ -21,6 +21,7 @@ from benchmarks.jobs import model_flops
 from longnet_dist import LongNet
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.config.loading import load_config
+from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Batches
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.model.checkpointing import Execution
@@ -63,6 +64,12 @@ class Trial:
         """What makes two trials the same."""
         return {"name": self.name, "rows": self.rows, "settings": list(self.settings), "dense": self.dense}
 
+    def config(self) -> Config:
+        """The run whose steps they are."""
+        fixed = (f"data.sequence_length={self.rows}", "train.batch_size=1", "train.micro_batch_size=1")
+        words = dict(word.split("=", 1) for word in (*fixed, *self.settings))
+        return load_config(BASE, [f"{key}={value}" for key, value in words.items()])
+
 
 def isolated(trial: Trial, seconds: float) -> dict[str, Any]:
     """The result of :func:`measure` in a new process, or ``error``: what went wrong, or that time was up."""
@@ -91,9 +98,7 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     Returns:
         Seconds and losses of the steps, tokens a second and MFU of their median, and peaks of memory.
     """
-    fixed = (f"data.sequence_length={trial.rows}", "train.batch_size=1", "train.micro_batch_size=1")
-    words = dict(word.split("=", 1) for word in (*fixed, *trial.settings))
-    config = load_config(BASE, [f"{key}={value}" for key, value in words.items()])
+    config = trial.config()
     train, precision = config.train, config.precision(device.type)
     torch.manual_seed(train.seed)
     with device:

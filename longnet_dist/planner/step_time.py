@@ -23,7 +23,7 @@ from longnet_dist.planner.model_cost import (
 FORWARD_PASSES = (12, 2)
 BACKWARD_PASSES = (23, 4)
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
-EAGER = 1.6  # without torch.compile intermediate results travel, too
+EAGER = 3.1  # without torch.compile intermediate results travel, too; from benchmarks/results/training_h100.md
 LOGIT_BYTES = 50  # of a logit, from the product to its gradient
 UPDATE_BYTES = 50  # of a sharded parameter: gradient, its norm, clipping, moments, master weight
 HOST_UPDATE_BYTES_PER_SECOND = 30e9  # AdamW on the processors of the host

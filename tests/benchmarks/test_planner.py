@@ -53,6 +53,28 @@ def test_a_case_is_measured_once(tmp_path, capsys, monkeypatch):
     assert again["seconds"] == result["seconds"]
 
 
+def test_steps_of_the_training_benchmark_are_planned(tmp_path):
+    def point(name, **others):
+        peaks = {"peak_allocated_bytes": 7, "peak_reserved_bytes": 8}
+        times = {"seconds": [9.0, 0.5, 0.7], "median_seconds": 0.6}
+        return {"part": "gains", "name": name, "rows": 2**18, "settings": [], "dense": False} | peaks | times | others
+
+    selective = "train.activation_checkpointing=selective"
+    points = [point("none", settings=["train.activation_checkpointing=none"]), point("selective", settings=[selective])]
+    points += [point("dense", dense=True)]
+    points += [point("broken", error="out of memory"), point("curve", part="curves")]
+    training, output = tmp_path / "training.json", tmp_path / "planner.json"
+    training.write_text(json.dumps({"runs": [{"environment": {"gpu": "NVIDIA H100 80GB HBM3"}}], "points": points}))
+    main(["--training", str(training), "--output", str(output)])
+    none, selective = json.loads(output.read_text())["cases"]
+    assert none["name"] == "gains: none, 262,144 tokens"
+    assert none["planned"]["peak_gpu_bytes"] > 2 * selective["planned"]["peak_gpu_bytes"]
+    assert "gains: selective, 262,144 tokens |  |" in output.with_suffix(".md").read_text()
+    training.write_text(json.dumps({"runs": [{"environment": {"gpu": "Abacus"}}], "points": points}))
+    with pytest.raises(SystemExit, match="no 'Abacus'"):
+        main(["--training", str(training), "--output", str(output)])
+
+
 def test_a_setting_of_a_case_replaces_the_one_that_all_cases_have():
     assert planner.case("a", "tiny", 64, "train.batch_size=8").settings.count("train.batch_size=8") == 1
     for case in planner.GPU_CASES + planner.CPU_CASES:
