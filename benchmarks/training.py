@@ -43,7 +43,7 @@ FULL = ("train.activation_checkpointing=full",)
 HOST = ("train.offload_activations=true",)
 ROPE = ("model.positions=rope",)  # xPos spans no dense attention of this length
 BIG_MODEL = ("model.name=1.3b", *SELECTIVE, *HOST)
-VOCABULARY = ("model.vocab_size=100277", "model.loss_chunk=1024")  # divides all lengths: one graph
+VOCABULARY = ("model.vocab_size=100277",)
 # Llama-3-8B's sizes; its three matrices of 14,336 in the feed-forward have as many weights as two of 21,504.
 LLAMA = (
     "model.dim=4096", "model.layers=32", "model.heads=32", "model.kv_heads=8", "model.ffn_dim=21504",

@@ -38,7 +38,8 @@ class LongNetConfig(BaseModel):
         qk_norm: RMSNorm of every head's query and key before the positions.
         tie_embeddings: whether the output projection is the embedding.
         norm_eps: epsilon of all norms.
-        loss_chunk: rows of logits that the loss holds at once; if not given, as many as have 2^26 logits.
+        loss_chunk: rows of logits that the loss holds at once; if not given, the largest power of two that has at most
+            2^27 logits.
 
     Raises:
         ConfigError: an unknown field, a wrong type, or fields that do not fit together.
@@ -118,8 +119,11 @@ class LongNetConfig(BaseModel):
 
     @property
     def logits_rows(self) -> int:
-        """Rows of logits that the loss holds at once: 256 MiB in float32 unless ``loss_chunk`` says otherwise."""
-        return self.loss_chunk or max(1, 2**26 // self.vocab_size)
+        """Rows of logits that the loss holds at once: 512 MiB in float32 unless ``loss_chunk`` says otherwise.
+
+        A power of two divides most lengths, so that the compiled loss has one shape.
+        """
+        return self.loss_chunk or 1 << max(0, (2**27 // self.vocab_size).bit_length() - 1)
 
     @property
     def mask_id(self) -> int | None:

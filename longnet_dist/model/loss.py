@@ -19,8 +19,8 @@ IGNORE_INDEX = -100
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool = False) -> Tensor:
     """Sum of the cross-entropies of ``softmax(x weightᵀ)``; ``chunk`` rows of logits exist at a time.
 
-    Softmax, the loss and the sum of the chunks' gradients of ``weight`` are float32 (float64 for float64 inputs);
-    backward makes the logits again.
+    Softmax, the loss and the sum of the chunks' gradients of ``weight`` are float32 (float64 for float64 inputs). With
+    a graph, forward makes the gradients too, while it has the logits; backward multiplies them.
 
     Args:
         x: ``(rows, E)``.
@@ -32,44 +32,68 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, 
     Returns:
         Scalar, float32 or float64.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels, chunk, compile)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels, chunk, compile)  # type: ignore[no-untyped-call]
+        return loss
+    loss, factor = torch.zeros((), dtype=wide_dtype(x.dtype), device=x.device), _aligned(weight)
+    for rows in _chunks(len(x), chunk):
+        loss += run(_loss_of, compile, x[rows], factor, labels[rows], len(weight))
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, labels)
-        ctx.chunk, ctx.compile = chunk, compile
+        x, weight, vocab = x.detach(), _aligned(weight.detach()), len(weight)
         loss = torch.zeros((), dtype=wide_dtype(x.dtype), device=x.device)
-        x, weight = x.detach(), weight.detach()
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(x.dtype))
         for rows in _chunks(len(x), chunk):
-            loss += run(_loss_of, compile, x[rows], weight, labels[rows])
+            loss += run(_write_gradients, compile, x[rows], weight, labels[rows], vocab, dx[rows], dweight)
+        ctx.save_for_backward(dx, dweight[:vocab])
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, labels = (tensor.detach() for tensor in ctx.saved_tensors)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(x.dtype))
-        for rows in _chunks(len(x), ctx.chunk):
-            run(_write_gradients, ctx.compile, x[rows], weight, labels[rows], dloss, dx[rows], dweight)
-        return dx, dweight.to(weight.dtype), None, None, None
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss, (dweight * dloss).to(dx.dtype), None, None, None
 
 
-def _loss_of(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(x, weight).to(wide_dtype(x.dtype))
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+def _aligned(weight: Tensor) -> Tensor:
+    """With rows of zeros behind it, so that rows of logits begin where products are fast."""
+    missing = -len(weight) % _alignment(weight.device)
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
-def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, dloss: Tensor, dx: Tensor, dweight: Tensor) -> None:
-    """Write the gradient of some rows, add that of the weight."""
+def _alignment(device: torch.device) -> int:
+    """Rows of logits hold a multiple of it."""
+    return 64 if device.type == "cuda" else 1
+
+
+def _loss_of(x: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    return _cross_entropy(_logits(x, weight, vocab), labels)
+
+
+def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: Tensor, dweight: Tensor) -> Tensor:
+    """The loss of some rows; write its gradient, add that of the weight."""
+    logits = _logits(x, weight, vocab)
+    loss = _cross_entropy(logits, labels)
+    right = torch.arange(vocab, device=x.device) == labels.unsqueeze(1)
     labelled = (labels != IGNORE_INDEX).unsqueeze(1)
-    probabilities = F.linear(x, weight).to(dweight.dtype).softmax(-1)
-    right = torch.arange(len(weight), device=x.device) == labels.unsqueeze(1)
-    dlogits = ((probabilities - right.to(dweight.dtype)) * (labelled * dloss)).to(x.dtype)
+    dlogits = ((logits.softmax(-1) - right.to(logits.dtype)) * labelled).to(x.dtype)
+    if len(weight) > vocab:
+        dlogits = F.pad(dlogits, (0, len(weight) - vocab))
     dx.copy_(dlogits @ weight)
     dweight.add_(dlogits.T @ x)
+    return loss
+
+
+def _logits(x: Tensor, weight: Tensor, vocab: int) -> Tensor:
+    return F.linear(x, weight)[:, :vocab].to(wide_dtype(x.dtype))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class LanguageModelHead(nn.Module):

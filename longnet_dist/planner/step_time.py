@@ -24,7 +24,10 @@ FORWARD_PASSES = (12, 2)
 BACKWARD_PASSES = (23, 4)
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
 EAGER = 3.1  # without torch.compile intermediate results travel, too; from benchmarks/results/training_h100.md
-LOGIT_BYTES = 50  # of a logit, from the product to its gradient
+LOGIT_PASSES = 6  # of a logit and its gradient, each written once and read twice
+LOGIT_SUM_PASSES = (
+    6  # of the output projection, a chunk: its gradient written and read, their float32 sum read and written
+)
 UPDATE_BYTES = 50  # of a sharded parameter: gradient, its norm, clipping, moments, master weight
 HOST_UPDATE_BYTES_PER_SECOND = 30e9  # AdamW on the processors of the host
 
@@ -74,7 +77,7 @@ def _matmul_flops(layout: RunLayout) -> float:
     qkv = model.dim * (model.dim + 2 * key_dim(model))
     again = projections * qkv + behind * model.dim * (model.dim + inner_dim(model))
     blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _recorded(layout)) + 2 * again
-    head = model.vocab_size * model.dim * (2 * 2 + 4)  # backward of the chunked loss makes the logits again
+    head = model.vocab_size * model.dim * 6  # the loss makes its gradients in forward
     return _rows(layout) * (blocks + head)
 
 
@@ -99,7 +102,9 @@ def _row_wise_bytes(layout: RunLayout) -> float:
     width = FORWARD_PASSES[0] * forwards + again + BACKWARD_PASSES[0]
     inner = FORWARD_PASSES[1] * forwards + BACKWARD_PASSES[1]
     blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize
-    return _rows(layout) * (blocks * (1 if layout.compiled else EAGER) + model.vocab_size * LOGIT_BYTES)
+    sums = LOGIT_SUM_PASSES * model.dim / min(model.logits_rows, layout.local_rows)
+    logits = model.vocab_size * (LOGIT_PASSES + sums) * layout.itemsize
+    return _rows(layout) * (blocks + logits) * (1 if layout.compiled else EAGER)
 
 
 def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import longnet_dist.model.loss as loss_module
 from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead, linear_cross_entropy
 
@@ -34,7 +35,9 @@ def test_a_compiled_loss_is_the_same(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_loss_and_gradients_are_the_dense_ones_for_every_chunk(chunk, dtype, tolerance):
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_loss_and_gradients_are_the_dense_ones_for_every_chunk(chunk, dtype, tolerance, alignment, monkeypatch):
+    monkeypatch.setattr(loss_module, "_alignment", lambda device: alignment)
     x, weight, labels = problem(dtype)
     expected, loss = dense(x, weight, labels), linear_cross_entropy(x, weight, labels, chunk)
     assert loss.dtype == dtype
@@ -77,6 +80,42 @@ def test_logits_never_exist_whole():
     with Watch():
         linear_cross_entropy(x, weight, labels, 16).backward()
     assert largest == 16 * 1000
+
+
+def test_each_product_is_made_once():
+    """With a graph three products a chunk, without one; none in backward."""
+    x, weight, labels = problem(torch.float32)
+    products = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal products
+            products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        loss = linear_cross_entropy(x, weight, labels, 10)
+        assert products == 3 * 4
+        loss.backward()
+        assert products == 3 * 4
+        with torch.no_grad():
+            linear_cross_entropy(x, weight, labels, 10)
+        assert products == 4 * 4
+
+
+def test_a_label_that_is_no_output_is_an_error(monkeypatch):
+    monkeypatch.setattr(loss_module, "_alignment", lambda device: 8)
+    x, weight, labels = problem(torch.float32)
+    labels[3] = len(weight)  # a row that stands there for the alignment alone
+    with pytest.raises(IndexError):
+        linear_cross_entropy(x, weight, labels, 10)
+
+
+def test_a_graph_can_be_walked_twice():
+    x, weight, labels = problem(torch.float64)
+    loss = linear_cross_entropy(x, weight, labels, 10)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (x, weight)), tuple(3 * part for part in first))
 
 
 def test_head_gives_logits_or_the_loss_sum_of_the_first_rows_of_a_tied_weight():
