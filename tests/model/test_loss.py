@@ -9,10 +9,10 @@ from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead, linear_cross_entropy
 
 
-def problem(dtype, rows=37, vocab=11, dim=8):
+def problem(dtype, rows=37, vocab=11, dim=8, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, dim, generator=generator).to(dtype).requires_grad_() for n in (rows, vocab))
-    labels = torch.randint(vocab, (rows,), generator=generator)
+    x, weight = (torch.randn(n, dim, generator=generator).to(device, dtype).requires_grad_() for n in (rows, vocab))
+    labels = torch.randint(vocab, (rows,), generator=generator).to(device)
     labels[::5] = IGNORE_INDEX
     return x, weight, labels
 
@@ -55,6 +55,20 @@ def test_many_bf16_chunks_lose_no_precision():
     assert loss.dtype == torch.float32
     for actual, wanted in zip(torch.autograd.grad(loss, (x, weight)), exact, strict=True):
         assert (actual - wanted).norm() < 5e-3 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocab", [1003, 1024])
+def test_agrees_with_float64_on_a_gpu(vocab):
+    x, weight, labels = problem(torch.bfloat16, rows=3000, vocab=vocab, dim=64, device="cuda")
+    expected = dense(x.double(), weight.double(), labels)
+    exact = torch.autograd.grad(expected, (x, weight))
+    for compile in (False, True):
+        loss = linear_cross_entropy(x, weight, labels, 1024, compile)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+        for actual, wanted in zip(torch.autograd.grad(loss, (x, weight)), exact, strict=True):
+            assert (actual - wanted).norm() < 8e-3 * wanted.norm()
 
 
 def test_rows_without_label_count_nothing():
