@@ -29,6 +29,8 @@ class Rates:
         matmul: share of the peak in the matrix products of a block: 655 TFLOP/s of 989 with the work around them.
         attention_forward: share of the peak at head dim 64 (357 TFLOP/s).
         attention_backward: the same, counting 2.5 times the forward's FLOPs (333 TFLOP/s).
+        attention_seconds: of a forward of attention whatever its length, above its rate (32,768 rows of
+            ``benchmarks/results/attention_speed.json``).
         wide_heads: by how much head dim 128 is faster.
         bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
         host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
@@ -41,6 +43,7 @@ class Rates:
     matmul: float = 0.662
     attention_forward: float = 0.361
     attention_backward: float = 0.337
+    attention_seconds: float = 2e-4
     wide_heads: float = 1.09
     bandwidth: float = 0.895
     host_link: float = 0.78
@@ -127,8 +130,8 @@ GPUS = (
 # A core's float32 rate is an assumption, for an order of magnitude: no step time of a CPU is promised.
 CPU_CORE_TFLOPS = 0.03
 CPU_RATES = Rates(
-    matmul=1.0, attention_forward=0.5, attention_backward=0.5, wide_heads=1.0, bandwidth=0.5, step_seconds=0.01,
-    fragmentation=0.05, context_bytes=int(0.45 * GIB),
+    matmul=1.0, attention_forward=0.5, attention_backward=0.5, attention_seconds=0.0, wide_heads=1.0, bandwidth=0.5,
+    step_seconds=0.01, fragmentation=0.05, context_bytes=int(0.45 * GIB),
 )  # fmt: skip
 
 

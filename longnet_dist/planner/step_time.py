@@ -23,6 +23,7 @@ from longnet_dist.planner.model_cost import (
 FORWARD_PASSES = (12, 2)
 BACKWARD_PASSES = (23, 4)
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
+ATTENTION_BACKWARD = 1.7  # what a backward of attention takes at least, over a forward: attention_speed.json
 EAGER = 3.1  # without torch.compile intermediate results travel, too; from benchmarks/results/training_h100.md
 LOGIT_PASSES = 6  # of a logit and its gradient, each written once and read twice
 LOGIT_SUM_PASSES = (
@@ -92,7 +93,8 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     if layout.device_type == "cuda":
         flops *= block_dim(model.head_dim) / model.head_dim
     wide = rates.wide_heads if model.head_dim > 64 else 1.0
-    return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide)
+    begun = model.layers * layout.passes * rates.attention_seconds * (forwards + ATTENTION_BACKWARD)
+    return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide) + begun
 
 
 def _row_wise_bytes(layout: RunLayout) -> float:
