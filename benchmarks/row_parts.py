@@ -30,6 +30,7 @@ from longnet_dist.cli import run_cli
 from longnet_dist.model.block import Block
 from longnet_dist.model.gelu_norm import PLAIN, GeluNorm
 from longnet_dist.model.join_gradients import join_gradients
+from longnet_dist.model.norm_gradients import norm_gradients
 from longnet_dist.model.rows import RowParts
 from longnet_dist.train.run_folder import write_text
 
@@ -37,7 +38,7 @@ from longnet_dist.train.run_folder import write_text
 class WithTorch(RowParts):
     """The same parts without kernels of our own."""
 
-    gelu_norm, join_gradients = PLAIN, staticmethod(join_gradients)
+    gelu_norm, join_gradients, norm_gradients = PLAIN, staticmethod(join_gradients), staticmethod(norm_gradients)
 
 
 def main(arguments: list[str] | None = None) -> None:

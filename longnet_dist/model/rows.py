@@ -25,6 +25,7 @@ from longnet_dist.model.feed_forward import feed_forward, feed_forward_inner
 from longnet_dist.model.folded import folded, unfolded_gradients
 from longnet_dist.model.gelu_norm import GeluNorm
 from longnet_dist.model.join_gradients import JoinGradients, join_gradients_of
+from longnet_dist.model.norm_gradients import NormGradients, norm_gradients_of
 
 Weights = Mapping[str, Tensor]
 _PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkv")
@@ -78,6 +79,7 @@ def write_output_gradients(
     weights: Weights,
     eps: float,
     gelu_norm: GeluNorm,
+    norm_gradients: NormGradients,
     dx: Tensor,
     dout: Tensor,
     sums: dict[str, Tensor],
@@ -85,21 +87,21 @@ def write_output_gradients(
     """Backward of :func:`after_attention`: writes ``dx`` and ``dout``, adds the gradients of the weights to ``sums``.
 
     It computes the forward again, without the last matrix product, which the gradient does not need. ``weights`` are
-    folded: the norms have none.
+    folded: the norms have none. ``dout (n, H·D)``: what is written must not be a view that the function itself makes,
+    whose place torch's compiler takes from the first call.
     """
-    bias = weights["ffn.fc1.bias"]
-    others = {name: weight for name, weight in weights.items() if not name.startswith(("ffn.fc1.bias", "ffn.fc2"))}
+    attended, out_weight = out.flatten(-2), weights["self_attn.out_proj.weight"]
+    normed_out = _norm(attended, weights, "self_attn.inner_attn_ln", eps)
+    y = F.linear(normed_out, out_weight, weights["self_attn.out_proj.bias"])
+    normed_sum = _norm(x + y, weights, "final_layer_norm", eps)
+    inner = F.linear(normed_sum, weights["ffn.fc1.weight"], weights["ffn.fc1.bias"])
 
-    def first_half(x: Tensor, out: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        x = _add_attention(x, out, weights, eps)
-        return x, F.linear(_norm(x, weights, "final_layer_norm", eps), weights["ffn.fc1.weight"], bias)
-
-    (_, inner), backward, *_ = torch.func.vjp(first_half, x, out, others)
-    normed, inner_gradient, bias_gradient = gelu_norm.gradients(dz @ weights["ffn.fc2.weight"], inner, eps)
-    x_gradient, out_gradient, gradients = backward((dz, inner_gradient))
-    gradients |= {"ffn.fc1.bias": bias_gradient, "ffn.fc2.weight": dz.T @ normed, "ffn.fc2.bias": dz.sum(0)}
-    dx.copy_(x_gradient)
-    dout.copy_(out_gradient)
+    normed, dinner, fc1_bias = gelu_norm.gradients(dz @ weights["ffn.fc2.weight"], inner, eps)
+    out_bias, fc2_bias = norm_gradients(dinner @ weights["ffn.fc1.weight"], x, y, dz, eps, True, dx)
+    norm_gradients(dx @ out_weight, attended, None, None, eps, False, dout)
+    gradients = {"ffn.fc2.weight": dz.T @ normed, "ffn.fc2.bias": fc2_bias}
+    gradients |= {"ffn.fc1.weight": dinner.T @ normed_sum, "ffn.fc1.bias": fc1_bias}
+    gradients |= {"self_attn.out_proj.weight": dx.T @ normed_out, "self_attn.out_proj.bias": out_bias}
     _add(sums, gradients)
 
 
@@ -111,6 +113,7 @@ def add_projection_gradients(
     head_dim: int,
     eps: float,
     join: JoinGradients,
+    norm_gradients: NormGradients,
     dx: Tensor,
     sums: dict[str, Tensor],
 ) -> None:
@@ -120,7 +123,7 @@ def add_projection_gradients(
     factor of two matrix products.
     """
     dq, dk, dv = gradients
-    normed, norm_backward, *_ = torch.func.vjp(lambda x: F.layer_norm(x, x.shape[-1:], eps=eps), x)
+    normed = _norm(x, weights, "self_attn_layer_norm", eps)
     gains = {name: weight for name, weight in weights.items() if name.endswith("_norm.weight")}
     if gains:
         heads = [dq.shape[1], dk.shape[1]]
@@ -132,7 +135,7 @@ def add_projection_gradients(
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
     joined, bias_gradient = join(dq, dk, dv, None if gains else turn, x.dtype)
-    dx.add_(*norm_backward(joined @ weights[_STACKED + "weight"]))
+    norm_gradients(joined @ weights[_STACKED + "weight"], x, None, dx, eps, False, dx)
     _add(sums, {_STACKED + "weight": joined.T @ normed, _STACKED + "bias": bias_gradient})
 
 
@@ -179,6 +182,12 @@ class RowParts:
         weight = self.weights["self_attn.q_proj.weight"]
         return join_gradients_of(weight.device, weight.dtype, self.head_dim, heads, kv_heads)
 
+    @cached_property
+    def norm_gradients(self) -> NormGradients:
+        """The backward of the norms of the model's width."""
+        weight = self.weights["self_attn.q_proj.weight"]
+        return norm_gradients_of(weight.device, weight.dtype, weight.shape[1])
+
     def graph_before(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``(n, heads, D)`` with their graph."""
         parts = [self._run(before_attention, x[rows], *self._before(rows, self.before)) for rows in self._tiles(x)]
@@ -214,8 +223,8 @@ class RowParts:
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(folded, _detached(self.after))
         sums = _zeros(weights)
         for rows in self._tiles(x):
-            given = x[rows], out[rows], dz[rows], weights, self.eps, self.gelu_norm
-            self._run(write_output_gradients, *given, dx[rows], dout[rows], sums)
+            given = x[rows], out[rows], dz[rows], weights, self.eps, self.gelu_norm, self.norm_gradients
+            self._run(write_output_gradients, *given, dx[rows], dout[rows].flatten(-2), sums)
         return dx, dout, self._gradients(sums, self.after)
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
@@ -225,7 +234,7 @@ class RowParts:
         sums = _zeros(weights)
         for rows in self._tiles(x):
             tiles = tuple(gradient[rows] for gradient in gradients)
-            given = x[rows], tiles, *self._before(rows, weights), self.join_gradients
+            given = x[rows], tiles, *self._before(rows, weights), self.join_gradients, self.norm_gradients
             self._run(add_projection_gradients, *given, dx[rows], sums)
         return self._gradients(_unstacked(sums, folded_weights), self.before)
 

@@ -43,7 +43,7 @@ torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
 from longnet_dist.attention.positions import Turn
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
-from longnet_dist.kernels import join_gradients
+from longnet_dist.kernels import join_gradients, norm_gradients
 from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients
 from longnet_dist.kernels.gelu_norm import gelu_norm, gelu_norm_gradients
 from longnet_dist.kernels.triton_kernel import TritonKernel
@@ -85,6 +85,10 @@ for heads, kv_heads, width in ((12, 12, 64), (12, 4, 64), (16, 16, 96), (32, 32,
     dq, table = torch.empty(64, heads, width), torch.empty(64, 1, width // 2)
     dk = torch.empty(64, kv_heads, width, dtype=torch.bfloat16)
     join_gradients.join_gradients(dq, dk, dk, Turn(*[table] * 4), torch.bfloat16)
+norm_gradients._processors = lambda device: 132
+for length in (768, 1536, 2048, 2560, 4096):
+    x, y, dx = torch.empty(3, 4000, length, dtype=torch.bfloat16)
+    norm_gradients.norm_gradients(y, x, x, x, 1e-5, True, dx)
 print(" ".join(["kernels:", *names]))
 """
 
@@ -115,6 +119,9 @@ def test_kernels_compile_without_a_gpu(capability, dim, tmp_path):
     assert spilled == 4 * ["0"]
     spilled = re.findall(r"entry function '_join_gradients_kernel'(?s:.*?) (\d+) bytes spill stores", log)
     assert spilled == 5 * ["0"]
+    spilled = re.findall(r"entry function '_norm_gradients_kernel'(?s:.*?) (\d+) bytes spill stores", log)
+    assert len(spilled) == 5
+    assert max(map(int, spilled)) <= 8
     # ptxas warns where it has to wait for every matrix product.
     assert not re.search("serialized.*'hopper_", log)
     for name, compiled in (("backward", hopper * (1 + 128 // dim)), ("forward", 2 * forward)):

@@ -1,0 +1,45 @@
+"""The gradient of a LayerNorm without weights, with what is added to it and the sums that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longnet_dist.kernels.choice import has_triton
+from longnet_dist.kernels.contract import wide_dtype
+
+NormGradients = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, bool, Tensor], Tensor]
+
+
+def norm_gradients(
+    dy: Tensor, x: Tensor, added: Tensor | None, beside: Tensor | None, eps: float, sums: bool, dx: Tensor
+) -> Tensor:
+    """Write ``dx = beside + dyᵀ ∂LayerNorm(x + added)/∂x``, all ``(n, E)``.
+
+    ``beside`` may be ``dx`` itself. ``added`` and ``beside`` may be left out.
+
+    Returns:
+        With ``sums`` those of the rows of ``dx`` and of ``beside``, ``(2, E)``, float32 or float64; else nothing.
+    """
+    _, backward, *_ = torch.func.vjp(
+        lambda x: F.layer_norm(x, x.shape[-1:], eps=eps), x if added is None else x + added
+    )
+    (gradient,) = backward(dy)
+    total = gradient if beside is None else gradient + beside
+    parts = [total, torch.zeros_like(total) if beside is None else beside] if sums else []
+    found = [part.sum(0, dtype=wide_dtype(part.dtype)) for part in parts]
+    dx.copy_(total)
+    return torch.stack(found) if found else x.new_empty(0)
+
+
+def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> NormGradients:
+    """The kernel of ``longnet_dist/kernels/norm_gradients.py`` where it runs: on a GPU with Triton, most lengths."""
+    if device.type == "cuda" and dtype != torch.float64 and has_triton():
+        from longnet_dist.kernels import norm_gradients as kernels
+
+        if kernels.fits(length):
+            return kernels.norm_gradients
+    return norm_gradients

@@ -1,0 +1,127 @@
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longnet_dist.model import rows
+from longnet_dist.model.compiled import _compiled
+from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.norm_gradients import norm_gradients, norm_gradients_of
+from longnet_dist.model.rows import RowParts
+from tests.model.test_checkpointing import model_config
+
+pytest.importorskip("triton")
+from longnet_dist.kernels import norm_gradients as kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+USES = {"alone": (False, False, False), "beside": (False, True, False), "all": (True, True, True)}
+
+
+def inputs(count, length, device="cpu", dtype=torch.float32):
+    """``dy, x, added, beside``; the mean of a row of ``x`` is not small beside its deviation."""
+    generator = torch.Generator().manual_seed(0)
+    dy, x, added, beside = torch.randn(4, count, length, generator=generator)
+    return [tensor.to(device, dtype) for tensor in (dy, x + 2, added, beside)]
+
+
+def exact(dy, x, added, beside):
+    """``dx``, the sum of its rows, and that of those of ``beside``, by autograd in float64."""
+    x = x.double().requires_grad_()
+    y = F.layer_norm(x if added is None else x + added.double(), x.shape[-1:], eps=1e-5)
+    (dx,) = torch.autograd.grad(y, x, dy.double())
+    if beside is None:
+        return dx, dx.sum(0), None
+    return dx + beside.double(), (dx + beside.double()).sum(0), beside.double().sum(0)
+
+
+def used(given, use):
+    """The inputs of a use, and whether it sums."""
+    dy, x, added, beside = given
+    return (dy, x, added if USES[use][0] else None, beside if USES[use][1] else None), USES[use][2]
+
+
+# One piece, three, five; whole tiles and ragged ones; rows for all programs and for one.
+@on_a_cpu
+@pytest.mark.parametrize(("count", "length"), [(64, 64), (5, 192), (1, 256), (41, 320), (7, 1536), (3, 4096)])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
+def test_agrees_with_float64(function, use, count, length):
+    given, summed = used(inputs(count, length), use)
+    dx = torch.full((count, length), float("nan"))
+    sums = function(*given, 1e-5, summed, dx)
+    expected, *expected_sums = exact(*given)
+    torch.testing.assert_close(dx.double(), expected, rtol=2e-5, atol=4e-6)
+    assert len(sums) == 2 * summed
+    for actual, wanted in zip(sums, expected_sums, strict=False):
+        torch.testing.assert_close(actual.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
+def test_adds_in_place(function):
+    dy, x, _, beside = inputs(9, 192)
+    expected, *_ = exact(dy, x, None, beside)
+    function(dy, x, None, beside, 1e-5, False, beside)
+    torch.testing.assert_close(beside.double(), expected, rtol=2e-5, atol=4e-6)
+
+
+@on_a_cpu
+def test_equal_numbers_have_a_finite_gradient():
+    x, dx = torch.full((2, 64), 3.0), torch.empty(2, 64)
+    kernels.norm_gradients(torch.ones_like(x), x, None, None, 1e-5, False, dx)
+    assert dx.abs().max() < 1e-3
+
+
+def test_lengths_that_fit():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert all(map(kernels.fits, (512, 768, 1024, 1536, 2048, 2560, 4096, 5120)))
+    assert not any(map(kernels.fits, (16, 1000, 1025, 12288)))
+    assert norm_gradients_of(cpu, torch.float32, 768) is norm_gradients
+    assert norm_gradients_of(cuda, torch.float64, 768) is norm_gradients
+    assert norm_gradients_of(cuda, torch.bfloat16, 1000) is norm_gradients
+    assert norm_gradients_of(cuda, torch.bfloat16, 768) is kernels.norm_gradients
+
+
+@on_a_cpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_block_computes_the_same_with_it(monkeypatch, compile):
+    torch.manual_seed(0)
+    block = LongNet(model_config(dim=64)).blocks[0]
+    weights, heads = dict(block.named_parameters()), (4, 2, 2)
+    x, dz, dx = torch.randn(3, 20, 64)
+    out, dq, dk, dv = (torch.randn(20, number, 16) for number in (4, *heads))
+
+    def results(*execution):
+        parts, total = RowParts(weights, None, 16, 1e-5, *execution), dx.clone()
+        first, dout, gradients = parts.output_gradients(x, out, dz)
+        return [first, dout, *gradients, *parts.add_projection_gradients(x, (dq, dk, dv), total), total]
+
+    expected = results()
+    calls = []
+
+    def counted(*inputs):
+        calls.append(inputs)
+        return kernels.norm_gradients(*inputs)
+
+    monkeypatch.setattr(rows, "norm_gradients_of", lambda *_: kernels.norm_gradients if compile else counted)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    actual = results(8, compile)
+    _compiled.cache_clear()
+    assert len(calls) == (0 if compile else 9)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [768, 1536, 2048, 2560, 4096])
+@pytest.mark.parametrize("use", USES)
+def test_agrees_with_float64_on_a_gpu(use, length):
+    given, summed = used(inputs(5001, length, "cuda", torch.bfloat16), use)
+    function, dx = norm_gradients_of(torch.device("cuda"), torch.bfloat16, length), torch.empty_like(given[0])
+    assert function is kernels.norm_gradients
+    results = dx, *function(*given, 1e-5, summed, dx)
+    for actual, expected in zip(results, exact(*given), strict=False):
+        assert (actual - expected).norm() < 0.003 * expected.norm()
