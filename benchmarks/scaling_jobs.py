@@ -17,7 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_dist import DilatedPattern, dilated_attention
-from longnet_dist.attention.functional import AttentionSpec, attention_backward, attention_forward
+from longnet_dist.attention.functional import (
+    AttentionSpec,
+    attention_backward,
+    attention_forward,
+    start_attention_backward,
+)
 from longnet_dist.geometry.exchange import plan_exchange
 from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.geometry.window import Shards
@@ -81,7 +86,8 @@ class Problem:
     ) -> list[Tensor]:
         spec = AttentionSpec.of(q, k, v, self.pattern, True, None, group, "auto", False, overlap, self.rows, cache=None)
         out, lse, shared = attention_forward(q, k, v, spec)
-        return [out, *attention_backward(out, q, k, v, out, lse, shared, spec, narrow=False)]
+        start = start_attention_backward(out, out, lse, spec, narrow=False)
+        return [out, *attention_backward(start, q, k, v, shared, spec)]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from longnet_dist.geometry.window import (
     shared_segments,
 )
 from longnet_dist.kernels.choice import choose_kernel
-from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Kernel, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Kernel, Statistics, wide_dtype
 
 LEAST_SCALE = 2.0**-10
 """Of the scores, and 1 over the largest, at which the logarithm of a multiplicity can be added to them in float16."""
@@ -256,29 +256,42 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
     return out, lse, shared
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    shared: list[Tensor],
-    spec: AttentionSpec,
-    narrow: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shared pieces, start the reduce-scatter, dense pieces, await it: dk, dv as wide as they were summed, and dq.
+class BackwardStart(NamedTuple):
+    """What the backward of attention takes from its output, so that the caller may forget that before it has q, k, v.
 
-    A ``narrow`` dq is like q; a wide one, as it was summed, spares its narrow copy.
+    Attributes:
+        dout: gradient of the output.
+        statistics: what the kernel is to know of the output.
+        dq: cleared, as wide as it is summed.
+        copy: room for a narrow one, if that is wanted; till then it may hold the statistics.
     """
+
+    dout: Tensor
+    statistics: Statistics
+    dq: Tensor
+    copy: Tensor | None
+
+
+def start_attention_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, narrow: bool = True
+) -> BackwardStart:
+    """The first part of a backward. A ``narrow`` dq is like q; a wide one, as it was summed, spares its narrow copy."""
+    query_dtype, _ = spec.kernel.gradient_dtypes(out.dtype)
+    dq = torch.empty(out.shape, dtype=query_dtype, device=out.device)
+    copy = torch.empty_like(dq, dtype=out.dtype) if narrow and query_dtype != out.dtype else None
+    return BackwardStart(dout, spec.kernel.start_backward(dout, out, lse, dq, copy), dq, copy)
+
+
+def attention_backward(
+    start: BackwardStart, q: Tensor, k: Tensor, v: Tensor, shared: list[Tensor], spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shared pieces, start the reduce-scatter, dense pieces, await it: dk, dv as wide as they were summed, and dq."""
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
-    query_dtype, key_dtype = kernel.gradient_dtypes(q.dtype)
-    dq = torch.empty(q.shape, dtype=query_dtype, device=q.device)
-    # The narrow copy comes last; till then it is room for the kernel's statistics.
-    copy = torch.empty(q.shape, dtype=q.dtype, device=q.device) if narrow and query_dtype != q.dtype else None
+    dout, statistics, dq, copy = start
+    _, key_dtype = kernel.gradient_dtypes(q.dtype)
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-    given = BackwardInputs(dout, q, k, v, out, lse, kernel.start_backward(dout, out, lse, dq, copy))
+    given = BackwardInputs(dout, q, k, v, statistics)
     if not (calls and calls[0].fresh):
         dk.zero_()
         dv.zero_()
@@ -324,5 +337,6 @@ class _DilatedAttention(torch.autograd.Function):
         if dout is None:
             return None, None, None, None
         q, k, v, out, lse, *shared = ctx.saved_tensors
-        dq, dk, dv = attention_backward(dout, q, k, v, out, lse, shared, ctx.spec)
+        start = start_attention_backward(dout, out, lse, ctx.spec)
+        dq, dk, dv = attention_backward(start, q, k, v, shared, ctx.spec)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None

@@ -52,16 +52,18 @@ class Call:
     fresh: bool = False
 
 
+Statistics = tuple[Tensor, ...]
+"""What a kernel's backward is to know of the merged output, in its own form."""
+
+
 class BackwardInputs(NamedTuple):
-    """What the backward of a piece reads: the *merged* ``out`` and ``lse``, and what ``start_backward`` gave."""
+    """What the backward of a piece reads; ``statistics`` are what ``start_backward`` gave."""
 
     dout: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    out: Tensor
-    lse: Tensor
-    statistics: Tensor
+    statistics: Statistics
 
 
 class Gradients(NamedTuple):
@@ -94,8 +96,10 @@ class Kernel(Protocol):
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
-        """What ``backward`` is to know of the rows: ``delta = rowsum(dO ∘ O)`` of the merged ``out``, in its own form.
+    def start_backward(
+        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+    ) -> Statistics:
+        """What ``backward`` is to know of the *merged* ``out`` and ``lse``, which the caller then forgets.
 
         Clears ``dq``. ``room`` is a contiguous buffer of
         ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
@@ -121,6 +125,8 @@ class WideSums:
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         return wide_dtype(dtype), wide_dtype(dtype)
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
+    def start_backward(
+        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+    ) -> Statistics:
         dq.zero_()
-        return (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)
+        return out, lse

@@ -116,7 +116,7 @@ class FlashKernel(WideSums):
             lse_.copy_(merged)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
-        dout, q, k, v, out, lse, _ = given
+        dout, q, k, v, (out, lse) = given
         dq, dk, dv = sums
         for queries, keys, causal in _problems(call, (dout, q, out, lse, dq), (k, v, dk, dv)):
             (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = queries, keys

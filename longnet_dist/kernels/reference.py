@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, WideSums, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Statistics, WideSums, wide_dtype
 
 
 def oracle(
@@ -72,13 +72,19 @@ class ReferenceKernel(WideSums):
             out[queries] = out[queries] * (lse[queries] - merged).exp()[..., None] + piece_out
             lse[queries] = merged
 
+    def start_backward(
+        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+    ) -> Statistics:
+        dq.zero_()
+        return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)
+
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
-        dout, q, k, v, _, lse, statistics = given
+        dout, q, k, v, (lse, delta) = given
         dq, dk, dv = sums
         for queries, keys, hidden in _blocks(call, q.shape[2]):
             wide = wide_dtype(q.dtype)
             weights = (self._scores(call, q[queries], k[keys], hidden) - lse[queries][..., None]).exp()
-            gradient = weights * (dout[queries].to(wide) @ v[keys].to(wide).mT - statistics[queries][..., None])
+            gradient = weights * (dout[queries].to(wide) @ v[keys].to(wide).mT - delta[queries][..., None])
             dv[keys] += weights.mT @ dout[queries].to(wide)
             dq[queries] += call.scale * gradient @ k[keys].to(wide)
             dk[keys] += call.scale * gradient.mT @ q[queries].to(wide)

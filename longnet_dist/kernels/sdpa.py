@@ -30,7 +30,7 @@ class SdpaKernel(WideSums):
                 lse_.copy_(merged)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
-        dout, q, k, v, out, lse, _ = given
+        dout, q, k, v, (out, lse) = given
         dq, dk, dv = sums
         for view in _blocks(call, q.shape[3]):
             for queries, keys, causal in dense_problems(view, (dout, q, out, lse, dq), (k, v, dk, dv)):

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, block_dim, wide_dtype
+from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Statistics, block_dim, wide_dtype
 from longnet_dist.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.kernels.triton_forward import forward_kernel
 from longnet_dist.kernels.triton_launch import (
@@ -90,7 +90,9 @@ class TritonKernel:
         for launch in _forward(call, *map(Geometry.of, (q, k, v, out, lse))):
             launch(q, k, v, out, out, lse)
 
-    def start_backward(self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None) -> Tensor:
+    def start_backward(
+        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+    ) -> Statistics:
         batch, rows, heads, _ = out.shape
         needed = batch * heads * rows * 2 * lse.element_size()
         if room is not None and room.nbytes >= needed:
@@ -100,10 +102,10 @@ class TritonKernel:
         statistics = space.view(batch, heads, rows, 2).transpose(1, 2)
         tensors = (dout, out, lse, statistics, dq)
         _statistics(*map(Geometry.of, tensors))(*tensors)
-        return statistics
+        return (statistics,)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
-        tensors = (given.dout, given.q, given.k, given.v, given.statistics, *sums)
+        tensors = (given.dout, given.q, given.k, given.v, *given.statistics, *sums)
         for launch in _backward(call, *map(Geometry.of, tensors)):
             launch(*tensors)
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longnet_dist.attention.functional import AttentionSpec, attend, attention_backward, attention_forward
+from longnet_dist.attention.functional import (
+    AttentionSpec,
+    attend,
+    attention_backward,
+    attention_forward,
+    start_attention_backward,
+)
 from longnet_dist.config.schema import TrainConfig
 from longnet_dist.model.offload import Shelf
 from longnet_dist.model.rows import RowParts
@@ -139,11 +145,13 @@ class Passage:
         """Gradients of the block's input and of the weights before the attention."""
         kept, self._for_attention = self._for_attention, None
         assert kept is not None
-        q, k, v = kept.projections or self._projections(kept.x)
         dout = torch.unflatten(dout, 0, self.shape)
-        gradients = attention_backward(dout, q, k, v, kept.out, kept.lse, kept.shared, self.spec, narrow=False)
-        x, dx = kept.x, kept.dx
-        del q, k, v, kept, dout
+        start = start_attention_backward(dout, kept.out, kept.lse, self.spec, narrow=False)
+        x, dx, projections, shared = kept.x, kept.dx, kept.projections, kept.shared
+        del kept  # and with it the output: the kernel may have no need of it any more
+        q, k, v = projections or self._projections(x)
+        gradients = attention_backward(start, q, k, v, shared, self.spec)
+        del q, k, v, projections, start, dout
         assert self.shelf is not None
         self.shelf.fetch_below()  # which "full" leaves until now, when most memory is free again
         return dx, self.parts.add_projection_gradients(x, tuple(part.flatten(0, 1) for part in gradients), dx)

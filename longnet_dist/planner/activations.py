@@ -61,11 +61,13 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     attended = tensors["out"] + tensors["lse"] if full else 0
     behind = sum(tensors[name] for name in _BEHIND) + 2 * inner + (0 if layout.compiled else 5 * width)
     before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
+    # A GPU's kernel needs no output once it has its statistics.
     gradients = attention_backward_bytes(layout)
+    forgotten = tensors["out"] + tensors["lse"] if layout.device_type == "cuda" else 0
     weights = block_parameters(model)
     return max(
         rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
-        rows * (2 * width + attended + made + gradients) + weights * itemsize,
+        rows * (2 * width + attended - forgotten + made + gradients) + weights * itemsize,
         rows * (width + _gradients(layout)) + tile * before + weights * WIDE,
     )
 

@@ -97,7 +97,7 @@ def test_statistics_stand_where_dq_will():
         pytest.skip("the interpreter is off where there is a GPU")
     out, dout, room = torch.randn(2, 9, 3, 16).half(), torch.randn(2, 9, 3, 16).half(), torch.empty(2, 9, 3, 16).half()
     lse, dq = torch.randn(2, 9, 3), torch.ones(2, 9, 3, 16)
-    statistics = TritonKernel().start_backward(dout, out, lse, dq, room)
+    (statistics,) = TritonKernel().start_backward(dout, out, lse, dq, room)
     assert statistics.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
     assert (statistics[..., 0] - lse / math.log(2)).abs().max() < 1e-6
     assert (statistics[..., 1] - (out.float() * dout.float()).sum(-1)).abs().max() < 1e-5

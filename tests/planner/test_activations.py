@@ -34,7 +34,7 @@ class BuffersOfTriton:
 
     def start_backward(self, dout, out, lse, dq, room=None):
         dq.zero_()
-        return lse if room is None else room
+        return (torch.cat([lse, lse]) if room is None else room,)
 
     def backward(self, call, given, sums):
         sums.dk.zero_()
