@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-QUIET = ("train.validate_every=0", "train.sample_tokens=0", "train.checkpoint_every=1000000", "train.resume=never")
+QUIET = ("train.validate_every=0", "train.sample_tokens=0", "train.checkpoint_every=0", "train.resume=never")
 
 
 def metrics_of_run(config: str, folder: Path, ranks: int, settings: list[str], device: str) -> list[dict[str, Any]]:

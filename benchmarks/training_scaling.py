@@ -4,7 +4,7 @@
     python benchmarks/training_scaling.py configs/paper.yaml deepspeed.zero_stage=2 --gpus 1 2 --rows 4194304 --strong
 
 Every GPU holds ``--rows`` rows of one sequence (weak scaling), or its share of ``--rows`` (``--strong``). Seconds are
-the median of the steps but the first three. A run that fails is recorded with what it said.
+the median of the steps but the first ones. A run that fails is recorded with what it said.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 
 from benchmarks.record import environment
 from benchmarks.runs import metrics_of_run
-
-FIRST_STEPS = 3  # which compile, and let DeepSpeed make its state
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,13 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(options: argparse.Namespace, gpus: int, rows: int) -> dict[str, Any]:
     """Seconds and tokens a second of a step, and the metrics of the last; or what the run said when it failed."""
     settings = [f"data.sequence_length={rows}", f"parallel.sequence={gpus}", "parallel.data=1", "train.batch_size=1"]
-    settings += [f"train.steps={FIRST_STEPS + options.steps}", *options.settings]
+    settings += [f"train.steps={options.first_steps + options.steps}", *options.settings]
     with tempfile.TemporaryDirectory() as folder:
         try:
             lines = metrics_of_run(options.config, Path(folder) / "run", gpus, settings, options.device)
         except RuntimeError as error:
             return {"error": str(error)}
-    seconds = [step["step_seconds"] for step in lines[FIRST_STEPS:]]
+    seconds = [step["step_seconds"] for step in lines[options.first_steps :]]
     median = statistics.median(seconds)
     return {"seconds": seconds, "median_seconds": median, "tokens_per_second": rows / median, "last_step": lines[-1]}
 
@@ -77,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, required=True, help="of a GPU; with --strong of all")
     add("--strong", action="store_true")
     add("--steps", type=int, default=5, help="that count (default %(default)s)")
+    add("--first-steps", type=int, default=3, help="that do not: they compile and make state (default %(default)s)")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--output", type=Path, default=Path("benchmarks/results/training_scaling.json"))
     return parser

@@ -103,7 +103,8 @@ class TrainConfig(Section):
         clip_norm: largest norm of the whole gradient; 0 does not clip.
         validate_every: steps from one validation to the next (and one at the end); 0: never.
         validation_tokens: tokens of the validation split that one validation reads.
-        checkpoint_every: steps from one checkpoint to the next (and one at the end).
+        checkpoint_every: steps from one checkpoint to the next (and one at the end); 0: never, and then no sample, for
+            measurements.
         checkpoint_async: write checkpoints beside the training, from a copy in the memory of rank 0 (12 bytes a
             parameter); else training waits for the disk.
         keep_last: checkpoints kept; older ones are deleted. 0 keeps all.
@@ -142,7 +143,7 @@ class TrainConfig(Section):
     clip_norm: float = Field(2.0, ge=0)
     validate_every: int = Field(500, ge=0)
     validation_tokens: PositiveInt = 262144
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: int = Field(1000, ge=0)
     checkpoint_async: bool = True
     keep_last: int = Field(3, ge=0)
     keep_every: int = Field(0, ge=0)

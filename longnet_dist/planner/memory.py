@@ -136,7 +136,8 @@ def _logits(layout: RunLayout) -> int:
 def _host(layout: RunLayout) -> dict[str, int]:
     """Memory of the host beside the device's, of rank 0, which alone writes checkpoints."""
     train, model = layout.config.train, layout.config.model
-    checkpoint = MASTER_COPY_BYTES * num_parameters(model) if train.checkpoint_async else 0
+    copied = train.checkpoint_async and train.checkpoint_every
+    checkpoint = MASTER_COPY_BYTES * num_parameters(model) if copied else 0
     if layout.device_type == "cpu":
         return {CHECKPOINT: checkpoint}
     return {

@@ -124,7 +124,7 @@ class Trainer:
                     evaluation = self._validate(self.validation)
                     if log:
                         log.validation(metrics.step, evaluation)
-                if last or stop or metrics.step % train.checkpoint_every == 0:
+                if train.checkpoint_every and (last or stop or metrics.step % train.checkpoint_every == 0):
                     writer.save(self.engine, self.step, self.tokens, self.skipped)
                 writer.check()
                 if stop:
@@ -250,14 +250,16 @@ class Trainer:
         """Draw the curve, let the trained model write a sample, and say where both are; or say where to go on."""
         train, folder = self.config.train, self.plan.folder
         if self.step < train.steps:
-            checkpoint = checkpoint_folder(folder.path, self.step)
-            print(f"asked to stop: step {self.step} of {train.steps} is in {checkpoint}; go on with train.resume=auto")
+            place = f"is in {checkpoint_folder(folder.path, self.step)}; go on with train.resume=auto"
+            if not train.checkpoint_every:
+                place = "was the last; with train.checkpoint_every=0 there is no checkpoint to go on from"
+            print(f"asked to stop: step {self.step} of {train.steps} {place}")
             return
         draw_loss_curve(folder, bytes_per_token)
         for validation in read_jsonl(folder.validation_file)[-1:]:
             print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
         print(f"loss curve: {folder.curve_file}")
-        if train.sample_tokens and self.config.model.causal:
+        if train.sample_tokens and train.checkpoint_every and self.config.model.causal:
             last = checkpoint_folder(folder.path, self.step)
             (text,) = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
             folder.sample_file.write_text(text, encoding="utf-8")

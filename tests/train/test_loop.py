@@ -128,6 +128,13 @@ def test_chunks_with_validation_on_data_ranks(tmp_path, corpus):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+def test_a_run_may_leave_no_checkpoint(tmp_path, corpus):
+    config = tiny_config(tmp_path / "run", corpus, "train.checkpoint_every=0", "train.sample_tokens=3")
+    assert len(run(1, config)) == 4
+    left = {path.name for path in config.train.output_dir.iterdir()}
+    assert left == {"config.yaml", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.json", "validation.jsonl"}
+
+
 def test_what_a_run_leaves(tmp_path, corpus, capfd):
     config = tiny_config(
         tmp_path / "run",
