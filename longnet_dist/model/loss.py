@@ -78,9 +78,11 @@ def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: 
     """The loss of some rows; write its gradient, add that of the weight."""
     logits = _logits(x, weight, vocab)
     loss = _cross_entropy(logits, labels)
+    dlogits = logits.softmax(-1)
+    del logits
     right = torch.arange(vocab, device=x.device) == labels.unsqueeze(1)
     labelled = (labels != IGNORE_INDEX).unsqueeze(1)
-    dlogits = ((logits.softmax(-1) - right.to(logits.dtype)) * labelled).to(x.dtype)
+    dlogits = dlogits.add_(right, alpha=-1).mul_(labelled).to(x.dtype)
     if len(weight) > vocab:
         dlogits = F.pad(dlogits, (0, len(weight) - vocab))
     dx.copy_(dlogits @ weight)
