@@ -71,18 +71,16 @@ def _alignment(device: torch.device) -> int:
 
 
 def _loss_of(x: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    return _cross_entropy(_logits(x, weight, vocab), labels)
+    loss, _, _ = _softmax(F.linear(x, weight)[:, :vocab], labels)
+    return loss
 
 
 def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: Tensor, dweight: Tensor) -> Tensor:
     """The loss of some rows; write its gradient, add that of the weight."""
-    logits = _logits(x, weight, vocab)
-    loss = _cross_entropy(logits, labels)
-    dlogits = logits.softmax(-1)
-    del logits
+    loss, exponentials, total = _softmax(F.linear(x, weight)[:, :vocab], labels)
     right = torch.arange(vocab, device=x.device) == labels.unsqueeze(1)
     labelled = (labels != IGNORE_INDEX).unsqueeze(1)
-    dlogits = dlogits.add_(right, alpha=-1).mul_(labelled).to(x.dtype)
+    dlogits = exponentials.div_(total).add_(right, alpha=-1).mul_(labelled).to(x.dtype)
     if len(weight) > vocab:
         dlogits = F.pad(dlogits, (0, len(weight) - vocab))
     dx.copy_(dlogits @ weight)
@@ -90,12 +88,18 @@ def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: 
     return loss
 
 
-def _logits(x: Tensor, weight: Tensor, vocab: int) -> Tensor:
-    return F.linear(x, weight)[:, :vocab].to(wide_dtype(x.dtype))
+def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of the labelled rows; numerators ``(rows, V)`` and denominators ``(rows, 1)`` of the softmax.
 
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    torch's cross-entropy would make the logarithms of all probabilities, to read one a row.
+    """
+    wide, labelled = logits.to(wide_dtype(logits.dtype)), labels != IGNORE_INDEX
+    label = torch.where(labelled, labels, 0).unsqueeze(1)
+    largest, of_label = wide.amax(-1, keepdim=True), wide.gather(1, label)
+    exponentials = (wide - largest).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    losses = (total.log() + largest - of_label).squeeze(1)
+    return torch.where(labelled, losses, 0.0).sum(), exponentials, total
 
 
 class LanguageModelHead(nn.Module):
