@@ -71,31 +71,33 @@ def _alignment(device: torch.device) -> int:
 
 
 def _loss_of(x: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    loss, _, _ = _softmax(F.linear(x, weight)[:, :vocab], labels)
+    loss, _, _ = _softmax(F.linear(x, weight), labels, vocab)
     return loss
 
 
 def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: Tensor, dweight: Tensor) -> Tensor:
     """The loss of some rows; write its gradient, add that of the weight."""
-    loss, exponentials, total = _softmax(F.linear(x, weight)[:, :vocab], labels)
-    right = torch.arange(vocab, device=x.device) == labels.unsqueeze(1)
+    loss, exponentials, total = _softmax(F.linear(x, weight), labels, vocab)
+    right = torch.arange(len(weight), device=x.device) == labels.unsqueeze(1)
     labelled = (labels != IGNORE_INDEX).unsqueeze(1)
     dlogits = exponentials.div_(total).add_(right, alpha=-1).mul_(labelled).to(x.dtype)
-    if len(weight) > vocab:
-        dlogits = F.pad(dlogits, (0, len(weight) - vocab))
     dx.copy_(dlogits @ weight)
     dweight.add_(dlogits.T @ x)
     return loss
 
 
-def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of the labelled rows; numerators ``(rows, V)`` and denominators ``(rows, 1)`` of the softmax.
+def _softmax(logits: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of the labelled rows; numerators, as ``logits``, and denominators ``(rows, 1)`` of the softmax.
 
-    torch's cross-entropy would make the logarithms of all probabilities, to read one a row.
+    The first ``vocab`` logits of a row count. torch's cross-entropy would make the logarithms of all probabilities, to
+    read one a row.
     """
     wide, labelled = logits.to(wide_dtype(logits.dtype)), labels != IGNORE_INDEX
     label = torch.where(labelled, labels, 0).unsqueeze(1)
-    largest, of_label = wide.amax(-1, keepdim=True), wide.gather(1, label)
+    of_label = wide[:, :vocab].gather(1, label)
+    if wide.shape[1] > vocab:
+        wide = wide.masked_fill(torch.arange(wide.shape[1], device=wide.device) >= vocab, -torch.inf)
+    largest = wide.amax(-1, keepdim=True)
     exponentials = (wide - largest).exp_()
     total = exponentials.sum(-1, keepdim=True)
     losses = (total.log() + largest - of_label).squeeze(1)
