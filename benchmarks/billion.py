@@ -53,6 +53,11 @@ REPEATS = 3
 WARM_UP_DENSE = 2**12  # rows
 
 
+def folder_names(source: str) -> str:
+    """A token file's ``source``, folders of this machine, without where they are."""
+    return ", ".join(dict.fromkeys(Path(folder).name for folder in source.split(", ")))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure as the command line says; every rank runs this."""
     options = _parser().parse_args(arguments)
@@ -205,7 +210,7 @@ class Benchmark:
             "environment": environment(),
             "matrix_weights": matrix_weights(self.config),
             "peak_flops": 1e12 * peak if (peak := device_of(self.device).peak_tflops) else None,
-            "text_source": self.file.header.source,
+            "text_source": folder_names(self.file.header.source),
             "text_distinct_bytes": self.distinct_bytes,
         }
         if not self.options.output.exists():

@@ -99,8 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     before = json.loads(options.output.read_text())["cases"] if options.output.exists() else []
     done = [result for result in before if "error" not in result]
     if options.again:
+        commit = environment()["commit"]
         for result in done:
-            result |= {"planned": plan_again(result), "planned_by": environment()["commit"]}
+            result |= {"planned": plan_again(result), "planned_by": commit}
         _write(options, done, json.loads(options.output.read_text())["environment"])
         return
     began = time.monotonic()
@@ -137,14 +138,14 @@ def of_training(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     device = match_device(measured_in["gpu"])
     if device is None:
         raise SystemExit(f"{file}: there is no {measured_in['gpu']!r} in longnet_dist/planner/devices.py to plan for")
-    results = []
+    results, commit = [], environment()["commit"]
     for point in content["points"]:
         if "error" in point or point["dense"] or point["part"] == "curves":
             continue
         trial = Trial(point["name"], point["rows"], "", tuple(point["settings"]))
         measured = {f"peak_memory_{kind}": point[f"peak_{kind}_bytes"] for kind in ("allocated", "reserved")}
         result = asdict(Case(f"{point['part']}: {trial.name}, {trial.rows:,} tokens", False, trial.settings))
-        result |= {"planned": _plan(trial.config(), device), "planned_by": environment()["commit"]}
+        result |= {"planned": _plan(trial.config(), device), "planned_by": commit}
         results.append(result | {"seconds": [point["seconds"][0], point["median_seconds"]], "measured": measured})
     return results, measured_in
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 
 from benchmarks.pictures import draw_over_length, new_figure
 from benchmarks.record import environment
-from benchmarks.trials import OUT_OF_MEMORY, Trial, isolated
+from benchmarks.trials import Trial, isolated
 from longnet_dist.cli import run_cli
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.train.run_folder import write_text
@@ -264,7 +264,7 @@ def _lines(points: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[int, 
 def _line(point: dict[str, Any]) -> str:
     head = f"{point['part']:>10} {point['name']:>22} {point['rows']:>10,} tokens"
     if "error" in point:
-        return f"{head}  {point['error']}" + ("" if point["error"] == OUT_OF_MEMORY else f"  {point.get('said', '')}")
+        return f"{head}  {point['error']}  {point.get('said', '')}".rstrip()
     mfu = "" if point["mfu"] is None else f"  MFU {point['mfu']:.1%}"
     memory = point.get("peak_allocated_bytes", 0) / 2**30, point.get("peak_reserved_bytes", 0) / 2**30
     return (

@@ -88,8 +88,9 @@ def isolated(trial: Trial, seconds: float) -> dict[str, Any]:
             result: dict[str, Any] = json.loads(answer.read_text())
             return result
         said = done.stderr.strip()
-        full = "out of memory" in said.lower() or done.returncode == -9
-        return {"error": OUT_OF_MEMORY if full else f"status {done.returncode}", "said": said[-1500:]}
+        if "out of memory" in said.lower() or done.returncode == -9:
+            return {"error": OUT_OF_MEMORY}
+        return {"error": f"status {done.returncode}", "said": said[-1500:]}
 
 
 def measure(trial: Trial, device: torch.device) -> dict[str, Any]:

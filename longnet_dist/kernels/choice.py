@@ -81,6 +81,11 @@ def _kernel(backend: str) -> Kernel:
     return SdpaKernel() if backend == "sdpa" else ReferenceKernel()
 
 
+def takes_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels of our own for row-wise work run there: on GPUs."""
+    return device.type == "cuda" and not _obstacle("triton", device, dtype, deterministic=False)
+
+
 def has_triton() -> bool:
     """Whether Triton is installed; it is absent on most CPUs."""
     return importlib.util.find_spec("triton") is not None

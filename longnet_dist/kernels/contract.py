@@ -30,6 +30,11 @@ def block_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU, over which kernels that loop over rows are spread; elsewhere a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What is the same for all rows of a piece.

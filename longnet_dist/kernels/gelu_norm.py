@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longnet_dist.kernels.contract import processors
+
 LONGEST = 10240
 """Numbers of a row that fit in the registers of a program."""
 
@@ -91,7 +93,7 @@ def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tens
     """
     rows, length = h.shape
     form = _Form.of_gradients(length)
-    programs = min(rows, form.programs * _processors(h.device))
+    programs = min(rows, form.programs * processors(h.device))
     y, dh = torch.empty_like(h), torch.empty_like(h)
     sums = h.new_empty(programs, length, dtype=torch.float32)
     _gelu_norm_gradients_kernel[(programs,)](
@@ -113,10 +115,6 @@ def _(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 def fits(length: int) -> bool:
     """Whether rows of ``length`` numbers lie in registers, in not too many pieces."""
     return length <= LONGEST and length <= 16 * _Form.of(length).split(length)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

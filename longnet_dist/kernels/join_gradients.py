@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longnet_dist.kernels.contract import processors
+
 WIDEST = 12288
 """Numbers of a row of the result that a program can sum."""
 SUMS = 96
@@ -25,8 +27,8 @@ def join_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, turn: tuple[Tensor, Tensor, Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As in ``longnet_dist/model/join_gradients.py``, for heads that :func:`fits` knows."""
-    given = (dq, dk, dv, *(turn or (None,) * 4))
-    joined, sums = _join_gradients(*(tensor if tensor is None else tensor.contiguous() for tensor in given), dtype)
+    gradients = (gradient.contiguous() for gradient in (dq, dk, dv))
+    joined, sums = _join_gradients(*gradients, [table.contiguous() for table in turn or ()], dtype)
     return joined, sums
 
 
@@ -44,33 +46,24 @@ def _piece(head_dim: int, heads: int, kv_heads: int) -> int:
 @torch.library.custom_op(
     "longnet_dist::join_gradients",
     mutates_args=(),
-    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
+    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor[] turn, ScalarType dtype) -> (Tensor, Tensor)",
 )
 def _join_gradients(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    query_cos: Tensor | None,
-    query_sin: Tensor | None,
-    key_cos: Tensor | None,
-    key_sin: Tensor | None,
-    dtype: torch.dtype,
+    dq: Tensor, dk: Tensor, dv: Tensor, turn: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     rows, heads, head_dim = dq.shape
     numbers, key_numbers = heads * head_dim, dk.shape[1] * head_dim
     width = numbers + 2 * key_numbers
     warps = 4 if width <= 4096 else 8
     rows_at_once = 1 << (SUMS * 32 * warps // width).bit_length() - 1
-    tables = [dq if table is None else table for table in (query_cos, query_sin, key_cos, key_sin)]
-    most = PROGRAMS * _processors(dq.device) * 4 // warps
+    most = PROGRAMS * processors(dq.device) * 4 // warps
     programs = min(triton.cdiv(rows, rows_at_once), most)
     joined, sums = dq.new_empty(rows, width, dtype=dtype), dq.new_empty(programs, width, dtype=torch.float32)
     _join_gradients_kernel[(programs,)](
         dq,
         dk,
         dv,
-        *tables,
+        *(turn or [dq] * 4),
         joined,
         sums,
         rows,
@@ -79,29 +72,16 @@ def _join_gradients(
         head_dim // 2,
         _piece(head_dim, heads, dk.shape[1]) // 2,
         rows_at_once,
-        query_cos is not None,
+        bool(turn),
         num_warps=warps,
     )
     return joined, sums.sum(0)
 
 
 @_join_gradients.register_fake
-def _(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    query_cos: Tensor | None,
-    query_sin: Tensor | None,
-    key_cos: Tensor | None,
-    key_sin: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _(dq: Tensor, dk: Tensor, dv: Tensor, turn: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     width = dq.shape[1] * dq.shape[2] + 2 * dk.shape[1] * dk.shape[2]
     return dq.new_empty(dq.shape[0], width, dtype=dtype), dq.new_empty(width, dtype=torch.float32)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

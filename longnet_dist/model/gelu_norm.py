@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.kernels.choice import has_triton
+from longnet_dist.kernels.choice import takes_triton
 
 
 def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -33,7 +33,7 @@ class GeluNorm(NamedTuple):
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, length: int) -> GeluNorm:
         """The kernels of ``longnet_dist/kernels/gelu_norm.py`` where they run: on a GPU with Triton, most lengths."""
-        if device.type == "cuda" and dtype != torch.float64 and has_triton():
+        if takes_triton(device, dtype):
             from longnet_dist.kernels import gelu_norm as kernels
 
             if kernels.fits(length):

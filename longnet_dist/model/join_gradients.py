@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.positions import Turn, turned
-from longnet_dist.kernels.choice import has_triton
+from longnet_dist.kernels.choice import takes_triton
 from longnet_dist.kernels.contract import wide_dtype
 
 JoinGradients = Callable[[Tensor, Tensor, Tensor, Turn | None, torch.dtype], tuple[Tensor, Tensor]]
@@ -29,7 +29,7 @@ def join_gradients_of(
     device: torch.device, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int
 ) -> JoinGradients:
     """The kernel of ``longnet_dist/kernels/join_gradients.py`` where it runs: on a GPU with Triton, most heads."""
-    if device.type == "cuda" and dtype != torch.float64 and has_triton():
+    if takes_triton(device, dtype):
         from longnet_dist.kernels import join_gradients as kernels
 
         if kernels.fits(head_dim, heads, kv_heads):

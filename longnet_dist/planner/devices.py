@@ -1,7 +1,7 @@
 """What devices can do: the one table of their data sheets, and of the shares of these that were measured.
 
-A row is matched by the name that ``torch.cuda.get_device_name`` gives. Everything that was fitted stands in
-:class:`Rates`; ``benchmarks/planner.py`` prints the values to put there.
+A row is matched by the name that ``torch.cuda.get_device_name`` gives. What ``benchmarks/planner.py``
+fits, and prints to be put there, stands in :class:`Rates`.
 """
 
 from __future__ import annotations

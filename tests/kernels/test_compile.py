@@ -80,7 +80,7 @@ for length in (3072, 8192):
     inner = torch.empty(4, length, dtype=torch.bfloat16)
     gelu_norm(inner, None, None, 1e-5)
     gelu_norm_gradients(inner, inner, 1e-5)
-join_gradients._processors = lambda device: 132
+join_gradients.processors = lambda device: 132
 for heads, kv_heads, width in ((12, 12, 64), (12, 4, 64), (16, 16, 96), (32, 32, 64), (32, 32, 80)):
     dq, table = torch.empty(64, heads, width), torch.empty(64, 1, width // 2)
     dk = torch.empty(64, kv_heads, width, dtype=torch.bfloat16)
