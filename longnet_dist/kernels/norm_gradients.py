@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longnet_dist.kernels.contract import processors
+
 THREADS = 128
 """Of a program, each of which takes eight numbers of every piece of a row."""
 PROGRAMS = 3
@@ -33,7 +35,7 @@ def norm_gradients(
     rows, length = x.shape
     piece = _piece(length)
     at_once = 8 * THREADS // piece
-    programs = min(triton.cdiv(rows, at_once), PROGRAMS * _processors(x.device))
+    programs = min(triton.cdiv(rows, at_once), PROGRAMS * processors(x.device))
     parts = x.new_empty(programs, 2, length, dtype=torch.float32) if sums else x.new_empty(0)
     _norm_gradients_kernel[(programs,)](
         dy,
@@ -68,10 +70,6 @@ def fits(length: int) -> bool:
 def _piece(length: int) -> int:
     """Numbers of a piece: a power of two that divides the row, for one warp a row where that is enough."""
     return min(length & -length, 256 if length <= 1024 else 512 if length <= 2560 else 1024)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

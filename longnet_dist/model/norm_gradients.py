@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.kernels.choice import has_triton
+from longnet_dist.kernels.choice import takes_triton
 from longnet_dist.kernels.contract import wide_dtype
 
 NormGradients = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, bool, Tensor], Tensor]
@@ -37,7 +37,7 @@ def norm_gradients(
 
 def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> NormGradients:
     """The kernel of ``longnet_dist/kernels/norm_gradients.py`` where it runs: on a GPU with Triton, most lengths."""
-    if device.type == "cuda" and dtype != torch.float64 and has_triton():
+    if takes_triton(device, dtype):
         from longnet_dist.kernels import norm_gradients as kernels
 
         if kernels.fits(length):
