@@ -86,6 +86,9 @@ class TrainConfig(Section):
             device, so that these are not computed again; with ``selective``.
         offload_activations: move what checkpointing keeps, but for those, to pinned memory of the host, beside the
             computation; not with ``none``.
+        resident_blocks: how many blocks, the last ones, keep it on the device all the same: where the copies take
+            longer than the forward, which then waits for them. If not given, what costs no memory at the peak: 2 with
+            ``selective``, 1 with ``full``.
         offload_projections: how many of the blocks that keep projections, the first of them, move these to the host as
             well; with ``offload_activations``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
@@ -127,6 +130,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     keep_projections: int = Field(0, ge=0)
     offload_activations: bool = False
+    resident_blocks: PositiveInt | None = None
     offload_projections: int = Field(0, ge=0)
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
@@ -172,6 +176,12 @@ class TrainConfig(Section):
                 f"train.activation_checkpointing is {self.activation_checkpointing}; use selective, or "
                 f"train.keep_projections=0"
             )
+        if self.resident_blocks and not self.offload_activations:
+            raise ConfigError(
+                f"train.resident_blocks={self.resident_blocks} blocks stay on the device where others are offloaded, "
+                f"but train.offload_activations is false; use train.offload_activations=true or leave "
+                f"train.resident_blocks out"
+            )
         if self.offload_projections > (self.keep_projections if self.offload_activations else 0):
             raise ConfigError(
                 f"train.offload_projections={self.offload_projections} blocks let the projections that they keep wait "
@@ -185,6 +195,11 @@ class TrainConfig(Section):
                 f"{self.learning_rate} and {self.final_learning_rate}; use a smaller final_learning_rate"
             )
         return self
+
+    @property
+    def resident(self) -> int:
+        """``resident_blocks``, or its default: ``selective`` brings a block back while the one above it is computed."""
+        return self.resident_blocks or {"selective": 2}.get(self.activation_checkpointing, 1)
 
     def compiles(self, device_type: str) -> bool:
         """Whether the row-wise parts are compiled on a kind of device, ``"cuda"`` or ``"cpu"``."""

@@ -39,6 +39,7 @@ class Execution:
             attention's output, ``projections`` its queries, keys and values as well, ``full`` its input.
         keep_projections: blocks, from the last one down, that keep ``projections`` where the others are ``selective``.
         offload: whether that, but for the projections, waits in the memory of the host; not with ``none``.
+        resident: of how many blocks, the last ones, it stays on the device all the same; at least 1.
         offload_projections: of how many of the blocks with projections, the first ones, these wait there as well.
         tile: rows that are projected, normed and fed forward at once; None for all.
         compile: whether these row-wise parts are compiled, in training and in streams.
@@ -47,6 +48,7 @@ class Execution:
     checkpointing: Checkpointing = "none"
     keep_projections: int = 0
     offload: bool = False
+    resident: int = 1
     offload_projections: int = 0
     tile: int | None = None
     compile: bool = False
@@ -58,18 +60,20 @@ class Execution:
             train.activation_checkpointing,
             train.keep_projections,
             train.offload_activations,
+            train.resident,
             train.offload_projections,
             train.feed_forward_tile,
             train.compiles(device_type),
         )
 
     def of_blocks(self, layers: int) -> list[Execution]:
-        """Of each block; what the last one keeps is wanted back at once and stays on the device."""
+        """Of each block."""
         kept = min(self.keep_projections, layers)
         waiting, keeping = min(self.offload_projections, kept), replace(self, checkpointing="projections")
         blocks = [self] * (layers - kept) + [keeping] * waiting
         blocks += [replace(keeping, offload_projections=0)] * (kept - waiting)
-        return [*blocks[:-1], replace(blocks[-1], offload=False)]
+        waits = max(layers - self.resident, 0)
+        return blocks[:waits] + [replace(block, offload=False) for block in blocks[waits:]]
 
     def compiles(self, training: bool, streamed: bool) -> bool:
         """Whether a pass is compiled; other evaluations come in too many shapes to compile for each."""

@@ -62,7 +62,7 @@ class LongNet(nn.Module):
         self.embed_scale = config.dim**0.5
         self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
-        memory = HostMemory() if execution.offload else None
+        memory = HostMemory(execution.resident) if execution.offload else None
         executions = execution.of_blocks(config.layers)
         self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap, each, memory) for each in executions)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)

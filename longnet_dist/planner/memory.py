@@ -21,9 +21,9 @@ from longnet_dist.planner.state import state_of
 HOST_PROCESS_BYTES = 4 * 2**30  # of a process that has CUDA and all libraries loaded
 MASTER_COPY_BYTES = 12  # of a parameter, in the copy that an asynchronous checkpoint is written from
 CHECKPOINT = "checkpoint"
-# Blocks whose offloaded activations are on the device meanwhile: the next one comes from the beginning of a block's
-# backward, or under "full" from its end (model/checkpointing.py).
-OFFLOAD_BLOCKS = {"selective": 2, "full": 1}
+# Blocks whose activations are on the device at the least: the next one comes from the beginning of a block's backward,
+# or under "full" from its end (model/checkpointing.py).
+LEAST_RESIDENT = {"selective": 2, "full": 1}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     computing = always | {"parameters": state.parameters + state.gathered}
     kept, held = kept_by_block(layout), held_by_block(layout)
     train = layout.config.train
-    blocks = OFFLOAD_BLOCKS[train.activation_checkpointing] if train.offload_activations else model.layers
+    blocks = model.layers
+    if train.offload_activations:
+        blocks = max(train.resident, LEAST_RESIDENT[train.activation_checkpointing])
     with_projections = min(train.keep_projections, model.layers)
     here = max(with_projections - train.offload_projections, min(with_projections, blocks))
     all_kept = min(model.layers, blocks) * kept + here * projections_kept(layout)
@@ -149,8 +151,9 @@ def _host(layout: RunLayout) -> dict[str, int]:
 
 
 def offloaded_bytes(layout: RunLayout) -> int:
-    """What all blocks move to the host; the last one keeps its own on the device."""
-    train, others = layout.config.train, layout.config.model.layers - 1
+    """What all blocks but the resident ones move to the host."""
+    train = layout.config.train
+    others = max(layout.config.model.layers - train.resident, 0)
     if not train.offload_activations:
         return 0
     return others * kept_by_block(layout) + min(train.offload_projections, others) * projections_kept(layout)

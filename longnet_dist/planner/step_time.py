@@ -22,6 +22,7 @@ from longnet_dist.planner.model_cost import (
 # statistics and the zeros of dQ 4, gradients of q, k, v side by side 7; gelu with its norm 4.
 FORWARD_PASSES = (12, 2)
 BACKWARD_PASSES = (23, 4)
+FORWARD_SHARE = 0.28  # of the computation of a step, with what backward computes again
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
 ATTENTION_BACKWARD = 1.7  # what a backward of attention takes at least, over a forward: attention_speed.json
 EAGER = 3.1  # without torch.compile intermediate results travel, too; from benchmarks/results/training_h100.md
@@ -110,9 +111,9 @@ def _row_wise_bytes(layout: RunLayout) -> float:
 
 
 def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> float:
-    """What copies to the host and back take beyond the computation that they run beside."""
-    moved = 2 * offloaded_bytes(layout) * layout.passes
-    return max(0.0, moved / (device.host_link * device.rates.host_link) - computing)
+    """What copies to the host take beyond the forward that they run beside; the backward has more time for as much."""
+    moved = offloaded_bytes(layout) * layout.passes
+    return max(0.0, moved / (device.host_link * device.rates.host_link) - FORWARD_SHARE * computing)
 
 
 def _exchange_seconds(layout: RunLayout, device: Device) -> float:

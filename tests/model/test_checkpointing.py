@@ -20,6 +20,8 @@ EXECUTIONS = (
     Execution("selective", keep_projections=2, offload=True, tile=7),
     Execution("selective", keep_projections=3, offload=True, offload_projections=2),
     Execution("full", offload=True),
+    Execution("selective", offload=True, resident=2),
+    Execution("full", offload=True, resident=9),
 )
 
 

@@ -64,11 +64,12 @@ def test_agrees_with_float64_on_a_gpu(vocab):
     x, weight, labels = problem(torch.bfloat16, rows=3000, vocab=vocab, dim=64, device="cuda")
     expected = dense(x.double(), weight.double(), labels)
     exact = torch.autograd.grad(expected, (x, weight))
+    rounded = torch.autograd.grad(dense(x, weight, labels), (x, weight))
     for compile in (False, True):
         loss = linear_cross_entropy(x, weight, labels, 1024, compile)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
-        for actual, wanted in zip(torch.autograd.grad(loss, (x, weight)), exact, strict=True):
-            assert (actual - wanted).norm() < 8e-3 * wanted.norm()
+        for actual, of_torch, wanted in zip(torch.autograd.grad(loss, (x, weight)), rounded, exact, strict=True):
+            assert (actual - wanted).norm() < 1.1 * (of_torch - wanted).norm() < 1e-2 * wanted.norm()
 
 
 def test_rows_without_label_count_nothing():

@@ -65,7 +65,10 @@ def test_offload_moves_activations_to_the_host():
     offloaded = kept.having(train__offload_activations=True)
     gone = kept.memory.device["activations"] - offloaded.memory.device["activations"]
     assert 0 < gone < offloaded.memory.host["activations"] + 1
-    assert offloaded.memory.host["activations"] * 12 == kept.memory.device["activations"] * 11
+    assert offloaded.memory.host["activations"] * 12 == kept.memory.device["activations"] * 10
+    resident = offloaded.having(train__resident_blocks=5)
+    assert resident.memory.device["activations"] * 2 == offloaded.memory.device["activations"] * 5
+    assert resident.memory.host["activations"] * 10 == offloaded.memory.host["activations"] * 7
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table_and_what_fits():
