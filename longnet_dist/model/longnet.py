@@ -117,8 +117,8 @@ class LongNet(nn.Module):
         return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """``norm`` of a tile of rows at a time, so that no kernel of torch's must count beyond 32 bits."""
-        tiles = torch.split(x, self.execution.tile or x.shape[1], dim=1)
+        """``norm`` of as many rows at a time as torch's kernels can count, with 32 bits."""
+        tiles = torch.split(x, max(1, (2**31 - 1) // (x.shape[0] * x.shape[2])), dim=1)
         return self.norm(x) if len(tiles) == 1 else torch.cat([self.norm(tile) for tile in tiles], dim=1)
 
 

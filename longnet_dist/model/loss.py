@@ -50,13 +50,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(x), chunk):
             loss += run(_write_gradients, compile, x[rows], weight, labels[rows], vocab, dx[rows], dweight)
         ctx.save_for_backward(dx, dweight[:vocab])
+        ctx.compile = compile
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx, dweight = ctx.saved_tensors
-        return dx * dloss, (dweight * dloss).to(dx.dtype), None, None, None
+        return *run(_scaled, ctx.compile, dx, dweight, dloss), None, None, None
 
 
 def _aligned(weight: Tensor) -> Tensor:
@@ -84,6 +85,11 @@ def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: 
     dx.copy_(dlogits @ weight)
     dweight.add_(dlogits.T @ x)
     return loss
+
+
+def _scaled(dx: Tensor, dweight: Tensor, dloss: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a loss that counts ``dloss`` times, in the dtype of the first."""
+    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(dx.dtype)
 
 
 def _softmax(logits: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
