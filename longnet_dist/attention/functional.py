@@ -273,13 +273,21 @@ class BackwardStart(NamedTuple):
 
 
 def start_attention_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, narrow: bool = True
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    delta: Tensor | None = None,
+    narrow: bool = True,
 ) -> BackwardStart:
-    """The first part of a backward. A ``narrow`` dq is like q; a wide one, as it was summed, spares its narrow copy."""
+    """The first part of a backward. ``delta``: ``rowsum(dout ∘ out) (B, n, H)``, if it is known.
+
+    A ``narrow`` dq is like q; a wide one, as it was summed, spares its narrow copy.
+    """
     query_dtype, _ = spec.kernel.gradient_dtypes(out.dtype)
     dq = torch.empty(out.shape, dtype=query_dtype, device=out.device)
     copy = torch.empty_like(dq, dtype=out.dtype) if narrow and query_dtype != out.dtype else None
-    return BackwardStart(dout, spec.kernel.start_backward(dout, out, lse, dq, copy), dq, copy)
+    return BackwardStart(dout, spec.kernel.start_backward(dout, out, lse, dq, copy, delta), dq, copy)
 
 
 def attention_backward(

@@ -102,12 +102,19 @@ class Kernel(Protocol):
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
     def start_backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        room: Tensor | None = None,
+        delta: Tensor | None = None,
     ) -> Statistics:
         """What ``backward`` is to know of the *merged* ``out`` and ``lse``, which the caller then forgets.
 
         Clears ``dq``. ``room`` is a contiguous buffer of
         ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
+        ``delta (B, n, H)``, like ``lse``, if the caller has it already.
         """
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
@@ -131,7 +138,13 @@ class WideSums:
         return wide_dtype(dtype), wide_dtype(dtype)
 
     def start_backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        room: Tensor | None = None,
+        delta: Tensor | None = None,
     ) -> Statistics:
         dq.zero_()
         return out, lse

@@ -25,13 +25,24 @@ PIECES = 5
 
 @torch.library.custom_op(
     "longnet_dist::norm_gradients",
-    mutates_args=("dx",),
-    schema="(Tensor dy, Tensor x, Tensor? added, Tensor? beside, float eps, bool sums, Tensor(a!) dx) -> Tensor",
+    mutates_args=("dx", "dots"),
+    schema="(Tensor dy, Tensor x, Tensor? added, Tensor? beside, float eps, bool sums, Tensor(a!) dx, "
+    "Tensor(b!)? dots) -> Tensor",
 )
 def norm_gradients(
-    dy: Tensor, x: Tensor, added: Tensor | None, beside: Tensor | None, eps: float, sums: bool, dx: Tensor
+    dy: Tensor,
+    x: Tensor,
+    added: Tensor | None,
+    beside: Tensor | None,
+    eps: float,
+    sums: bool,
+    dx: Tensor,
+    dots: Tensor | None,
 ) -> Tensor:
-    """As in ``longnet_dist/model/norm_gradients.py``, for contiguous rows of a length that :func:`fits` knows."""
+    """As in ``longnet_dist/model/norm_gradients.py``, for contiguous rows of a length that :func:`fits` knows.
+
+    ``dots`` for heads that :func:`fits_heads` knows.
+    """
     rows, length = x.shape
     piece = _piece(length)
     at_once = 8 * THREADS // piece
@@ -44,11 +55,13 @@ def norm_gradients(
         x if beside is None else beside,
         dx,
         parts,
+        x if dots is None else dots,
         rows,
         eps,
         length,
         piece,
         at_once,
+        0 if dots is None else dots.shape[1],
         added is not None,
         beside is not None,
         sums,
@@ -58,13 +71,27 @@ def norm_gradients(
 
 
 @norm_gradients.register_fake
-def _(dy: Tensor, x: Tensor, added: Tensor | None, beside: Tensor | None, eps: float, sums: bool, dx: Tensor) -> Tensor:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    added: Tensor | None,
+    beside: Tensor | None,
+    eps: float,
+    sums: bool,
+    dx: Tensor,
+    dots: Tensor | None,
+) -> Tensor:
     return x.new_empty(2, x.shape[1], dtype=torch.float32) if sums else x.new_empty(0)
 
 
 def fits(length: int) -> bool:
     """Whether rows of ``length`` numbers lie in registers, with their sums."""
     return _piece(length) >= 64 and length <= PIECES * _piece(length)
+
+
+def fits_heads(length: int, heads: int) -> bool:
+    """Whether a piece of a row holds whole heads."""
+    return fits(length) and _piece(length) * heads % length == 0
 
 
 def _piece(length: int) -> int:
@@ -79,17 +106,19 @@ def _add(a, b, x, y):
 
 @triton.jit
 def _norm_gradients_kernel(
-    dy, x, added, beside, dx, sums, rows, eps,
-    LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
+    dy, x, added, beside, dx, sums, dots, rows, eps,
+    LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     ADDED: tl.constexpr, BESIDE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …, and sums them in ``sums[p]``.
 
-    ``dy, x, added, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``.
+    ``dy, x, added, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``;
+    ``dots (rows, HEADS)``, unless there are no heads.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, PIECE)[None, :]
     nothing = tl.zeros((ROWS, PIECE), tl.float32)
+    WHOLE: tl.constexpr = HEADS * PIECE // LENGTH  # heads of a piece
     gradient_sums, beside_sums = (), ()
     for _ in tl.static_range(LENGTH // PIECE):
         gradient_sums, beside_sums = gradient_sums + (nothing,), beside_sums + (nothing,)
@@ -124,7 +153,12 @@ def _norm_gradients_kernel(
                 gradient += other
                 if SUMS:
                     new_beside_sums = new_beside_sums + (beside_sums[i] + other,)
-            tl.store(dx + at, gradient, mask=valid)
+            rounded = gradient.to(dx.dtype.element_ty)
+            tl.store(dx + at, rounded, mask=valid)
+            if HEADS:
+                products = tl.reshape(rounded.to(tl.float32) * values[i], (ROWS, WHOLE, PIECE // WHOLE))
+                place = index.to(tl.int64) * HEADS + i * WHOLE + tl.arange(0, WHOLE)[None, :]
+                tl.store(dots + place, tl.sum(products, 2), mask=valid)
             if SUMS:
                 new_gradient_sums = new_gradient_sums + (gradient_sums[i] + gradient,)
         if SUMS:

@@ -73,10 +73,16 @@ class ReferenceKernel(WideSums):
             lse[queries] = merged
 
     def start_backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        room: Tensor | None = None,
+        delta: Tensor | None = None,
     ) -> Statistics:
         dq.zero_()
-        return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1)
+        return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1) if delta is None else delta
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
         dout, q, k, v, (lse, delta) = given

@@ -26,9 +26,12 @@ from longnet_dist.kernels.triton_tiles import (
 @triton.jit
 def statistics_kernel(
     dout, out, lse, statistics, dq, dout_strides, out_strides, lse_strides, statistics_strides, dq_strides, rows, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """``(lse / log 2, delta)`` of ``ROWS`` rows of a (batch, head), ``delta = rowsum(dO ∘ O)``; and ``dq = 0``."""
+    """``(lse / log 2, delta)`` of ``ROWS`` rows of a (batch, head), ``delta = rowsum(dO ∘ O)``; and ``dq = 0``.
+
+    With ``DELTA`` this is what ``out (B, n, H)`` holds.
+    """
     program = tl.program_id(0)
     tiles = tl.cdiv(rows, ROWS)
     head, batch, tile = program % heads, program // heads // tiles, program // heads % tiles
@@ -36,9 +39,12 @@ def statistics_kernel(
     zero = tile.to(tl.int64) * 0
     valid = index < rows
     mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    a = tl.load(pointers(dout, dout_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
-    b = tl.load(pointers(out, out_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
-    delta = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    if DELTA:
+        delta = tl.load(row_pointers(out, out_strides, batch, head, zero, 1, index), mask=valid, other=0.0)
+    else:
+        a = tl.load(pointers(dout, dout_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
+        b = tl.load(pointers(out, out_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
+        delta = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, zero, 1, index), mask=valid, other=0.0)
     place = row_pointers(statistics, statistics_strides, batch, head, zero, 1, index)
     tl.store(place, row_lse * LOG2_E, mask=valid)

@@ -91,7 +91,13 @@ class TritonKernel:
             launch(q, k, v, out, out, lse)
 
     def start_backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, room: Tensor | None = None
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        room: Tensor | None = None,
+        delta: Tensor | None = None,
     ) -> Statistics:
         batch, rows, heads, _ = out.shape
         needed = batch * heads * rows * 2 * lse.element_size()
@@ -100,7 +106,7 @@ class TritonKernel:
         else:
             space = lse.new_empty(batch * heads * rows * 2)
         statistics = space.view(batch, heads, rows, 2).transpose(1, 2)
-        tensors = (dout, out, lse, statistics, dq)
+        tensors = (dout, out if delta is None else delta, lse, statistics, dq)
         _statistics(*map(Geometry.of, tensors))(*tensors)
         return (statistics,)
 
@@ -148,14 +154,15 @@ def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, o
 
 @lru_cache(maxsize=64)
 def _statistics(dout: Geometry, out: Geometry, lse: Geometry, statistics: Geometry, dq: Geometry) -> Launch:
-    batch, rows, heads, dim = out.shape
+    """On ``dout, out, lse, statistics, dq``, or with ``delta`` for ``out``."""
+    batch, rows, heads, dim = dq.shape
     buffers = (dout, out, lse, statistics, dq)
     return Launch(
         statistics_kernel,
         batch * heads * triton.cdiv(rows, 64),
         (None,) * 5,
         (*(x.stride[:3] for x in buffers), rows, heads),
-        {"D": dim, "BLOCK_D": block_dim(dim), "ROWS": 64},
+        {"D": dim, "BLOCK_D": block_dim(dim), "ROWS": 64, "DELTA": len(out.shape) == 3},
         {},
     )
 

@@ -141,8 +141,10 @@ class Passage:
         else:
             projections = [kept for kept in map(self.shelf.take, "qkv") if kept is not None]
             lse, shared = lse.transpose(1, 2), self._shared
-        dx, dout, gradients = self.parts.output_gradients(x, out.flatten(0, 1), dz.contiguous())
-        self._for_attention = _ForAttention(x, dx, projections, out, lse, shared)
+        dx, dout, delta, gradients = self.parts.output_gradients(x, out.flatten(0, 1), dz.contiguous())
+        if delta is not None:
+            delta = torch.unflatten(delta, 0, self.shape)
+        self._for_attention = _ForAttention(x, dx, projections, out, lse, delta, shared)
         return dout, gradients
 
     def attention_backward(self, dout: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -150,7 +152,7 @@ class Passage:
         kept, self._for_attention = self._for_attention, None
         assert kept is not None
         dout = torch.unflatten(dout, 0, self.shape)
-        start = start_attention_backward(dout, kept.out, kept.lse, self.spec, narrow=False)
+        start = start_attention_backward(dout, kept.out, kept.lse, self.spec, kept.delta, narrow=False)
         x, dx, projections, shared = kept.x, kept.dx, kept.projections, kept.shared
         del kept  # and with it the output: the kernel may have no need of it any more
         q, k, v = projections or self._projections(x)
@@ -175,6 +177,7 @@ class _ForAttention(NamedTuple):
     projections: list[Tensor]
     out: Tensor
     lse: Tensor
+    delta: Tensor | None
     shared: list[Tensor]
 
 

@@ -11,15 +11,23 @@ from torch.nn import functional as F
 from longnet_dist.kernels.choice import takes_triton
 from longnet_dist.kernels.contract import wide_dtype
 
-NormGradients = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, bool, Tensor], Tensor]
+NormGradients = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, bool, Tensor, Tensor | None], Tensor]
 
 
 def norm_gradients(
-    dy: Tensor, x: Tensor, added: Tensor | None, beside: Tensor | None, eps: float, sums: bool, dx: Tensor
+    dy: Tensor,
+    x: Tensor,
+    added: Tensor | None,
+    beside: Tensor | None,
+    eps: float,
+    sums: bool,
+    dx: Tensor,
+    dots: Tensor | None,
 ) -> Tensor:
     """Write ``dx = beside + dyᵀ ∂LayerNorm(x + added)/∂x``, all ``(n, E)``.
 
-    ``beside`` may be ``dx`` itself. ``added`` and ``beside`` may be left out.
+    ``beside`` may be ``dx`` itself. ``added`` and ``beside`` may be left out. Where ``dots (n, H)`` is given, float32,
+    the products of ``dx`` and ``x`` of every head are written there, too.
 
     Returns:
         With ``sums`` those of the rows of ``dx`` and of ``beside``, ``(2, E)``, float32 or float64; else nothing.
@@ -32,6 +40,8 @@ def norm_gradients(
     parts = [total, torch.zeros_like(total) if beside is None else beside] if sums else []
     found = [part.sum(0, dtype=wide_dtype(part.dtype)) for part in parts]
     dx.copy_(total)
+    if dots is not None:
+        dots.copy_(torch.unflatten(dx.to(dots.dtype) * x, 1, (dots.shape[1], -1)).sum(-1))
     return torch.stack(found) if found else x.new_empty(0)
 
 
@@ -43,3 +53,12 @@ def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> 
         if kernels.fits(length):
             return kernels.norm_gradients
     return norm_gradients
+
+
+def gives_dots(device: torch.device, dtype: torch.dtype, length: int, heads: int) -> bool:
+    """Whether that kernel runs, and has the products of heads at hand."""
+    if not takes_triton(device, dtype):
+        return False
+    from longnet_dist.kernels import norm_gradients as kernels
+
+    return kernels.fits_heads(length, heads)

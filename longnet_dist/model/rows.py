@@ -25,7 +25,7 @@ from longnet_dist.model.feed_forward import feed_forward, feed_forward_inner
 from longnet_dist.model.folded import folded, unfolded_gradients
 from longnet_dist.model.gelu_norm import GeluNorm
 from longnet_dist.model.join_gradients import JoinGradients, join_gradients_of
-from longnet_dist.model.norm_gradients import NormGradients, norm_gradients_of
+from longnet_dist.model.norm_gradients import NormGradients, gives_dots, norm_gradients_of
 
 Weights = Mapping[str, Tensor]
 _PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkv")
@@ -82,9 +82,12 @@ def write_output_gradients(
     norm_gradients: NormGradients,
     dx: Tensor,
     dout: Tensor,
+    delta: Tensor | None,
     sums: dict[str, Tensor],
 ) -> None:
     """Backward of :func:`after_attention`: writes ``dx`` and ``dout``, adds the gradients of the weights to ``sums``.
+
+    ``delta (n, H)``, if given, becomes ``rowsum(dout ∘ out)`` of every head.
 
     It computes the forward again, without the last matrix product, which the gradient does not need. ``weights`` are
     folded: the norms have none. ``dout (n, H·D)``: what is written must not be a view that the function itself makes,
@@ -97,8 +100,8 @@ def write_output_gradients(
     inner = F.linear(normed_sum, weights["ffn.fc1.weight"], weights["ffn.fc1.bias"])
 
     normed, dinner, fc1_bias = gelu_norm.gradients(dz @ weights["ffn.fc2.weight"], inner, eps)
-    out_bias, fc2_bias = norm_gradients(dinner @ weights["ffn.fc1.weight"], x, y, dz, eps, True, dx)
-    norm_gradients(dx @ out_weight, attended, None, None, eps, False, dout)
+    out_bias, fc2_bias = norm_gradients(dinner @ weights["ffn.fc1.weight"], x, y, dz, eps, True, dx, None)
+    norm_gradients(dx @ out_weight, attended, None, None, eps, False, dout, delta)
     gradients = {"ffn.fc2.weight": dz.T @ normed, "ffn.fc2.bias": fc2_bias}
     gradients |= {"ffn.fc1.weight": dinner.T @ normed_sum, "ffn.fc1.bias": fc1_bias}
     gradients |= {"self_attn.out_proj.weight": dx.T @ normed_out, "self_attn.out_proj.bias": out_bias}
@@ -135,7 +138,7 @@ def add_projection_gradients(
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
     joined, bias_gradient = join(dq, dk, dv, None if gains else turn, x.dtype)
-    norm_gradients(joined @ weights[_STACKED + "weight"], x, None, dx, eps, False, dx)
+    norm_gradients(joined @ weights[_STACKED + "weight"], x, None, dx, eps, False, dx, None)
     _add(sums, {_STACKED + "weight": joined.T @ normed, _STACKED + "bias": bias_gradient})
 
 
@@ -218,14 +221,22 @@ class RowParts:
             z[rows].addmm_(inner, weights["ffn.fc2.weight"].T)
         return z
 
-    def output_gradients(self, x: Tensor, out: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention."""
+    def output_gradients(
+        self, x: Tensor, out: Tensor, dz: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention.
+
+        The third is ``rowsum(dout ∘ out) (n, H)``, float32, where it costs nothing beside.
+        """
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(folded, _detached(self.after))
+        with_delta = gives_dots(x.device, x.dtype, x.shape[1], out.shape[1])
+        delta = x.new_empty(out.shape[:2], dtype=torch.float32) if with_delta else None
         sums = _zeros(weights)
         for rows in self._tiles(x):
             given = x[rows], out[rows], dz[rows], weights, self.eps, self.gelu_norm, self.norm_gradients
-            self._run(write_output_gradients, *given, dx[rows], dout[rows].flatten(-2), sums)
-        return dx, dout, self._gradients(sums, self.after)
+            written = dx[rows], dout[rows].flatten(-2), None if delta is None else delta[rows]
+            self._run(write_output_gradients, *given, *written, sums)
+        return dx, dout, delta, self._gradients(sums, self.after)
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
         """Add to ``dx`` what comes through q, k, v; gradients of the weights before the attention."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from longnet_dist.model import rows
 from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.norm_gradients import norm_gradients, norm_gradients_of
+from longnet_dist.model.norm_gradients import gives_dots, norm_gradients, norm_gradients_of
 from longnet_dist.model.rows import RowParts
 from tests.model.test_checkpointing import model_config
 
@@ -50,7 +50,7 @@ def used(given, use):
 def test_agrees_with_float64(function, use, count, length):
     given, summed = used(inputs(count, length), use)
     dx = torch.full((count, length), float("nan"))
-    sums = function(*given, 1e-5, summed, dx)
+    sums = function(*given, 1e-5, summed, dx, None)
     expected, *expected_sums = exact(*given)
     torch.testing.assert_close(dx.double(), expected, rtol=2e-5, atol=4e-6)
     assert len(sums) == 2 * summed
@@ -63,14 +63,28 @@ def test_agrees_with_float64(function, use, count, length):
 def test_adds_in_place(function):
     dy, x, _, beside = inputs(9, 192)
     expected, *_ = exact(dy, x, None, beside)
-    function(dy, x, None, beside, 1e-5, False, beside)
+    function(dy, x, None, beside, 1e-5, False, beside, None)
     torch.testing.assert_close(beside.double(), expected, rtol=2e-5, atol=4e-6)
+
+
+# Heads of one number and of a whole piece; ragged tiles; rounded gradients, whose products are wanted.
+@on_a_cpu
+@pytest.mark.parametrize(("count", "length", "heads"), [(64, 64, 64), (5, 192, 3), (41, 320, 20), (7, 1536, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
+def test_gives_the_products_of_heads(function, dtype, count, length, heads):
+    dy, x, *_ = inputs(count, length, dtype=dtype)
+    dx, dots = torch.empty_like(x), torch.full((count, heads), float("nan"))
+    function(dy, x, None, None, 1e-5, False, dx, dots)
+    torch.testing.assert_close(dx.double(), exact(dy, x, None, None)[0], rtol=2e-3, atol=2e-3)
+    expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
+    torch.testing.assert_close(dots.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @on_a_cpu
 def test_equal_numbers_have_a_finite_gradient():
     x, dx = torch.full((2, 64), 3.0), torch.empty(2, 64)
-    kernels.norm_gradients(torch.ones_like(x), x, None, None, 1e-5, False, dx)
+    kernels.norm_gradients(torch.ones_like(x), x, None, None, 1e-5, False, dx, None)
     assert dx.abs().max() < 1e-3
 
 
@@ -82,6 +96,11 @@ def test_lengths_that_fit():
     assert norm_gradients_of(cuda, torch.float64, 768) is norm_gradients
     assert norm_gradients_of(cuda, torch.bfloat16, 1000) is norm_gradients
     assert norm_gradients_of(cuda, torch.bfloat16, 768) is kernels.norm_gradients
+    assert all(kernels.fits_heads(*sizes) for sizes in ((768, 12), (768, 6), (2048, 32), (4096, 32)))
+    assert not any(kernels.fits_heads(*sizes) for sizes in ((1536, 16), (2560, 32), (1000, 10), (768, 2)))
+    assert gives_dots(cuda, torch.bfloat16, 768, 12)
+    assert not gives_dots(cuda, torch.bfloat16, 2560, 32)
+    assert not gives_dots(cpu, torch.float32, 768, 12)
 
 
 @on_a_cpu
@@ -95,22 +114,27 @@ def test_a_block_computes_the_same_with_it(monkeypatch, compile):
 
     def results(*execution):
         parts, total = RowParts(weights, None, 16, 1e-5, *execution), dx.clone()
-        first, dout, gradients = parts.output_gradients(x, out, dz)
+        first, dout, delta, gradients = parts.output_gradients(x, out, dz)
+        if delta is not None:
+            torch.testing.assert_close(delta, (dout * out).sum(-1), rtol=1e-4, atol=1e-5)
+            deltas.append(delta)
         return [first, dout, *gradients, *parts.add_projection_gradients(x, (dq, dk, dv), total), total]
 
+    calls, deltas = [], []
     expected = results()
-    calls = []
 
     def counted(*inputs):
         calls.append(inputs)
         return kernels.norm_gradients(*inputs)
 
+    monkeypatch.setattr(rows, "gives_dots", lambda *_: True)
     monkeypatch.setattr(rows, "norm_gradients_of", lambda *_: kernels.norm_gradients if compile else counted)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     _compiled.cache_clear()
     actual = results(8, compile)
     _compiled.cache_clear()
     assert len(calls) == (0 if compile else 9)
+    assert len(deltas) == 1
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -122,6 +146,17 @@ def test_agrees_with_float64_on_a_gpu(use, length):
     given, summed = used(inputs(5001, length, "cuda", torch.bfloat16), use)
     function, dx = norm_gradients_of(torch.device("cuda"), torch.bfloat16, length), torch.empty_like(given[0])
     assert function is kernels.norm_gradients
-    results = dx, *function(*given, 1e-5, summed, dx)
+    results = dx, *function(*given, 1e-5, summed, dx, None)
     for actual, expected in zip(results, exact(*given), strict=False):
         assert (actual - expected).norm() < 0.003 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("length", "heads"), [(768, 12), (2048, 16), (4096, 64)])
+def test_gives_the_products_of_heads_on_a_gpu(length, heads):
+    dy, x, *_ = inputs(5001, length, "cuda", torch.bfloat16)
+    dx, dots = torch.empty_like(x), torch.empty(5001, heads, device="cuda")
+    kernels.norm_gradients(dy, x, None, None, 1e-5, False, dx, dots)
+    expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
+    torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)

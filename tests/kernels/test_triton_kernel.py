@@ -102,6 +102,9 @@ def test_statistics_stand_where_dq_will():
     assert (statistics[..., 0] - lse / math.log(2)).abs().max() < 1e-6
     assert (statistics[..., 1] - (out.float() * dout.float()).sum(-1)).abs().max() < 1e-5
     assert not dq.any()
+    (again,) = TritonKernel().start_backward(dout, out, lse, dq.fill_(1), None, statistics[..., 1].clone())
+    assert torch.equal(again, statistics)
+    assert not dq.any()
 
 
 def test_a_stream_takes_keys_from_compact_buffers():

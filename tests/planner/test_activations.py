@@ -32,7 +32,7 @@ class BuffersOfTriton:
         out.zero_()
         lse.zero_()
 
-    def start_backward(self, dout, out, lse, dq, room=None):
+    def start_backward(self, dout, out, lse, dq, room=None, delta=None):
         dq.zero_()
         return (torch.cat([lse, lse]) if room is None else room,)
 
