@@ -85,28 +85,6 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, turn: list[Tensor], dtype: torch.dtype
 
 
 @triton.jit
-def _load_pairs(source, place, valid):
-    """Numbers ``2·place`` and ``2·place + 1``, in one access each."""
-    wide: tl.constexpr = source.dtype.element_ty.primitive_bitwidth
-    half: tl.constexpr = tl.uint16 if wide == 16 else tl.uint32
-    both: tl.constexpr = tl.uint32 if wide == 16 else tl.uint64
-    bits = tl.load(source.to(tl.pointer_type(both)) + place, mask=valid, other=0)
-    even = bits.to(half).to(source.dtype.element_ty, bitcast=True)
-    odd = (bits >> wide).to(half).to(source.dtype.element_ty, bitcast=True)
-    return even.to(tl.float32), odd.to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(target, place, even, odd, valid):
-    wide: tl.constexpr = target.dtype.element_ty.primitive_bitwidth
-    half: tl.constexpr = tl.uint16 if wide == 16 else tl.uint32
-    both: tl.constexpr = tl.uint32 if wide == 16 else tl.uint64
-    low = even.to(target.dtype.element_ty).to(half, bitcast=True).to(both)
-    high = odd.to(target.dtype.element_ty).to(half, bitcast=True).to(both)
-    tl.store(target.to(tl.pointer_type(both)) + place, low | (high << wide), mask=valid)
-
-
-@triton.jit
 def _join_piece(
     source, cos, sin, joined, row, rows, even_sums, odd_sums, first: tl.constexpr, start: tl.constexpr,
     NUMBERS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
@@ -119,12 +97,15 @@ def _join_piece(
     valid = index < rows
     index = index.to(tl.int64)
     pairs = tl.arange(0, even_sums.shape[1])[None, :]
-    even, odd = _load_pairs(source, index * (NUMBERS // 2) + first + pairs, valid)
+    columns = tl.arange(0, 2 * even_sums.shape[1])[None, :]
+    numbers = tl.load(source + index * NUMBERS + 2 * first + columns, mask=valid, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(numbers, (even_sums.shape[0], even_sums.shape[1], 2)))
     if TURN:
         at = index * HALF + (first + pairs) % HALF
         c, s = tl.load(cos + at, mask=valid, other=0.0), tl.load(sin + at, mask=valid, other=0.0)
         even, odd = even * c + odd * s, odd * c - even * s
-    _store_pairs(joined, index * (WIDTH // 2) + start + pairs, even, odd, valid)
+    numbers = tl.reshape(tl.join(even, odd), (even_sums.shape[0], 2 * even_sums.shape[1]))
+    tl.store(joined + index * WIDTH + 2 * start + columns, numbers, mask=valid)
     return even_sums + even, odd_sums + odd
 
 
@@ -145,7 +126,7 @@ def _join_gradients_kernel(
     evens, odds = (), ()
     for _ in tl.static_range(QUERIES + 2 * KEYS):
         evens, odds = evens + (tl.zeros((ROWS, PAIRS), tl.float32),), odds + (tl.zeros((ROWS, PAIRS), tl.float32),)
-    for row in tl.range(program * ROWS, rows, programs * ROWS):
+    for row in tl.range(program * ROWS, rows, programs * ROWS, num_stages=2):
         new_evens, new_odds = (), ()
         for i in tl.static_range(QUERIES):
             even, odd = _join_piece(

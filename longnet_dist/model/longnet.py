@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import Stream
@@ -36,6 +37,14 @@ class LongNetOutput(NamedTuple):
     num_labels: Tensor | None
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Rows of the weight times the root of their length: of the weight, which is fewer than there are tokens."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(…, E)`` for ids ``(…)``."""
+        return F.embedding(input, self.weight * self.embedding_dim**0.5)
+
+
 class LongNet(nn.Module):
     """Embedding, blocks, LayerNorm, output projection (LongNet, section 4.1, on MAGNETO).
 
@@ -59,8 +68,7 @@ class LongNet(nn.Module):
         super().__init__()
         self.config, self.group, self.execution = config, group, execution
         self.positions = positions_of(config)
-        self.embed_scale = config.dim**0.5
-        self.embedding = nn.Embedding(config.vocab_size + (config.mask_id is not None), config.dim)
+        self.embedding = ScaledEmbedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         memory = HostMemory(execution.resident) if execution.offload else None
         executions = execution.of_blocks(config.layers)
@@ -103,7 +111,7 @@ class LongNet(nn.Module):
         if tokens.dim() != 2 or (labels is not None and labels.shape != tokens.shape):
             given = "none" if labels is None else tuple(labels.shape)
             raise ShapeError(f"tokens and labels must both be (batch, rows), but are {tuple(tokens.shape)} and {given}")
-        x = self.embedding(tokens) * self.embed_scale
+        x = self.embedding(tokens)
         caches = stream.layers if stream else [None] * len(self.blocks)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, start, total_rows, cache)
