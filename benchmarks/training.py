@@ -103,9 +103,11 @@ class Benchmark:
         self._point("throughput", "not compiled", rows, (*tiled, *SELECTIVE, "train.compile=false"))
         self._point("throughput", "full", rows, (*tiled, *FULL))
         self._point("throughput", "selective, host", rows, (*tiled, *SELECTIVE, *HOST))
-        for host, kept in (((), 5), ((), 12), (HOST, 12), (HOST, 11), (HOST, 10)):
-            settings = (*tiled, *SELECTIVE, *host, f"train.keep_projections={kept}")
-            self._point("throughput", "host, " * bool(host) + f"{kept} projections", rows, settings)
+        for kept, resident in ((5, 0), (12, 0), (12, 3), (12, 4), (11, 4)):
+            settings = (*tiled, *SELECTIVE, f"train.keep_projections={kept}")
+            settings += (*HOST, f"train.resident_blocks={resident}") * bool(resident)
+            name = f"{kept} projections" + f", {12 - resident} blocks on the host" * bool(resident)
+            self._point("throughput", name, rows, settings)
         for mode in ("none", "selective"):
             self._point("throughput", mode, rows // 4, (*size, f"train.activation_checkpointing={mode}"))
         if "1.3b" in self.options.models:
