@@ -17,9 +17,9 @@ from longnet_dist.kernels.contract import processors
 
 WIDEST = 12288
 """Numbers of a row of the result that a program can sum."""
-SUMS = 96
+SUMS = 48
 """Most of them that a thread holds, of all rows that a program takes at once."""
-PROGRAMS = 3
+PROGRAMS = 4
 """Of four warps, for each of the device's processors: as many as fit."""
 
 
@@ -126,7 +126,7 @@ def _join_gradients_kernel(
     evens, odds = (), ()
     for _ in tl.static_range(QUERIES + 2 * KEYS):
         evens, odds = evens + (tl.zeros((ROWS, PAIRS), tl.float32),), odds + (tl.zeros((ROWS, PAIRS), tl.float32),)
-    for row in tl.range(program * ROWS, rows, programs * ROWS, num_stages=2):
+    for row in tl.range(program * ROWS, rows, programs * ROWS, num_stages=3):
         new_evens, new_odds = (), ()
         for i in tl.static_range(QUERIES):
             even, odd = _join_piece(

@@ -26,8 +26,8 @@ PIECES = 5
 @torch.library.custom_op(
     "longnet_dist::norm_gradients",
     mutates_args=("dx", "dots"),
-    schema="(Tensor dy, Tensor x, Tensor? added, Tensor? beside, float eps, bool sums, Tensor(a!) dx, "
-    "Tensor(b!)? dots) -> Tensor",
+    schema="(Tensor dy, Tensor x, Tensor? added, Tensor? beside, float eps, bool sums, bool normed, Tensor(a!) dx, "
+    "Tensor(b!)? dots) -> (Tensor, Tensor)",
 )
 def norm_gradients(
     dy: Tensor,
@@ -36,9 +36,10 @@ def norm_gradients(
     beside: Tensor | None,
     eps: float,
     sums: bool,
+    normed: bool,
     dx: Tensor,
     dots: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As in ``longnet_dist/model/norm_gradients.py``, for contiguous rows of a length that :func:`fits` knows.
 
     ``dots`` for heads that :func:`fits_heads` knows.
@@ -48,6 +49,7 @@ def norm_gradients(
     at_once = 8 * THREADS // piece
     programs = min(triton.cdiv(rows, at_once), PROGRAMS * processors(x.device))
     parts = x.new_empty(programs, 2, length, dtype=torch.float32) if sums else x.new_empty(0)
+    y = torch.empty_like(x) if normed else x.new_empty(0)
     _norm_gradients_kernel[(programs,)](
         dy,
         x,
@@ -56,6 +58,7 @@ def norm_gradients(
         dx,
         parts,
         x if dots is None else dots,
+        y,
         rows,
         eps,
         length,
@@ -65,9 +68,10 @@ def norm_gradients(
         added is not None,
         beside is not None,
         sums,
+        normed,
         num_warps=THREADS // 32,
     )
-    return parts.sum(0) if sums else parts
+    return parts.sum(0) if sums else parts, y
 
 
 @norm_gradients.register_fake
@@ -78,10 +82,12 @@ def _(
     beside: Tensor | None,
     eps: float,
     sums: bool,
+    normed: bool,
     dx: Tensor,
     dots: Tensor | None,
-) -> Tensor:
-    return x.new_empty(2, x.shape[1], dtype=torch.float32) if sums else x.new_empty(0)
+) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(2, x.shape[1], dtype=torch.float32) if sums else x.new_empty(0)
+    return total, torch.empty_like(x) if normed else x.new_empty(0)
 
 
 def fits(length: int) -> bool:
@@ -106,14 +112,14 @@ def _add(a, b, x, y):
 
 @triton.jit
 def _norm_gradients_kernel(
-    dy, x, added, beside, dx, sums, dots, rows, eps,
+    dy, x, added, beside, dx, sums, dots, normed, rows, eps,
     LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    ADDED: tl.constexpr, BESIDE: tl.constexpr, SUMS: tl.constexpr,
+    ADDED: tl.constexpr, BESIDE: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …, and sums them in ``sums[p]``.
 
     ``dy, x, added, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``;
-    ``dots (rows, HEADS)``, unless there are no heads.
+    ``dots (rows, HEADS)``, unless there are no heads; ``normed (rows, LENGTH)``, if ``NORMED``.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, PIECE)[None, :]
@@ -153,6 +159,8 @@ def _norm_gradients_kernel(
                 gradient += other
                 if SUMS:
                     new_beside_sums = new_beside_sums + (beside_sums[i] + other,)
+            if NORMED:
+                tl.store(normed + at, (values[i] - mean) * scale, mask=valid)
             rounded = gradient.to(dx.dtype.element_ty)
             tl.store(dx + at, rounded, mask=valid)
             if HEADS:

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from longnet_dist.kernels.choice import takes_triton
 from longnet_dist.kernels.contract import wide_dtype
 
-NormGradients = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, bool, Tensor, Tensor | None], Tensor]
+NormGradients = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, float, bool, bool, Tensor, Tensor | None], tuple[Tensor, Tensor]
+]
 
 
 def norm_gradients(
@@ -21,18 +23,20 @@ def norm_gradients(
     beside: Tensor | None,
     eps: float,
     sums: bool,
+    normed: bool,
     dx: Tensor,
     dots: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Write ``dx = beside + dyᵀ ∂LayerNorm(x + added)/∂x``, all ``(n, E)``.
 
     ``beside`` may be ``dx`` itself. ``added`` and ``beside`` may be left out. Where ``dots (n, H)`` is given, float32,
     the products of ``dx`` and ``x`` of every head are written there, too.
 
     Returns:
-        With ``sums`` those of the rows of ``dx`` and of ``beside``, ``(2, E)``, float32 or float64; else nothing.
+        With ``sums`` those of the rows of ``dx`` and of ``beside``, ``(2, E)``, float32 or float64, and with ``normed``
+        ``LayerNorm(x + added)``; else nothing in its place.
     """
-    _, backward, *_ = torch.func.vjp(
+    y, backward, *_ = torch.func.vjp(
         lambda x: F.layer_norm(x, x.shape[-1:], eps=eps), x if added is None else x + added
     )
     (gradient,) = backward(dy)
@@ -42,7 +46,7 @@ def norm_gradients(
     dx.copy_(total)
     if dots is not None:
         dots.copy_(torch.unflatten(dx.to(dots.dtype) * x, 1, (dots.shape[1], -1)).sum(-1))
-    return torch.stack(found) if found else x.new_empty(0)
+    return torch.stack(found) if found else x.new_empty(0), y if normed else x.new_empty(0)
 
 
 def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> NormGradients:

@@ -100,8 +100,8 @@ def write_output_gradients(
     inner = F.linear(normed_sum, weights["ffn.fc1.weight"], weights["ffn.fc1.bias"])
 
     normed, dinner, fc1_bias = gelu_norm.gradients(dz @ weights["ffn.fc2.weight"], inner, eps)
-    out_bias, fc2_bias = norm_gradients(dinner @ weights["ffn.fc1.weight"], x, y, dz, eps, True, dx, None)
-    norm_gradients(dx @ out_weight, attended, None, None, eps, False, dout, delta)
+    (out_bias, fc2_bias), _ = norm_gradients(dinner @ weights["ffn.fc1.weight"], x, y, dz, eps, True, False, dx, None)
+    norm_gradients(dx @ out_weight, attended, None, None, eps, False, False, dout, delta)
     gradients = {"ffn.fc2.weight": dz.T @ normed, "ffn.fc2.bias": fc2_bias}
     gradients |= {"ffn.fc1.weight": dinner.T @ normed_sum, "ffn.fc1.bias": fc1_bias}
     gradients |= {"self_attn.out_proj.weight": dx.T @ normed_out, "self_attn.out_proj.bias": out_bias}
@@ -126,19 +126,19 @@ def add_projection_gradients(
     factor of two matrix products.
     """
     dq, dk, dv = gradients
-    normed = _norm(x, weights, "self_attn_layer_norm", eps)
     gains = {name: weight for name, weight in weights.items() if name.endswith("_norm.weight")}
     if gains:
         heads = [dq.shape[1], dk.shape[1]]
         maps = (weights[_STACKED + kind][: sum(heads) * head_dim] for kind in ("weight", "bias"))
-        projected = torch.split(torch.unflatten(F.linear(normed, *maps), -1, (-1, head_dim)), heads, 1)
+        again = _norm(x, weights, "self_attn_layer_norm", eps)
+        projected = torch.split(torch.unflatten(F.linear(again, *maps), -1, (-1, head_dim)), heads, 1)
         _, backward, *_ = torch.func.vjp(partial(normed_heads, norm_eps=eps), *projected, *gains.values())
         if turn is not None:
             dq, dk = turned(dq, dk, turn.back())
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
     joined, bias_gradient = join(dq, dk, dv, None if gains else turn, x.dtype)
-    norm_gradients(joined @ weights[_STACKED + "weight"], x, None, dx, eps, False, dx, None)
+    _, normed = norm_gradients(joined @ weights[_STACKED + "weight"], x, None, dx, eps, False, True, dx, None)
     _add(sums, {_STACKED + "weight": joined.T @ normed, _STACKED + "bias": bias_gradient})
 
 

@@ -50,8 +50,12 @@ def used(given, use):
 def test_agrees_with_float64(function, use, count, length):
     given, summed = used(inputs(count, length), use)
     dx = torch.full((count, length), float("nan"))
-    sums = function(*given, 1e-5, summed, dx, None)
+    sums, normed = function(*given, 1e-5, summed, use != "beside", dx, None)
     expected, *expected_sums = exact(*given)
+    if use != "beside":
+        _, x, added, _ = given
+        x = x.double() if added is None else x.double() + added
+        torch.testing.assert_close(normed.double(), F.layer_norm(x, (length,), eps=1e-5), rtol=2e-5, atol=4e-6)
     torch.testing.assert_close(dx.double(), expected, rtol=2e-5, atol=4e-6)
     assert len(sums) == 2 * summed
     for actual, wanted in zip(sums, expected_sums, strict=False):
@@ -63,7 +67,7 @@ def test_agrees_with_float64(function, use, count, length):
 def test_adds_in_place(function):
     dy, x, _, beside = inputs(9, 192)
     expected, *_ = exact(dy, x, None, beside)
-    function(dy, x, None, beside, 1e-5, False, beside, None)
+    function(dy, x, None, beside, 1e-5, False, False, beside, None)
     torch.testing.assert_close(beside.double(), expected, rtol=2e-5, atol=4e-6)
 
 
@@ -75,7 +79,7 @@ def test_adds_in_place(function):
 def test_gives_the_products_of_heads(function, dtype, count, length, heads):
     dy, x, *_ = inputs(count, length, dtype=dtype)
     dx, dots = torch.empty_like(x), torch.full((count, heads), float("nan"))
-    function(dy, x, None, None, 1e-5, False, dx, dots)
+    function(dy, x, None, None, 1e-5, False, False, dx, dots)
     torch.testing.assert_close(dx.double(), exact(dy, x, None, None)[0], rtol=2e-3, atol=2e-3)
     expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
     torch.testing.assert_close(dots.double(), expected, rtol=1e-5, atol=1e-5)
@@ -84,7 +88,7 @@ def test_gives_the_products_of_heads(function, dtype, count, length, heads):
 @on_a_cpu
 def test_equal_numbers_have_a_finite_gradient():
     x, dx = torch.full((2, 64), 3.0), torch.empty(2, 64)
-    kernels.norm_gradients(torch.ones_like(x), x, None, None, 1e-5, False, dx, None)
+    kernels.norm_gradients(torch.ones_like(x), x, None, None, 1e-5, False, False, dx, None)
     assert dx.abs().max() < 1e-3
 
 
@@ -146,7 +150,11 @@ def test_agrees_with_float64_on_a_gpu(use, length):
     given, summed = used(inputs(5001, length, "cuda", torch.bfloat16), use)
     function, dx = norm_gradients_of(torch.device("cuda"), torch.bfloat16, length), torch.empty_like(given[0])
     assert function is kernels.norm_gradients
-    results = dx, *function(*given, 1e-5, summed, dx, None)
+    sums, normed = function(*given, 1e-5, summed, True, dx, None)
+    results = dx, *sums
+    x = given[1].double() if given[2] is None else given[1].double() + given[2]
+    wanted = F.layer_norm(x, (length,), eps=1e-5)
+    assert (normed - wanted).norm() < 0.003 * wanted.norm()
     for actual, expected in zip(results, exact(*given), strict=False):
         assert (actual - expected).norm() < 0.003 * expected.norm()
 
@@ -157,6 +165,6 @@ def test_agrees_with_float64_on_a_gpu(use, length):
 def test_gives_the_products_of_heads_on_a_gpu(length, heads):
     dy, x, *_ = inputs(5001, length, "cuda", torch.bfloat16)
     dx, dots = torch.empty_like(x), torch.empty(5001, heads, device="cuda")
-    kernels.norm_gradients(dy, x, None, None, 1e-5, False, dx, dots)
+    kernels.norm_gradients(dy, x, None, None, 1e-5, False, False, dx, dots)
     expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
     torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)
