@@ -50,14 +50,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(x), chunk):
             loss += run(_write_gradients, compile, x[rows], weight, labels[rows], vocab, dx[rows], dweight)
         ctx.save_for_backward(dx, dweight[:vocab])
-        ctx.compile = compile
+        ctx.chunk, ctx.compile = chunk, compile
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dx, dweight = ctx.saved_tensors
-        return *run(_scaled, ctx.compile, dx, dweight, dloss), None, None, None
+        gradient, dweight = ctx.saved_tensors
+        dx = torch.empty_like(gradient)
+        for rows in _chunks(len(dx), ctx.chunk):
+            run(_write_scaled, ctx.compile, gradient[rows], dloss, dx[rows])
+        return dx, (dweight * dloss).to(dx.dtype), None, None, None
 
 
 def _aligned(weight: Tensor) -> Tensor:
@@ -87,9 +90,9 @@ def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: 
     return loss
 
 
-def _scaled(dx: Tensor, dweight: Tensor, dloss: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of a loss that counts ``dloss`` times, in the dtype of the first."""
-    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(dx.dtype)
+def _write_scaled(gradient: Tensor, dloss: Tensor, dx: Tensor) -> None:
+    """The gradient of a loss that counts ``dloss`` times."""
+    dx.copy_(gradient * dloss)
 
 
 def _softmax(logits: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

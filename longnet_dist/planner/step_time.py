@@ -18,10 +18,10 @@ from longnet_dist.planner.model_cost import (
 )
 
 # Tensors of a row that row-wise work reads and writes: (of the model's width, of the inner width).
-# Forward: two norms 2 each, positions 4, a sum with its norm 4; gelu with its norm 2. Backward: norms 3, 5 and 4,
-# statistics and the zeros of dQ 4, gradients of q, k, v side by side 7; gelu with its norm 4.
+# Forward: two norms 2 each, positions 4, a sum with its norm 4; gelu with its norm 2. Backward: norms 3, 5 and 5, the
+# zeros of dQ 2, gradients of q, k, v side by side 7; gelu with its norm 4.
 FORWARD_PASSES = (12, 2)
-BACKWARD_PASSES = (23, 4)
+BACKWARD_PASSES = (22, 4)
 FORWARD_SHARE = 0.28  # of the computation of a step, with what backward computes again
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
 ATTENTION_BACKWARD = 1.7  # what a backward of attention takes at least, over a forward: attention_speed.json

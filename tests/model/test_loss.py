@@ -59,6 +59,7 @@ def test_many_bf16_chunks_lose_no_precision():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.filterwarnings("ignore:.?torch.jit.script_method.? is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("vocab", [1003, 1024])
 def test_agrees_with_float64_on_a_gpu(vocab):
