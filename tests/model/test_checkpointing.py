@@ -1,4 +1,5 @@
 import shutil
+import weakref
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.offload import HostMemory
 from longnet_dist.model.rows import RowParts
 from tests.distributed import run_distributed
 
@@ -212,3 +214,20 @@ def test_a_compiled_part_to_machine_code():
         parts = RowParts(dict(block.named_parameters()), None, 4, 1e-5, compile=compile)
         results.append(parts.output(torch.ones(10, 16, dtype=torch.float64), torch.ones(10, 4, 4, dtype=torch.float64)))
     assert_same(*results)
+
+
+def test_what_is_offloaded_is_forgotten_blocks_later_and_with_the_first_backward():
+    memory, kept, held = HostMemory(behind=1, slab_bytes=64), [], []
+    for number in range(4):
+        shelf, tensor = memory.shelf(offload=number < 3), torch.full((50,), float(number))
+        shelf.put("x", tensor)
+        kept.append(shelf)
+        held.append(weakref.ref(tensor.untyped_storage()))
+        del tensor
+        alive = [storage() is not None for storage in held]
+        assert alive == [index >= number - 1 for index in range(number + 1)]
+    kept[3].fetch()
+    assert [storage() is not None for storage in held] == [False, False, False, True]
+    for number in (3, 2, 1, 0):
+        assert torch.equal(kept[number].take("x"), torch.full((50,), float(number)))
+        assert kept[number].take("x") is None
