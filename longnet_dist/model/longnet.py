@@ -38,11 +38,14 @@ class LongNetOutput(NamedTuple):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Rows of the weight times the root of their length: of the weight, which is fewer than there are tokens."""
+    """Rows of the weight times the root of their length."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(…, E)`` for ids ``(…)``."""
-        return F.embedding(input, self.weight * self.embedding_dim**0.5)
+        """``(…, E)`` for ids ``(…)``; what is multiplied are the rows that are taken, or all, if these are fewer."""
+        scale = self.embedding_dim**0.5
+        if input.numel() < self.num_embeddings:
+            return F.embedding(input, self.weight) * scale
+        return F.embedding(input, self.weight * scale)
 
 
 class LongNet(nn.Module):

@@ -121,3 +121,13 @@ def test_what_does_not_fit_is_refused():
         network(tokens, labels, start=45)
     with pytest.raises(ConfigError, match="xpos_base=2 or more, or rope"):
         model(xpos_base=1, segment_lengths=[400], dilation_rates=[1]).float()(tokens.repeat(1, 3))
+
+
+def test_few_and_many_ids_get_the_same_rows():
+    embedding = model().embedding
+    ids = torch.arange(20).repeat(3)
+    many, few = embedding(ids), torch.cat([embedding(part) for part in ids.split(7)])
+    assert torch.equal(many, few)
+    gradients = [torch.autograd.grad(rows.square().sum(), embedding.weight)[0] for rows in (many, few)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(many, embedding.weight[ids] * 32**0.5)
