@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(…, E)`` for ids ``(…)``; what is multiplied are the rows that are taken, or all, if these are fewer."""
-        scale = self.embedding_dim**0.5
+        scale = math.sqrt(self.embedding_dim)
         if input.numel() < self.num_embeddings:
             return F.embedding(input, self.weight) * scale
         return F.embedding(input, self.weight * scale)
