@@ -197,9 +197,14 @@ class TrainConfig(Section):
         return self
 
     @property
+    def least_resident(self) -> int:
+        """Blocks that are on the device at the least: ``selective`` brings one back while the one above is computed."""
+        return 2 if self.activation_checkpointing == "selective" else 1
+
+    @property
     def resident(self) -> int:
-        """``resident_blocks``, or its default: ``selective`` brings a block back while the one above it is computed."""
-        return self.resident_blocks or {"selective": 2}.get(self.activation_checkpointing, 1)
+        """``resident_blocks``, or its default, which costs no memory."""
+        return self.resident_blocks or self.least_resident
 
     def compiles(self, device_type: str) -> bool:
         """Whether the row-wise parts are compiled on a kind of device, ``"cuda"`` or ``"cpu"``."""

@@ -30,8 +30,7 @@ class Shelf:
     def put(self, name: str, tensor: Tensor, stays: bool = False) -> None:
         """Keep a contiguous tensor, which the caller may forget; one that ``stays`` is not offloaded."""
         tensor = tensor.detach()  # an output that is kept with its graph would never be freed
-        offload = self._memory is not None and self._offload and not stays
-        self._kept[name] = Offloaded(self._memory, tensor) if self._memory and offload else tensor
+        self._kept[name] = Offloaded(self._memory, tensor) if self._memory and self._offload and not stays else tensor
 
     def take(self, name: str) -> Tensor | None:
         """Hand out a tensor that was put, once; None if it was not."""
@@ -87,13 +86,12 @@ class HostMemory:
         """The shelf of the next block, which may also keep its tensors on the device."""
         self._top = Shelf(self, offload, self._top)
         self._leaving.append(self._top)
-        while len(self._leaving) > self._behind + 1:
-            self._leaving.popleft().leave()
+        self.settle(self._behind + 1)
         return self._top
 
-    def settle(self) -> None:
-        """Let go of all that was copied to the host."""
-        while self._leaving:
+    def settle(self, most: int = 0) -> None:
+        """Let go of what was copied to the host, but for that of the last ``most`` shelves."""
+        while len(self._leaving) > most:
             self._leaving.popleft().leave()
 
     def borrow(self, tensor: Tensor) -> list[Tensor]:

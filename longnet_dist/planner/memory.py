@@ -21,9 +21,6 @@ from longnet_dist.planner.state import state_of
 HOST_PROCESS_BYTES = 4 * 2**30  # of a process that has CUDA and all libraries loaded
 MASTER_COPY_BYTES = 12  # of a parameter, in the copy that an asynchronous checkpoint is written from
 CHECKPOINT = "checkpoint"
-# Blocks whose activations are on the device at the least: the next one comes from the beginning of a block's backward,
-# or under "full" from its end (model/checkpointing.py).
-LEAST_RESIDENT = {"selective": 2, "full": 1}
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,7 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     computing = always | {"parameters": state.parameters + state.gathered}
     kept, held = kept_by_block(layout), held_by_block(layout)
     train = layout.config.train
-    blocks = model.layers
-    if train.offload_activations:
-        blocks = max(train.resident, LEAST_RESIDENT[train.activation_checkpointing])
+    blocks = max(train.resident, train.least_resident) if train.offload_activations else model.layers
     with_projections = min(train.keep_projections, model.layers)
     here = max(with_projections - train.offload_projections, min(with_projections, blocks))
     all_kept = min(model.layers, blocks) * kept + here * projections_kept(layout)

@@ -22,7 +22,7 @@ from longnet_dist.planner.model_cost import (
 # zeros of dQ 2, gradients of q, k, v side by side 7; gelu with its norm 4.
 FORWARD_PASSES = (12, 2)
 BACKWARD_PASSES = (22, 4)
-FORWARD_SHARE = 0.28  # of the computation of a step, with what backward computes again
+FORWARD_SHARE = 0.28  # of the computation of a step; the rest is backward, with what it computes again
 PROJECTION_PASSES = 6  # of the forward's: a norm and positions
 ATTENTION_BACKWARD = 1.7  # what a backward of attention takes at least, over a forward: attention_speed.json
 EAGER = 3.1  # without torch.compile intermediate results travel, too; from benchmarks/results/training_h100.md

@@ -73,9 +73,9 @@ def build_engine(
 
 
 def _spare_launches(optimizer: Any) -> None:
-    """Let ZeRO 1 and 2 on a GPU do for all parameters of a group at once what DeepSpeed does for each.
+    """Let ZeRO 1 and 2 do for all parameters of a group at once what DeepSpeed does for each.
 
-    The GPU is idle meanwhile: it is done with the backward by which its host was ahead.
+    A GPU is idle meanwhile: it is done with the backward by which its host was ahead.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -84,8 +84,15 @@ def _spare_launches(optimizer: Any) -> None:
     # Seven launches a parameter look for numbers that are not finite; the norm, next, shows them as well.
     optimizer.check_overflow = lambda partition_gradients: None
     optimizer.get_grad_norm_direct = partial(_norm_over_ranks, optimizer.dp_process_group)
-    # After an update every parameter is made the view of its group's weights that it has been since the start.
-    optimizer._update_model_bit16_weights = lambda group: None
+    # After an update every parameter is made the view of its group's weights that it is already, unless these moved.
+    make_views = optimizer._update_model_bit16_weights
+
+    def make_views_if_moved(group: int) -> None:
+        parameter, weights = optimizer.round_robin_bit16_groups[group][0], optimizer.bit16_groups_flat[group]
+        if parameter.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
+            make_views(group)
+
+    optimizer._update_model_bit16_weights = make_views_if_moved
 
 
 def _norm_over_ranks(ranks: Any, gradients: Any, _parameters: Any, norm_type: float = 2.0) -> Tensor:

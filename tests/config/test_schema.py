@@ -41,6 +41,7 @@ def test_a_configuration_is_immutable():
             "train.offload_activations is false; use offload_activations=true and keep_projections=2",
         ),
         ({"train": {"offload_activations": True}}, "train.activation_checkpointing is none; use selective or full"),
+        ({"train": {"resident_blocks": 3}}, "train.offload_activations is false; use train.offload_activations=true"),
         ({"train": {"activation_checkpointing": "some"}}, "should be 'none', 'selective' or 'full'"),
         ({"train": {"profile": {"first": 0}}}, "train.profile.first=0 should be greater than 0"),
         ({"train": {"profile": {"first": 9, "steps": 3}}}, "asks for steps 9 to 11 of a run of 10"),

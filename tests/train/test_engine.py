@@ -55,3 +55,21 @@ def test_importing_the_package_neither_imports_deepspeed_nor_sets_variables():
         "assert 'deepspeed' not in sys.modules; assert dict(os.environ) == before"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
+
+
+def move_weights_and_view_again(config):
+    trainer = make_trainer(config)
+    optimizer = trainer.engine.optimizer
+    for group, weights in enumerate(optimizer.bit16_groups_flat):
+        before = [parameter.clone() for parameter in optimizer.bit16_groups[group]]
+        weights.data = weights.data.clone()
+        optimizer._update_model_bit16_weights(group)
+        for parameter, value in zip(optimizer.bit16_groups[group], before, strict=True):
+            assert parameter.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr()
+            assert torch.equal(parameter, value)
+    return True
+
+
+def test_parameters_follow_weights_that_move(tmp_path, corpus):
+    config = tiny_config(tmp_path / "run", corpus, "deepspeed.zero_stage=2")
+    assert all(run_distributed(move_weights_and_view_again, 2, config))
