@@ -158,14 +158,14 @@ def project(
         head_dim: ``D``.
         norm_eps: epsilon of the norms of queries and keys.
     """
-    return *queries_and_keys(x, turn, weights, head_dim, norm_eps), _heads(x, weights, "v_proj", head_dim)
+    q, k, v = (_heads(x, weights, name, head_dim) for name in ("q_proj", "k_proj", "v_proj"))
+    return *placed(q, k, turn, weights, norm_eps), v
 
 
-def queries_and_keys(
-    x: Tensor, turn: Turn | None, weights: Mapping[str, Tensor], head_dim: int, norm_eps: float
+def placed(
+    q: Tensor, k: Tensor, turn: Turn | None, weights: Mapping[str, Tensor], norm_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`project` without the values."""
-    q, k = (_heads(x, weights, name, head_dim) for name in ("q_proj", "k_proj"))
+    """Queries and keys ``(n, heads, D)`` as they leave their maps, normed, if the weights have norms, and turned."""
     if "q_norm.weight" in weights:
         q, k = normed_heads(q, k, weights["q_norm.weight"], weights["k_norm.weight"], norm_eps)
     return (q, k) if turn is None else turned(q, k, turn)

@@ -93,6 +93,9 @@ class TrainConfig(Section):
             well; with ``offload_activations``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
         compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
+        products: whose products of rows and weights compiled blocks take: ``quack`` (which comes with flash-attn 4) has
+            the norm before a product and the sum behind it in the same kernel, in bf16 on a Hopper GPU; ``auto`` takes
+            it where it runs.
         peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
         ignore_plan: start although the planner says that the memory does not suffice.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
@@ -134,6 +137,7 @@ class TrainConfig(Section):
     offload_projections: int = Field(0, ge=0)
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
+    products: Literal["auto", "torch", "quack"] = "auto"
     peak_tflops: PositiveFloat | None = None
     ignore_plan: bool = False
     profile: ProfileConfig | None = None

@@ -91,6 +91,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_quack() -> bool:
+    """Whether quack is installed, which comes with flash-attn 4."""
+    return importlib.util.find_spec("quack") is not None
+
+
 @lru_cache(maxsize=64)
 def _log_once(message: str) -> None:
     _log.warning(message)

@@ -26,13 +26,12 @@ PIECES = 5
 @torch.library.custom_op(
     "longnet_dist::norm_gradients",
     mutates_args=("dx", "dots"),
-    schema="(Tensor dy, Tensor x, Tensor? added, Tensor? beside, float eps, bool sums, bool normed, Tensor(a!) dx, "
+    schema="(Tensor dy, Tensor x, Tensor? beside, float eps, bool sums, bool normed, Tensor(a!) dx, "
     "Tensor(b!)? dots) -> (Tensor, Tensor)",
 )
 def norm_gradients(
     dy: Tensor,
     x: Tensor,
-    added: Tensor | None,
     beside: Tensor | None,
     eps: float,
     sums: bool,
@@ -53,7 +52,6 @@ def norm_gradients(
     _norm_gradients_kernel[(programs,)](
         dy,
         x,
-        x if added is None else added,
         x if beside is None else beside,
         dx,
         parts,
@@ -65,7 +63,6 @@ def norm_gradients(
         piece,
         at_once,
         0 if dots is None else dots.shape[1],
-        added is not None,
         beside is not None,
         sums,
         normed,
@@ -78,7 +75,6 @@ def norm_gradients(
 def _(
     dy: Tensor,
     x: Tensor,
-    added: Tensor | None,
     beside: Tensor | None,
     eps: float,
     sums: bool,
@@ -112,13 +108,13 @@ def _add(a, b, x, y):
 
 @triton.jit
 def _norm_gradients_kernel(
-    dy, x, added, beside, dx, sums, dots, normed, rows, eps,
+    dy, x, beside, dx, sums, dots, normed, rows, eps,
     LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    ADDED: tl.constexpr, BESIDE: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
+    BESIDE: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …, and sums them in ``sums[p]``.
 
-    ``dy, x, added, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``;
+    ``dy, x, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``;
     ``dots (rows, HEADS)``, unless there are no heads; ``normed (rows, LENGTH)``, if ``NORMED``.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -136,8 +132,6 @@ def _norm_gradients_kernel(
         value_sum, given_sum = nothing, nothing
         for first in tl.static_range(0, LENGTH, PIECE):
             value = tl.load(x + start + first, mask=valid, other=0.0).to(tl.float32)
-            if ADDED:
-                value += tl.load(added + start + first, mask=valid, other=0.0).to(tl.float32)
             gradient = tl.load(dy + start + first, mask=valid, other=0.0).to(tl.float32)
             values, given = values + (value,), given + (gradient,)
             value_sum, given_sum = value_sum + value, given_sum + gradient

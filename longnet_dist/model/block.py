@@ -15,6 +15,7 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.model.checkpointing import Execution, Passage
 from longnet_dist.model.feed_forward import FeedForward
 from longnet_dist.model.offload import HostMemory, Shelf
+from longnet_dist.model.products import TORCH, Products, products_of
 from longnet_dist.model.rows import RowParts
 
 _PLAIN = Execution()
@@ -74,10 +75,16 @@ class Block(nn.Module):
         spec, turn = attention.prepare(x, start, total_rows, cache)
         weights = dict(self.named_parameters())
         compile = execution.compiles(self.training, cache is not None)
-        parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, compile)
+        products = self._products(x) if compile else TORCH
+        parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, compile, products)
         stay, shape = not execution.offload_projections, (x.shape[0], x.shape[1])
         passage = Passage(parts, spec, execution.checkpointing, shape, self._shelf(), stay)
         return passage.run(x.flatten(0, 1)).view_as(x)
+
+    def _products(self, x: Tensor) -> Products:
+        maps = self.self_attn.q_proj, self.self_attn.k_proj, self.ffn.fc1
+        widths = tuple(linear.out_features for linear in maps)
+        return products_of(self.execution.products, x.device, x.dtype, x.shape[0] * x.shape[1], widths)
 
     def _shelf(self) -> Shelf | None:
         if not torch.is_grad_enabled():

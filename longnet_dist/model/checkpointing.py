@@ -25,6 +25,7 @@ from longnet_dist.attention.functional import (
 )
 from longnet_dist.config.schema import TrainConfig
 from longnet_dist.model.offload import Shelf
+from longnet_dist.model.products import ProductsName
 from longnet_dist.model.rows import RowParts
 
 Checkpointing = Literal["none", "projections", "selective", "full"]
@@ -43,6 +44,7 @@ class Execution:
         offload_projections: of how many of the blocks with projections, the first ones, these wait there as well.
         tile: rows that are projected, normed and fed forward at once; None for all.
         compile: whether these row-wise parts are compiled, in training and in streams.
+        products: whose products of rows and weights they take where they are compiled.
     """
 
     checkpointing: Checkpointing = "none"
@@ -52,6 +54,7 @@ class Execution:
     offload_projections: int = 0
     tile: int | None = None
     compile: bool = False
+    products: ProductsName = "auto"
 
     @classmethod
     def of(cls, train: TrainConfig, device_type: str) -> Execution:
@@ -64,6 +67,7 @@ class Execution:
             train.offload_projections,
             train.feed_forward_tile,
             train.compiles(device_type),
+            train.products,
         )
 
     def of_blocks(self, layers: int) -> list[Execution]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longnet_dist.model.gelu_norm import PLAIN, GeluNorm
+from longnet_dist.model.gelu_norm import PLAIN
 
 
 class FeedForward(nn.Module):
@@ -36,12 +36,6 @@ class FeedForward(nn.Module):
 
 def feed_forward(x: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
     """:class:`FeedForward` on its parameters by name."""
-    return F.linear(feed_forward_inner(x, weights, norm_eps), weights["fc2.weight"], weights["fc2.bias"])
-
-
-def feed_forward_inner(
-    x: Tensor, weights: Mapping[str, Tensor], norm_eps: float, gelu_norm: GeluNorm = PLAIN
-) -> Tensor:
-    """What the last map of :func:`feed_forward` takes, ``(…, F)``."""
     inner = F.linear(x, weights["fc1.weight"], weights["fc1.bias"])
-    return gelu_norm.forward(inner, weights["ffn_layernorm.weight"], weights["ffn_layernorm.bias"], norm_eps)
+    inner = PLAIN.forward(inner, weights["ffn_layernorm.weight"], weights["ffn_layernorm.bias"], norm_eps)
+    return F.linear(inner, weights["fc2.weight"], weights["fc2.bias"])

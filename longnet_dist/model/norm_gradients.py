@@ -12,14 +12,13 @@ from longnet_dist.kernels.choice import takes_triton
 from longnet_dist.kernels.contract import wide_dtype
 
 NormGradients = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor | None, float, bool, bool, Tensor, Tensor | None], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor | None, float, bool, bool, Tensor, Tensor | None], tuple[Tensor, Tensor]
 ]
 
 
 def norm_gradients(
     dy: Tensor,
     x: Tensor,
-    added: Tensor | None,
     beside: Tensor | None,
     eps: float,
     sums: bool,
@@ -27,18 +26,16 @@ def norm_gradients(
     dx: Tensor,
     dots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Write ``dx = beside + dyᵀ ∂LayerNorm(x + added)/∂x``, all ``(n, E)``.
+    """Write ``dx = beside + dyᵀ ∂LayerNorm(x)/∂x``, all ``(n, E)``.
 
-    ``beside`` may be ``dx`` itself. ``added`` and ``beside`` may be left out. Where ``dots (n, H)`` is given, float32,
+    ``beside`` may be ``dx`` itself, or left out. Where ``dots (n, H)`` is given, float32,
     the products of ``dx`` and ``x`` of every head are written there, too.
 
     Returns:
         With ``sums`` those of the rows of ``dx`` and of ``beside``, ``(2, E)``, float32 or float64, and with ``normed``
-        ``LayerNorm(x + added)``; else nothing in its place.
+        ``LayerNorm(x)``; else nothing in its place.
     """
-    y, backward, *_ = torch.func.vjp(
-        lambda x: F.layer_norm(x, x.shape[-1:], eps=eps), x if added is None else x + added
-    )
+    y, backward, *_ = torch.func.vjp(lambda x: F.layer_norm(x, x.shape[-1:], eps=eps), x)
     (gradient,) = backward(dy)
     total = gradient if beside is None else gradient + beside
     parts = [total, torch.zeros_like(total) if beside is None else beside] if sums else []

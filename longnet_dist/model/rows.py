@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.attention.module import normed_heads, project, queries_and_keys
+from longnet_dist.attention.module import normed_heads, placed, project
 from longnet_dist.attention.positions import Turn, turned
 from longnet_dist.kernels.contract import wide_dtype
 from longnet_dist.model.compiled import run
-from longnet_dist.model.feed_forward import feed_forward, feed_forward_inner
+from longnet_dist.model.feed_forward import feed_forward
 from longnet_dist.model.folded import folded, unfolded_gradients
 from longnet_dist.model.gelu_norm import GeluNorm
 from longnet_dist.model.join_gradients import JoinGradients, join_gradients_of
 from longnet_dist.model.norm_gradients import NormGradients, gives_dots, norm_gradients_of
+from longnet_dist.model.products import TORCH, Normed, Products
 
 Weights = Mapping[str, Tensor]
 _PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkv")
@@ -44,32 +45,47 @@ def before_attention(
 
 def after_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor:
     """The block's output ``(n, E)`` from its input and the attention's output ``(n, H, D)``."""
-    x = _add_attention(x, out, weights, eps)
+    out = _norm(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps)
+    x = x + F.linear(out, weights["self_attn.out_proj.weight"], weights["self_attn.out_proj.bias"])
     return x + feed_forward(_norm(x, weights, "final_layer_norm", eps), _part(weights, "ffn."), eps)
 
 
-def _add_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor:
-    """The first residual sum."""
-    out = _norm(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps)
-    return x + F.linear(out, weights["self_attn.out_proj.weight"], weights["self_attn.out_proj.bias"])
-
-
 def write_queries_and_keys(
-    x: Tensor, turn: Turn | None, weights: Weights, head_dim: int, eps: float, q: Tensor, k: Tensor
-) -> Tensor:
-    """:func:`before_attention` without the values; the normed rows ``(n, E)``, of which they are a product."""
-    x = _norm(x, weights, "self_attn_layer_norm", eps)
-    queries, keys = queries_and_keys(x, turn, _part(weights, "self_attn."), head_dim, eps)
+    x: Tensor,
+    turn: Turn | None,
+    weights: Weights,
+    head_dim: int,
+    eps: float,
+    products: Products,
+    q: Tensor,
+    k: Tensor,
+) -> Normed:
+    """:func:`before_attention` without the values; the normed rows, of which they are a product."""
+    normed = _normed(x, weights, "self_attn_layer_norm", eps, products)
+    if products.folded:
+        numbers = q.shape[1] + k.shape[1]
+        both = products.linear(normed, *_stacked_maps(weights, 0, numbers * head_dim), None)
+        queries, keys = torch.split(torch.unflatten(both, -1, (numbers, head_dim)), [q.shape[1], k.shape[1]], 1)
+    else:
+        queries, keys = (
+            torch.unflatten(products.linear(normed, *_map(weights, name), None), -1, (-1, head_dim))
+            for name in _PROJECTIONS[:2]
+        )
+    queries, keys = placed(queries, keys, turn, _part(weights, "self_attn."), eps)
     q.copy_(queries)
     k.copy_(keys)
-    return x
+    return normed
 
 
-def write_first_sum(x: Tensor, out: Tensor, weights: Weights, eps: float, gelu_norm: GeluNorm, z: Tensor) -> Tensor:
+def write_first_sum(
+    x: Tensor, out: Tensor, weights: Weights, eps: float, products: Products, gelu_norm: GeluNorm, z: Tensor
+) -> Tensor:
     """:func:`after_attention` without its last product: what that is added to, in ``z``, and its factor ``(n, F)``."""
-    x = _add_attention(x, out, weights, eps)
-    z.copy_(x + weights["ffn.fc2.bias"])
-    return feed_forward_inner(_norm(x, weights, "final_layer_norm", eps), _part(weights, "ffn."), eps, gelu_norm)
+    normed = _normed(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps, products)
+    products.write_linear(normed, *_map(weights, "self_attn.out_proj"), x, z)
+    normed = _normed(z, weights, "final_layer_norm", eps, products)
+    inner = products.linear(normed, *_map(weights, "ffn.fc1"), None)
+    return gelu_norm.forward(inner, weights.get("ffn.ffn_layernorm.weight"), weights.get("ffn.ffn_layernorm.bias"), eps)
 
 
 def write_output_gradients(
@@ -78,6 +94,7 @@ def write_output_gradients(
     dz: Tensor,
     weights: Weights,
     eps: float,
+    products: Products,
     gelu_norm: GeluNorm,
     norm_gradients: NormGradients,
     dx: Tensor,
@@ -93,16 +110,19 @@ def write_output_gradients(
     folded: the norms have none. ``dout (n, H·D)``: what is written must not be a view that the function itself makes,
     whose place torch's compiler takes from the first call.
     """
-    attended, out_weight = out.flatten(-2), weights["self_attn.out_proj.weight"]
-    normed_out = _norm(attended, weights, "self_attn.inner_attn_ln", eps)
-    y = F.linear(normed_out, out_weight, weights["self_attn.out_proj.bias"])
-    normed_sum = _norm(x + y, weights, "final_layer_norm", eps)
-    inner = F.linear(normed_sum, weights["ffn.fc1.weight"], weights["ffn.fc1.bias"])
+    attended = out.flatten(-2)
+    normed = _normed(attended, weights, "self_attn.inner_attn_ln", eps, products)
+    total = products.linear(normed, *_map(weights, "self_attn.out_proj"), x)
+    normed = _normed(total, weights, "final_layer_norm", eps, products)
+    inner = products.linear(normed, *_map(weights, "ffn.fc1"), None)
 
-    normed, dinner, fc1_bias = gelu_norm.gradients(dz @ weights["ffn.fc2.weight"], inner, eps)
-    (out_bias, fc2_bias), _ = norm_gradients(dinner @ weights["ffn.fc1.weight"], x, y, dz, eps, True, False, dx, None)
-    norm_gradients(dx @ out_weight, attended, None, None, eps, False, False, dout, delta)
-    gradients = {"ffn.fc2.weight": dz.T @ normed, "ffn.fc2.bias": fc2_bias}
+    dfactor = products.product(dz, weights["ffn.fc2.weight"])
+    factor, dinner, fc1_bias = gelu_norm.gradients(dfactor, inner, eps)
+    dnormed = products.product(dinner, weights["ffn.fc1.weight"])
+    (out_bias, fc2_bias), normed_sum = norm_gradients(dnormed, total, dz, eps, True, True, dx, None)
+    dnormed = products.product(dx, weights["self_attn.out_proj.weight"])
+    _, normed_out = norm_gradients(dnormed, attended, None, eps, False, True, dout, delta)
+    gradients = {"ffn.fc2.weight": dz.T @ factor, "ffn.fc2.bias": fc2_bias}
     gradients |= {"ffn.fc1.weight": dinner.T @ normed_sum, "ffn.fc1.bias": fc1_bias}
     gradients |= {"self_attn.out_proj.weight": dx.T @ normed_out, "self_attn.out_proj.bias": out_bias}
     _add(sums, gradients)
@@ -115,6 +135,7 @@ def add_projection_gradients(
     weights: Weights,
     head_dim: int,
     eps: float,
+    products: Products,
     join: JoinGradients,
     norm_gradients: NormGradients,
     dx: Tensor,
@@ -129,17 +150,18 @@ def add_projection_gradients(
     gains = {name: weight for name, weight in weights.items() if name.endswith("_norm.weight")}
     if gains:
         heads = [dq.shape[1], dk.shape[1]]
-        maps = (weights[_STACKED + kind][: sum(heads) * head_dim] for kind in ("weight", "bias"))
-        again = _norm(x, weights, "self_attn_layer_norm", eps)
-        projected = torch.split(torch.unflatten(F.linear(again, *maps), -1, (-1, head_dim)), heads, 1)
+        normed = _normed(x, weights, "self_attn_layer_norm", eps, products)
+        again = products.linear(normed, *_stacked_maps(weights, 0, sum(heads) * head_dim), None)
+        projected = torch.split(torch.unflatten(again, -1, (-1, head_dim)), heads, 1)
         _, backward, *_ = torch.func.vjp(partial(normed_heads, norm_eps=eps), *projected, *gains.values())
         if turn is not None:
             dq, dk = turned(dq, dk, turn.back())
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
     joined, bias_gradient = join(dq, dk, dv, None if gains else turn, x.dtype)
-    _, normed = norm_gradients(joined @ weights[_STACKED + "weight"], x, None, dx, eps, False, True, dx, None)
-    _add(sums, {_STACKED + "weight": joined.T @ normed, _STACKED + "bias": bias_gradient})
+    dnormed = products.product(joined, weights[_STACKED + "weight"])
+    _, again = norm_gradients(dnormed, x, dx, eps, False, True, dx, None)
+    _add(sums, {_STACKED + "weight": joined.T @ again, _STACKED + "bias": bias_gradient})
 
 
 @dataclass(frozen=True)
@@ -153,6 +175,7 @@ class RowParts:
         eps: epsilon of the norms.
         tile: rows at once; None for all.
         compile: whether the parts are compiled.
+        products: of rows and weights, without graph.
     """
 
     weights: Weights
@@ -161,6 +184,7 @@ class RowParts:
     eps: float
     tile: int | None = None
     compile: bool = False
+    products: Products = TORCH
 
     @cached_property
     def before(self) -> dict[str, Tensor]:
@@ -204,21 +228,24 @@ class RowParts:
 
     def projections(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``(n, heads, D)``."""
-        x, weights = x.detach(), _detached(self.before)
-        bias, factor = weights["self_attn.v_proj.bias"], weights["self_attn.v_proj.weight"].T
+        x, weights = x.detach(), self._for_products(self.before)
         q, k, v = (x.new_empty(len(x), number, self.head_dim) for number in self._heads)
+        start = (q.shape[1] + k.shape[1]) * self.head_dim
+        of_values = _stacked_maps(weights, start) if self.products.folded else _map(weights, _PROJECTIONS[2])
         for rows in self._tiles(x):
-            normed = self._run(write_queries_and_keys, x[rows], *self._before(rows, weights), q[rows], k[rows])
-            torch.addmm(bias, normed, factor, out=v[rows].flatten(1))
+            given = x[rows], *self._before(rows, weights), self.products
+            normed = self._run(write_queries_and_keys, *given, q[rows], k[rows])
+            self.products.write_linear(normed, *of_values, None, v[rows].flatten(1))
         return q, k, v
 
     def output(self, x: Tensor, out: Tensor) -> Tensor:
         """The block's output."""
-        x, out, weights = x.detach(), out.detach(), _detached(self.after)
+        x, out, weights = x.detach(), out.detach(), self._for_products(self.after)
         z = torch.empty_like(x)
         for rows in self._tiles(x):
-            inner = self._run(write_first_sum, x[rows], out[rows], weights, self.eps, self.gelu_norm, z[rows])
-            z[rows].addmm_(inner, weights["ffn.fc2.weight"].T)
+            given, tile = (x[rows], out[rows], weights, self.eps, self.products, self.gelu_norm), z[rows]
+            factor = self._run(write_first_sum, *given, tile)
+            self.products.write_linear((factor,), *_map(weights, "ffn.fc2"), tile, tile)
         return z
 
     def output_gradients(
@@ -233,7 +260,7 @@ class RowParts:
         delta = x.new_empty(out.shape[:2], dtype=torch.float32) if with_delta else None
         sums = _zeros(weights)
         for rows in self._tiles(x):
-            given = x[rows], out[rows], dz[rows], weights, self.eps, self.gelu_norm, self.norm_gradients
+            given = x[rows], out[rows], dz[rows], weights, self.eps, self.products, self.gelu_norm, self.norm_gradients
             written = dx[rows], dout[rows].flatten(-2), None if delta is None else delta[rows]
             self._run(write_output_gradients, *given, *written, sums)
         return dx, dout, delta, self._gradients(sums, self.after)
@@ -245,14 +272,22 @@ class RowParts:
         sums = _zeros(weights)
         for rows in self._tiles(x):
             tiles = tuple(gradient[rows] for gradient in gradients)
-            given = x[rows], tiles, *self._before(rows, weights), self.join_gradients, self.norm_gradients
-            self._run(add_projection_gradients, *given, dx[rows], sums)
+            given = x[rows], tiles, *self._before(rows, weights), self.products
+            self._run(add_projection_gradients, *given, self.join_gradients, self.norm_gradients, dx[rows], sums)
         return self._gradients(_unstacked(sums, folded_weights), self.before)
 
     @property
     def _heads(self) -> list[int]:
         """Of queries, keys, values."""
         return [len(self.weights[f"{name}.bias"]) // self.head_dim for name in _PROJECTIONS]
+
+    def _for_products(self, weights: Weights) -> dict[str, Tensor]:
+        """Without graph, in the form that the products take."""
+        plain = _detached(weights)
+        if not self.products.folded:
+            return plain
+        found: dict[str, Tensor] = self._run(folded, plain)
+        return _stacked(found) if f"{_PROJECTIONS[0]}.weight" in found else found
 
     def _gradients(self, sums: Weights, weights: Weights) -> list[Tensor]:
         found: list[Tensor] = self._run(_of_weights, sums, _detached(weights))
@@ -309,6 +344,21 @@ def _unstacked(sums: Weights, weights: Weights) -> dict[str, Tensor]:
 def _norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
     """LayerNorm; with folded weights without its own."""
     return F.layer_norm(x, x.shape[-1:], weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), eps)
+
+
+def _normed(x: Tensor, weights: Weights, name: str, eps: float, products: Products) -> Normed:
+    """The same, as the products take it."""
+    return products.normed(x, weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), eps)
+
+
+def _map(weights: Weights, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear map."""
+    return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+
+def _stacked_maps(weights: Weights, start: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    """Some rows of the stacked projections."""
+    return weights[_STACKED + "weight"][start:stop], weights[_STACKED + "bias"][start:stop]
 
 
 def _part(weights: Weights, prefix: str) -> dict[str, Tensor]:

@@ -89,9 +89,9 @@ for heads, kv_heads, width in ((12, 12, 64), (12, 4, 64), (16, 16, 96), (32, 32,
 norm_gradients.processors = lambda device: 132
 for length in (768, 1536, 2048, 2560, 4096):
     x, y, dx = torch.empty(3, 4000, length, dtype=torch.bfloat16)
-    norm_gradients.norm_gradients(y, x, x, x, 1e-5, True, False, dx, None)
-    norm_gradients.norm_gradients(y, x, None, x, 1e-5, False, True, dx, None)
-    norm_gradients.norm_gradients(y, x, None, None, 1e-5, False, False, dx, torch.empty(4000, length // 64))
+    norm_gradients.norm_gradients(y, x, x, 1e-5, True, True, dx, None)
+    norm_gradients.norm_gradients(y, x, x, 1e-5, False, True, dx, None)
+    norm_gradients.norm_gradients(y, x, None, 1e-5, False, True, dx, torch.empty(4000, length // 64))
 print(" ".join(["kernels:", *names]))
 """
 

@@ -16,20 +16,20 @@ from longnet_dist.kernels import norm_gradients as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
-USES = {"alone": (False, False, False), "beside": (False, True, False), "all": (True, True, True)}
+USES = {"alone": (False, False), "beside": (True, False), "all": (True, True)}
 
 
 def inputs(count, length, device="cpu", dtype=torch.float32):
-    """``dy, x, added, beside``; the mean of a row of ``x`` is not small beside its deviation."""
+    """``dy, x, beside``; the mean of a row of ``x`` is not small beside its deviation."""
     generator = torch.Generator().manual_seed(0)
-    dy, x, added, beside = torch.randn(4, count, length, generator=generator)
-    return [tensor.to(device, dtype) for tensor in (dy, x + 2, added, beside)]
+    dy, x, beside = torch.randn(3, count, length, generator=generator)
+    return [tensor.to(device, dtype) for tensor in (dy, x + 2, beside)]
 
 
-def exact(dy, x, added, beside):
+def exact(dy, x, beside):
     """``dx``, the sum of its rows, and that of those of ``beside``, by autograd in float64."""
     x = x.double().requires_grad_()
-    y = F.layer_norm(x if added is None else x + added.double(), x.shape[-1:], eps=1e-5)
+    y = F.layer_norm(x, x.shape[-1:], eps=1e-5)
     (dx,) = torch.autograd.grad(y, x, dy.double())
     if beside is None:
         return dx, dx.sum(0), None
@@ -38,8 +38,8 @@ def exact(dy, x, added, beside):
 
 def used(given, use):
     """The inputs of a use, and whether it sums."""
-    dy, x, added, beside = given
-    return (dy, x, added if USES[use][0] else None, beside if USES[use][1] else None), USES[use][2]
+    dy, x, beside = given
+    return (dy, x, beside if USES[use][0] else None), USES[use][1]
 
 
 # One piece, three, five; whole tiles and ragged ones; rows for all programs and for one.
@@ -53,9 +53,8 @@ def test_agrees_with_float64(function, use, count, length):
     sums, normed = function(*given, 1e-5, summed, use != "beside", dx, None)
     expected, *expected_sums = exact(*given)
     if use != "beside":
-        _, x, added, _ = given
-        x = x.double() if added is None else x.double() + added
-        torch.testing.assert_close(normed.double(), F.layer_norm(x, (length,), eps=1e-5), rtol=2e-5, atol=4e-6)
+        wanted = F.layer_norm(given[1].double(), (length,), eps=1e-5)
+        torch.testing.assert_close(normed.double(), wanted, rtol=2e-5, atol=4e-6)
     torch.testing.assert_close(dx.double(), expected, rtol=2e-5, atol=4e-6)
     assert len(sums) == 2 * summed
     for actual, wanted in zip(sums, expected_sums, strict=False):
@@ -65,9 +64,9 @@ def test_agrees_with_float64(function, use, count, length):
 @on_a_cpu
 @pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
 def test_adds_in_place(function):
-    dy, x, _, beside = inputs(9, 192)
-    expected, *_ = exact(dy, x, None, beside)
-    function(dy, x, None, beside, 1e-5, False, False, beside, None)
+    dy, x, beside = inputs(9, 192)
+    expected, *_ = exact(dy, x, beside)
+    function(dy, x, beside, 1e-5, False, False, beside, None)
     torch.testing.assert_close(beside.double(), expected, rtol=2e-5, atol=4e-6)
 
 
@@ -77,10 +76,10 @@ def test_adds_in_place(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
 def test_gives_the_products_of_heads(function, dtype, count, length, heads):
-    dy, x, *_ = inputs(count, length, dtype=dtype)
+    dy, x, _ = inputs(count, length, dtype=dtype)
     dx, dots = torch.empty_like(x), torch.full((count, heads), float("nan"))
-    function(dy, x, None, None, 1e-5, False, False, dx, dots)
-    torch.testing.assert_close(dx.double(), exact(dy, x, None, None)[0], rtol=2e-3, atol=2e-3)
+    function(dy, x, None, 1e-5, False, False, dx, dots)
+    torch.testing.assert_close(dx.double(), exact(dy, x, None)[0], rtol=2e-3, atol=2e-3)
     expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
     torch.testing.assert_close(dots.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -88,7 +87,7 @@ def test_gives_the_products_of_heads(function, dtype, count, length, heads):
 @on_a_cpu
 def test_equal_numbers_have_a_finite_gradient():
     x, dx = torch.full((2, 64), 3.0), torch.empty(2, 64)
-    kernels.norm_gradients(torch.ones_like(x), x, None, None, 1e-5, False, False, dx, None)
+    kernels.norm_gradients(torch.ones_like(x), x, None, 1e-5, False, False, dx, None)
     assert dx.abs().max() < 1e-3
 
 
@@ -152,8 +151,7 @@ def test_agrees_with_float64_on_a_gpu(use, length):
     assert function is kernels.norm_gradients
     sums, normed = function(*given, 1e-5, summed, True, dx, None)
     results = dx, *sums
-    x = given[1].double() if given[2] is None else given[1].double() + given[2]
-    wanted = F.layer_norm(x, (length,), eps=1e-5)
+    wanted = F.layer_norm(given[1].double(), (length,), eps=1e-5)
     assert (normed - wanted).norm() < 0.003 * wanted.norm()
     for actual, expected in zip(results, exact(*given), strict=False):
         assert (actual - expected).norm() < 0.003 * expected.norm()
@@ -163,8 +161,8 @@ def test_agrees_with_float64_on_a_gpu(use, length):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("length", "heads"), [(768, 12), (2048, 16), (4096, 64)])
 def test_gives_the_products_of_heads_on_a_gpu(length, heads):
-    dy, x, *_ = inputs(5001, length, "cuda", torch.bfloat16)
+    dy, x, _ = inputs(5001, length, "cuda", torch.bfloat16)
     dx, dots = torch.empty_like(x), torch.empty(5001, heads, device="cuda")
-    kernels.norm_gradients(dy, x, None, None, 1e-5, False, False, dx, dots)
+    kernels.norm_gradients(dy, x, None, 1e-5, False, False, dx, dots)
     expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
     torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,151 @@
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longnet_dist.config.loading import load_config
+from longnet_dist.errors import ConfigError
+from longnet_dist.model import products
+from longnet_dist.model.compiled import _compiled
+from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.products import FEWEST_ROWS, TORCH, Products, products_of
+from longnet_dist.model.rows import RowParts
+from tests.model.test_checkpointing import model_config
+
+CUDA = torch.device("cuda")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def moments(x, weight, bias, eps):
+    assert weight is bias is None
+    mean, scale = x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + eps)
+    return x, scale, -mean * scale
+
+
+def linear(rows, weight, bias, added):
+    """The norm behind the product, as quack's kernels have it."""
+    x, *moments = rows
+    y = x @ weight.T
+    if moments:
+        scale, shift = moments
+        y = scale[:, None] * y + shift[:, None] * weight.sum(1)
+    y = y + bias
+    return y if added is None else y + added
+
+
+def write_linear(rows, weight, bias, added, out):
+    out.copy_(linear(rows, weight, bias, added))
+
+
+FOLDED = Products(moments, linear, write_linear, torch.matmul, folded=True)
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_norm_behind_a_product_computes_the_same(monkeypatch, compile, fields):
+    torch.manual_seed(0)
+    block = LongNet(model_config(**fields)).blocks[0].double()
+    with torch.no_grad():
+        for vector in (parameter for parameter in block.parameters() if parameter.dim() == 1):
+            vector += torch.randn_like(vector) / 4
+    weights = dict(block.named_parameters())
+    x, dz, dx = torch.randn(3, 20, 16).double() + 1
+    out, dq, dk, dv = (torch.randn(20, number, 4).double() for number in (4, 4, 2, 2))
+
+    def results(*execution):
+        parts, total = RowParts(weights, None, 4, 1e-5, *execution), dx.clone()
+        first, dout, _, gradients = parts.output_gradients(x, out, dz)
+        before = parts.add_projection_gradients(x, (dq, dk, dv), total)
+        return [*parts.projections(x), parts.output(x, out), first, dout, *gradients, *before, total]
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    actual = results(7, compile, FOLDED)
+    _compiled.cache_clear()
+    torch.testing.assert_close(actual, results(), rtol=1e-9, atol=1e-11)
+
+
+def test_the_choice_of_products(monkeypatch):
+    cpu, bf16, widths = torch.device("cpu"), torch.bfloat16, (768, 3072)
+    assert products_of("auto", cpu, bf16, 2**20, widths) is TORCH
+    assert products_of("torch", CUDA, bf16, 2**20, widths) is TORCH
+    assert products_of("quack", CUDA, bf16, FEWEST_ROWS - 1, widths) is TORCH
+    with pytest.raises(ConfigError, match=r"train.products=quack runs on a Hopper GPU, not on cpu; .*products=auto"):
+        products_of("quack", cpu, bf16, 2**20, widths)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match="Hopper"):
+        products_of("quack", CUDA, bf16, 2**20, widths)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ConfigError, match=r"not torch\.float32"):
+        products_of("quack", CUDA, torch.float32, 2**20, widths)
+    with pytest.raises(ConfigError, match=r"multiple of 8 numbers, not of 768, 1001"):
+        products_of("quack", CUDA, bf16, 2**20, (768, 1001))
+    monkeypatch.setattr(products, "has_quack", lambda: False)
+    with pytest.raises(ConfigError, match=r"needs the package quack-kernels"):
+        products_of("quack", CUDA, bf16, 2**20, widths)
+    assert products_of("auto", CUDA, bf16, 2**20, widths) is TORCH
+
+
+def test_a_configuration_chooses_them(tmp_path):
+    given = ["model.name=tiny", "train.output_dir=x", "train.steps=1", "train.products=quack"]
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {}\n")
+    assert load_config(path, given).train.products == "quack"
+    with pytest.raises(ConfigError, match="products"):
+        load_config(path, [*given, "train.products=cublas"])
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "numbers", "outputs"), [(5000, 768, 768), (4101, 768, 3072), (4097, 2048, 1000)])
+def test_quack_agrees_with_float64(rows, numbers, outputs, dtype):
+    pytest.importorskip("quack")
+    torch.manual_seed(0)
+    functions = products_of("quack", CUDA, dtype, rows, (numbers, outputs))
+    x = torch.randn(rows, numbers, device="cuda").to(dtype) + 1
+    weight = (torch.randn(outputs, numbers, device="cuda") / numbers**0.5).to(dtype)
+    bias, added = torch.randn(outputs, device="cuda").to(dtype), torch.randn(rows, outputs, device="cuda").to(dtype)
+    normed, (wx, ww, wb, wa) = functions.normed(x, None, None, 1e-5), (y.double() for y in (x, weight, bias, added))
+    with_norm = F.layer_norm(wx, wx.shape[-1:], eps=1e-5) @ ww.T + wb
+    expected = {
+        "norm": (functions.linear(normed, weight, bias, None), with_norm),
+        "norm and sum": (functions.linear(normed, weight, bias, added), with_norm + wa),
+        "bias": (functions.linear((x,), weight, bias, None), wx @ ww.T + wb),
+        "sum": (functions.linear((x,), weight, bias, added), wx @ ww.T + wb + wa),
+        "product": (functions.product(added, weight), wa @ ww),
+    }
+    functions.write_linear((x,), weight, bias, added, added)
+    expected["in place"] = (added, wx @ ww.T + wb + wa)
+    for name, (actual, wanted) in expected.items():
+        assert (actual - wanted).norm() < 0.003 * wanted.norm(), name
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_computes_the_same_with_quack():
+    """As near to float64 as with torch's products."""
+    pytest.importorskip("quack")
+    torch.manual_seed(0)
+    with CUDA:
+        block = LongNet(model_config(dim=256, ffn_dim=1024, layers=1)).blocks[0].bfloat16()
+    weights, rows = dict(block.named_parameters()), 5000
+    x, dz, dx = torch.randn(3, rows, 256, device="cuda", dtype=torch.bfloat16)
+    out, dq, dk, dv = (torch.randn(rows, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 2, 2))
+
+    def results(given, products, compile):
+        weights, x, out, dz, dx, *gradients = given
+        parts, total = RowParts(weights, None, 64, 1e-5, 3000, compile, products), dx.clone()
+        first, dout, _, after = parts.output_gradients(x, out, dz)
+        before = parts.add_projection_gradients(x, tuple(gradients), total)
+        return [*parts.projections(x), parts.output(x, out), first, dout, *after, *before, total]
+
+    given = weights, x, out, dz, dx, dq, dk, dv
+    wide = {name: weight.detach().double() for name, weight in weights.items()}, *(y.double() for y in given[1:])
+    exact = results(wide, TORCH, False)
+    quack = products_of("quack", CUDA, torch.bfloat16, rows, (256, 128, 1024))
+    for ours, plain, wanted in zip(results(given, quack, True), results(given, TORCH, True), exact, strict=True):
+        allowed = 1.2 * (plain - wanted).norm() + 0.002 * wanted.norm()
+        assert (ours - wanted).norm() <= allowed
