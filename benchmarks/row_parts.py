@@ -31,12 +31,13 @@ from longnet_dist.model.block import Block
 from longnet_dist.model.gelu_norm import PLAIN, GeluNorm
 from longnet_dist.model.join_gradients import join_gradients
 from longnet_dist.model.norm_gradients import norm_gradients
+from longnet_dist.model.products import products_of
 from longnet_dist.model.rows import RowParts
 from longnet_dist.train.run_folder import write_text
 
 
 class WithTorch(RowParts):
-    """The same parts without kernels of our own."""
+    """The same parts without kernels of our own, and with torch's products."""
 
     gelu_norm, join_gradients, norm_gradients = PLAIN, staticmethod(join_gradients), staticmethod(norm_gradients)
 
@@ -70,11 +71,14 @@ def measure(
     out, dk, dv = (torch.randn(rows, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
     dq = torch.randn(rows, heads, head_dim, device=device)
     weights = dict(block.named_parameters())
-    kernels, plain = (kind(weights, turn, head_dim, 1e-5, compile=True) for kind in (RowParts, WithTorch))
+    products = products_of("auto", device, dtype, rows, (dim, 4 * dim))
+    kernels = RowParts(weights, turn, head_dim, 1e-5, compile=True, products=products)
+    plain = WithTorch(weights, turn, head_dim, 1e-5, compile=True)
+    moments = [part.output(x, out)[1] for part in (plain, kernels)]
     parts: dict[str, Callable[[RowParts], Any]] = {
         "projections": lambda part: part.projections(x),
         "output": lambda part: part.output(x, out),
-        "output gradients": lambda part: part.output_gradients(x, out, dz),
+        "output gradients": lambda part: part.output_gradients(x, out, dz, moments[part is kernels]),
         "projection gradients": lambda part: part.add_projection_gradients(x, (dq, dk, dv), dx),
     }
     for name, part in parts.items():

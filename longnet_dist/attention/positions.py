@@ -33,20 +33,22 @@ _TABLE_ROWS = 65536
 
 
 class Turn(NamedTuple):
-    """What rows do to their queries and keys: cosines and sines, each ``(n, 1, D/2)``, times their scales."""
+    """What rows do to their queries and keys: cosine and sine of each pair of channels, times its scale.
 
-    query_cos: Tensor
-    query_sin: Tensor
-    key_cos: Tensor
-    key_sin: Tensor
+    Each ``(n, 1, D/2, 2)``; with RoPE both are one tensor.
+    """
+
+    query: Tensor
+    key: Tensor
 
     def rows(self, rows: slice) -> Turn:
         """The turn of some of the rows."""
-        return Turn(*(table[rows] for table in self))
+        return Turn(self.query[rows], self.key[rows])
 
     def back(self) -> Turn:
         """What takes the gradients of turned queries and keys to those of the others."""
-        return Turn(self.query_cos, -self.query_sin, self.key_cos, -self.key_sin)
+        signs = 1 - 2 * torch.arange(2, device=self.query.device)
+        return Turn(self.query * signs, self.key * signs)
 
 
 @dataclass(eq=False)
@@ -130,20 +132,21 @@ class Positions:
     ) -> Turn:
         turns = torch.tensor(_turns(self.theta, head_dim), device=device)
         zeta = (torch.arange(0, head_dim, 2, device=device).double() / head_dim + 0.4) / 1.4
-        tables = torch.empty(2 if self.xpos_base is None else 4, rows, 1, head_dim // 2, dtype=dtype, device=device)
+        number = 1 if self.xpos_base is None else 2
+        tables = torch.empty(number, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
         for first in range(0, rows, _TABLE_ROWS):
             part = tables[:, first : first + _TABLE_ROWS]
             n = torch.arange(start + first, start + first + part.shape[1], device=device).view(-1, 1, 1)
             angle = (n * turns).double() * (2 * math.pi / 2**64)
-            cos, sin = angle.cos(), angle.sin()
+            factors = torch.stack([angle.cos(), angle.sin()], -1)
             if self.xpos_base is None:
-                part[0], part[1] = cos, sin
+                part[0] = factors
             else:
-                scale = zeta.pow((n % span - span / 2) / self.xpos_base)
-                part[0], part[1], part[2], part[3] = cos * scale, sin * scale, cos / scale, sin / scale
+                scale = zeta.pow((n % span - span / 2) / self.xpos_base).unsqueeze(-1)
+                part[0], part[1] = factors * scale, factors / scale
         if batch > 1:
-            tables = tables.repeat(1, batch, 1, 1)
-        return Turn(tables[0], tables[1], tables[-2], tables[-1])
+            tables = tables.repeat(1, batch, 1, 1, 1)
+        return Turn(tables[0], tables[-1])
 
 
 def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
@@ -165,15 +168,14 @@ def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
 
 def turned(q: Tensor, k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """``q (…, n, H, D)`` and ``k (…, n, Hkv, D)`` at their rows; their dtype is kept."""
-    return _rotated(q, turn.query_cos, turn.query_sin), _rotated(k, turn.key_cos, turn.key_sin)
+    return _rotated(q, turn.query), _rotated(k, turn.key)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of channels ``(2i, 2i+1)`` as a complex number times its factor, in the dtype of the tables.
+def _rotated(x: Tensor, table: Tensor) -> Tensor:
+    """Each pair of channels ``(2i, 2i+1)`` as a complex number times its factor, in the dtype of the table.
 
     Without branches, which a compiler would compute both for every channel.
     """
-    pairs = torch.unflatten(x.to(cos.dtype), -1, (-1, 2))
+    pairs, cos, sin = torch.unflatten(x.to(table.dtype), -1, (-1, 2)), table[..., :1], table[..., 1:]
     signs = 2 * torch.arange(2, device=x.device) - 1
-    rotated = pairs * cos.unsqueeze(-1) + pairs.flip(-1) * signs * sin.unsqueeze(-1)
-    return rotated.flatten(-2).to(x.dtype)
+    return (pairs * cos + pairs.flip(-1) * signs * sin).flatten(-2).to(x.dtype)

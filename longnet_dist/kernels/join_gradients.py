@@ -24,7 +24,7 @@ PROGRAMS = 4
 
 
 def join_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, turn: tuple[Tensor, Tensor, Tensor, Tensor] | None, dtype: torch.dtype
+    dq: Tensor, dk: Tensor, dv: Tensor, turn: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As in ``longnet_dist/model/join_gradients.py``, for heads that :func:`fits` knows."""
     gradients = (gradient.contiguous() for gradient in (dq, dk, dv))
@@ -63,7 +63,7 @@ def _join_gradients(
         dq,
         dk,
         dv,
-        *(turn or [dq] * 4),
+        *(turn or [dq] * 2),
         joined,
         sums,
         rows,
@@ -86,7 +86,7 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, turn: list[Tensor], dtype: torch.dtype
 
 @triton.jit
 def _join_piece(
-    source, cos, sin, joined, row, rows, even_sums, odd_sums, first: tl.constexpr, start: tl.constexpr,
+    source, table, joined, row, rows, even_sums, odd_sums, first: tl.constexpr, start: tl.constexpr,
     NUMBERS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Pairs of numbers from pair ``first`` on of rows of ``source`` to pair ``start`` on of ``joined``; the new sums.
@@ -96,13 +96,12 @@ def _join_piece(
     index = row + tl.arange(0, even_sums.shape[0])[:, None]
     valid = index < rows
     index = index.to(tl.int64)
-    pairs = tl.arange(0, even_sums.shape[1])[None, :]
     columns = tl.arange(0, 2 * even_sums.shape[1])[None, :]
     numbers = tl.load(source + index * NUMBERS + 2 * first + columns, mask=valid, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(numbers, (even_sums.shape[0], even_sums.shape[1], 2)))
     if TURN:
-        at = index * HALF + (first + pairs) % HALF
-        c, s = tl.load(cos + at, mask=valid, other=0.0), tl.load(sin + at, mask=valid, other=0.0)
+        factors = tl.load(table + index * 2 * HALF + (2 * first + columns) % (2 * HALF), mask=valid, other=0.0)
+        c, s = tl.split(tl.reshape(factors, (even_sums.shape[0], even_sums.shape[1], 2)))
         even, odd = even * c + odd * s, odd * c - even * s
     numbers = tl.reshape(tl.join(even, odd), (even_sums.shape[0], 2 * even_sums.shape[1]))
     tl.store(joined + index * WIDTH + 2 * start + columns, numbers, mask=valid)
@@ -111,13 +110,13 @@ def _join_piece(
 
 @triton.jit
 def _join_gradients_kernel(
-    dq, dk, dv, query_cos, query_sin, key_cos, key_sin, joined, sums, rows,
+    dq, dk, dv, query_table, key_table, joined, sums, rows,
     QUERY: tl.constexpr, KEY: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     TURN: tl.constexpr,
 ):  # fmt: skip
     """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …; row ``p`` of ``sums`` is theirs.
 
-    ``dq (rows, QUERY)``, ``dk, dv (rows, KEY)``, tables ``(rows, HALF)``, ``joined (rows, QUERY + 2·KEY)``.
+    ``dq (rows, QUERY)``, ``dk, dv (rows, KEY)``, tables ``(rows, HALF, 2)``, ``joined (rows, QUERY + 2·KEY)``.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     WIDTH: tl.constexpr = QUERY + 2 * KEY
@@ -130,19 +129,19 @@ def _join_gradients_kernel(
         new_evens, new_odds = (), ()
         for i in tl.static_range(QUERIES):
             even, odd = _join_piece(
-                dq, query_cos, query_sin, joined, row, rows, evens[i], odds[i],
+                dq, query_table, joined, row, rows, evens[i], odds[i],
                 i * PAIRS, i * PAIRS, QUERY, WIDTH, HALF, TURN,
             )  # fmt: skip
             new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
         for i in tl.static_range(KEYS):
             even, odd = _join_piece(
-                dk, key_cos, key_sin, joined, row, rows, evens[QUERIES + i], odds[QUERIES + i],
+                dk, key_table, joined, row, rows, evens[QUERIES + i], odds[QUERIES + i],
                 i * PAIRS, QUERY // 2 + i * PAIRS, KEY, WIDTH, HALF, TURN,
             )  # fmt: skip
             new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
         for i in tl.static_range(KEYS):
             even, odd = _join_piece(
-                dv, key_cos, key_sin, joined, row, rows, evens[QUERIES + KEYS + i], odds[QUERIES + KEYS + i],
+                dv, key_table, joined, row, rows, evens[QUERIES + KEYS + i], odds[QUERIES + KEYS + i],
                 i * PAIRS, (QUERY + KEY) // 2 + i * PAIRS, KEY, WIDTH, HALF, False,
             )  # fmt: skip
             new_evens, new_odds = new_evens + (even,), new_odds + (odd,)

@@ -11,8 +11,9 @@ they are not rounded before they are multiplied.
 from __future__ import annotations
 
 import torch
-from quack.epilogue import gemm_epilogue
+from quack.epilogue import gemm_epilogue, pack, unpack
 from quack.epilogue.ops import ColVecLoad, RowVecLoad
+from quack.epilogue.rotary import rotary_cos_sin_load
 from quack.gemm_config import GemmConfig
 from torch import Tensor
 
@@ -28,6 +29,9 @@ CONFIG = GemmConfig(
 """Two groups of warps in turns: one multiplies while the other finishes its tile. The fastest of seven on an H100."""
 _BIAS = {"bias": RowVecLoad("bias")}
 _NORM = _BIAS | {"scale": ColVecLoad("scale"), "shift": ColVecLoad("shift"), "sums": RowVecLoad("sums")}
+
+TURNED_DIMS = (64, 96)
+"""Head dims of which a tile of the result holds whole heads."""
 
 
 @gemm_epilogue()
@@ -55,6 +59,13 @@ def _with_norm_and_sum(acc, c, scale, shift, sums, bias):
     return {"D": acc * scale + shift * sums + bias + c}
 
 
+@gemm_epilogue(ops=_NORM | {"table": rotary_cos_sin_load("table")}, mode="acc_pair")
+def _with_norm_and_turn(acc, table, scale, shift, sums, bias):
+    even, odd = unpack(acc * scale + sums * shift + bias)
+    cos, sin = unpack(table)
+    return {"D": pack(even * cos - odd * sin, odd * cos + even * sin)}
+
+
 @torch.library.custom_op(
     "longnet_dist::quack_linear",
     mutates_args=("out",),
@@ -75,8 +86,7 @@ def _quack_linear(
         return
     operands = {"bias": bias[None]}
     if scale is not None and shift is not None:
-        sums = weight.sum(1, dtype=torch.float32)
-        operands |= {"scale": scale[None], "shift": shift[None], "sums": sums[None]}
+        operands |= _norm_operands(weight, scale, shift)
         epilogue = _with_norm if added is None else _with_norm_and_sum
     else:
         epilogue = _with_bias if added is None else _with_sum
@@ -126,4 +136,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-FUNCTIONS = normed, linear, write_linear, product
+def write_turned(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
+    """As there, behind a norm, for head dims of :data:`TURNED_DIMS`."""
+    x, scale, shift = rows
+    operands = _norm_operands(weight, scale, shift) | {"bias": bias[None], "table": table.flatten(1)}
+    _with_norm_and_turn(x, weight.T, out={"D": out}, config=CONFIG, **operands)
+
+
+def _norm_operands(weight: Tensor, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    return {"scale": scale[None], "shift": shift[None], "sums": weight.sum(1, dtype=torch.float32)[None]}
+
+
+FUNCTIONS = normed, linear, write_linear, product, write_turned, TURNED_DIMS

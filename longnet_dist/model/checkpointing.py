@@ -25,7 +25,7 @@ from longnet_dist.attention.functional import (
 )
 from longnet_dist.config.schema import TrainConfig
 from longnet_dist.model.offload import Shelf
-from longnet_dist.model.products import ProductsName
+from longnet_dist.model.products import Normed, ProductsName
 from longnet_dist.model.rows import RowParts
 
 Checkpointing = Literal["none", "projections", "selective", "full"]
@@ -104,6 +104,7 @@ class Passage:
     shelf: Shelf | None
     projections_stay: bool = True
     _shared: list[Tensor] = field(default_factory=list, init=False)
+    _moments: list[Normed] = field(default_factory=list, init=False)
     _for_attention: _ForAttention | None = field(default=None, init=False)
 
     def run(self, x: Tensor) -> Tensor:
@@ -131,6 +132,11 @@ class Passage:
                     self.shelf.put(name, tensor, self.projections_stay)
         return out.flatten(0, 1)
 
+    def output(self, x: Tensor, out: Tensor) -> Tensor:
+        """The block's output, without graph."""
+        z, self._moments = self.parts.output(x, out)
+        return z
+
     def output_backward(self, dz: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the attention's output and of the weights behind it."""
         assert self.shelf is not None
@@ -145,7 +151,8 @@ class Passage:
         else:
             projections = [kept for kept in map(self.shelf.take, "qkv") if kept is not None]
             lse, shared = lse.transpose(1, 2), self._shared
-        dx, dout, delta, gradients = self.parts.output_gradients(x, out.flatten(0, 1), dz.contiguous())
+        moments, self._moments = self._moments, []
+        dx, dout, delta, gradients = self.parts.output_gradients(x, out.flatten(0, 1), dz.contiguous(), moments)
         if delta is not None:
             delta = torch.unflatten(delta, 0, self.shape)
         self._for_attention = _ForAttention(x, dx, projections, out, lse, delta, shared)
@@ -206,7 +213,7 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, out: Tensor, passage: Passage, *weights: Tensor) -> Tensor:
         ctx.passage = passage
-        return passage.parts.output(x, out)
+        return passage.output(x, out)
 
     @staticmethod
     @once_differentiable

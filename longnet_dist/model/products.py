@@ -14,7 +14,7 @@ from longnet_dist.kernels.choice import has_quack, takes_triton
 
 ProductsName = Literal["auto", "torch", "quack"]
 Normed = tuple[Tensor, ...]
-"""Normed rows, in the form that the products take."""
+"""Normed rows, in the form that the products take: alone, or rows that are not normed and the moments of their norm."""
 FEWEST_ROWS = 4096
 """In a pass over fewer rows it does not pay to fold the norms' weights."""
 
@@ -27,14 +27,18 @@ class Products(NamedTuple):
         linear: ``(rows, weight, bias, added)`` to ``rows weightᵀ + bias + added (n, N)``, or without the last.
         write_linear: the same into ``out``, which may be ``added``: ``(rows, weight, bias, added, out)``.
         product: ``(x, weight (K, N))`` to ``x weight (n, N)``.
-        folded: whether the norms' own weights must have been folded into the maps behind them, and the projections
-            stacked.
+        write_turned: ``rows weightᵀ + bias``, as heads that are turned by a table ``(n, 1, D/2, 2)`` of
+            :class:`~longnet_dist.attention.positions.Turn`, into ``out``: ``(rows, weight, bias, table, out)``.
+        turned_dims: the head dims that it knows.
+        folded: whether the norms' own weights must have been folded into the maps behind them.
     """
 
     normed: Callable[[Tensor, Tensor | None, Tensor | None, float], Normed]
     linear: Callable[[Normed, Tensor, Tensor, Tensor | None], Tensor]
     write_linear: Callable[[Normed, Tensor, Tensor, Tensor | None, Tensor], None]
     product: Callable[[Tensor, Tensor], Tensor]
+    write_turned: Callable[[Normed, Tensor, Tensor, Tensor, Tensor], None]
+    turned_dims: tuple[int, ...]
     folded: bool
 
 
@@ -56,7 +60,11 @@ def _write_linear(rows: Normed, weight: Tensor, bias: Tensor, added: Tensor | No
         out.copy_(_linear(rows, weight, bias, added))
 
 
-TORCH = Products(_normed, _linear, _write_linear, torch.matmul, folded=False)
+def _write_turned(rows: Normed, weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
+    raise NotImplementedError("turned_dims has none")
+
+
+TORCH = Products(_normed, _linear, _write_linear, torch.matmul, _write_turned, (), folded=False)
 """torch's products, and norms that its compiler makes kernels of."""
 
 

@@ -50,6 +50,11 @@ def after_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Ten
     return x + feed_forward(_norm(x, weights, "final_layer_norm", eps), _part(weights, "ffn."), eps)
 
 
+def normed_before(x: Tensor, weights: Weights, eps: float, products: Products) -> Normed:
+    """The first norm of :func:`before_attention`."""
+    return _normed(x, weights, "self_attn_layer_norm", eps, products)
+
+
 def write_queries_and_keys(
     x: Tensor,
     turn: Turn | None,
@@ -61,16 +66,11 @@ def write_queries_and_keys(
     k: Tensor,
 ) -> Normed:
     """:func:`before_attention` without the values; the normed rows, of which they are a product."""
-    normed = _normed(x, weights, "self_attn_layer_norm", eps, products)
-    if products.folded:
-        numbers = q.shape[1] + k.shape[1]
-        both = products.linear(normed, *_stacked_maps(weights, 0, numbers * head_dim), None)
-        queries, keys = torch.split(torch.unflatten(both, -1, (numbers, head_dim)), [q.shape[1], k.shape[1]], 1)
-    else:
-        queries, keys = (
-            torch.unflatten(products.linear(normed, *_map(weights, name), None), -1, (-1, head_dim))
-            for name in _PROJECTIONS[:2]
-        )
+    normed = normed_before(x, weights, eps, products)
+    queries, keys = (
+        torch.unflatten(products.linear(normed, *_map(weights, name), None), -1, (-1, head_dim))
+        for name in _PROJECTIONS[:2]
+    )
     queries, keys = placed(queries, keys, turn, _part(weights, "self_attn."), eps)
     q.copy_(queries)
     k.copy_(keys)
@@ -78,20 +78,31 @@ def write_queries_and_keys(
 
 
 def write_first_sum(
-    x: Tensor, out: Tensor, weights: Weights, eps: float, products: Products, gelu_norm: GeluNorm, z: Tensor
-) -> Tensor:
-    """:func:`after_attention` without its last product: what that is added to, in ``z``, and its factor ``(n, F)``."""
-    normed = _normed(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps, products)
-    products.write_linear(normed, *_map(weights, "self_attn.out_proj"), x, z)
-    normed = _normed(z, weights, "final_layer_norm", eps, products)
-    inner = products.linear(normed, *_map(weights, "ffn.fc1"), None)
-    return gelu_norm.forward(inner, weights.get("ffn.ffn_layernorm.weight"), weights.get("ffn.ffn_layernorm.bias"), eps)
+    x: Tensor,
+    out: Tensor,
+    weights: Weights,
+    eps: float,
+    products: Products,
+    gelu_norm: GeluNorm,
+    z: Tensor,
+) -> tuple[Tensor, Normed]:
+    """:func:`after_attention` without its last product: what that is added to, in ``z``, and its factor ``(n, F)``.
+
+    The second result are the moments of the two norms that the products are before, or nothing.
+    """
+    normed_out = _normed(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps, products)
+    products.write_linear(normed_out, *_map(weights, "self_attn.out_proj"), x, z)
+    normed_sum = _normed(z, weights, "final_layer_norm", eps, products)
+    inner = products.linear(normed_sum, *_map(weights, "ffn.fc1"), None)
+    gain, shift = weights.get("ffn.ffn_layernorm.weight"), weights.get("ffn.ffn_layernorm.bias")
+    return gelu_norm.forward(inner, gain, shift, eps), (*normed_out[1:], *normed_sum[1:])
 
 
 def write_output_gradients(
     x: Tensor,
     out: Tensor,
     dz: Tensor,
+    moments: Normed,
     weights: Weights,
     eps: float,
     products: Products,
@@ -106,14 +117,15 @@ def write_output_gradients(
 
     ``delta (n, H)``, if given, becomes ``rowsum(dout ∘ out)`` of every head.
 
-    It computes the forward again, without the last matrix product, which the gradient does not need. ``weights`` are
+    It computes the forward again, without the last matrix product, which the gradient does not need, and without the
+    moments, if :func:`write_first_sum` gave them. ``weights`` are
     folded: the norms have none. ``dout (n, H·D)``: what is written must not be a view that the function itself makes,
     whose place torch's compiler takes from the first call.
     """
     attended = out.flatten(-2)
-    normed = _normed(attended, weights, "self_attn.inner_attn_ln", eps, products)
+    normed = _normed(attended, weights, "self_attn.inner_attn_ln", eps, products, moments[:2])
     total = products.linear(normed, *_map(weights, "self_attn.out_proj"), x)
-    normed = _normed(total, weights, "final_layer_norm", eps, products)
+    normed = _normed(total, weights, "final_layer_norm", eps, products, moments[2:])
     inner = products.linear(normed, *_map(weights, "ffn.fc1"), None)
 
     dfactor = products.product(dz, weights["ffn.fc2.weight"])
@@ -151,7 +163,8 @@ def add_projection_gradients(
     if gains:
         heads = [dq.shape[1], dk.shape[1]]
         normed = _normed(x, weights, "self_attn_layer_norm", eps, products)
-        again = products.linear(normed, *_stacked_maps(weights, 0, sum(heads) * head_dim), None)
+        weight, bias = (weights[_STACKED + kind][: sum(heads) * head_dim] for kind in ("weight", "bias"))
+        again = products.linear(normed, weight, bias, None)
         projected = torch.split(torch.unflatten(again, -1, (-1, head_dim)), heads, 1)
         _, backward, *_ = torch.func.vjp(partial(normed_heads, norm_eps=eps), *projected, *gains.values())
         if turn is not None:
@@ -230,39 +243,44 @@ class RowParts:
         """q, k, v ``(n, heads, D)``."""
         x, weights = x.detach(), self._for_products(self.before)
         q, k, v = (x.new_empty(len(x), number, self.head_dim) for number in self._heads)
-        start = (q.shape[1] + k.shape[1]) * self.head_dim
-        of_values = _stacked_maps(weights, start) if self.products.folded else _map(weights, _PROJECTIONS[2])
         for rows in self._tiles(x):
-            given = x[rows], *self._before(rows, weights), self.products
-            normed = self._run(write_queries_and_keys, *given, q[rows], k[rows])
-            self.products.write_linear(normed, *of_values, None, v[rows].flatten(1))
+            if self.turn and self._products_turn:
+                normed = self._run(normed_before, x[rows], weights, self.eps, self.products)
+                for name, table, part in zip(_PROJECTIONS, self.turn.rows(rows), (q, k), strict=False):
+                    self.products.write_turned(normed, *_map(weights, name), table, part[rows].flatten(1))
+            else:
+                given = x[rows], *self._before(rows, weights), self.products
+                normed = self._run(write_queries_and_keys, *given, q[rows], k[rows])
+            self.products.write_linear(normed, *_map(weights, _PROJECTIONS[2]), None, v[rows].flatten(1))
         return q, k, v
 
-    def output(self, x: Tensor, out: Tensor) -> Tensor:
-        """The block's output."""
+    def output(self, x: Tensor, out: Tensor) -> tuple[Tensor, list[Normed]]:
+        """The block's output, and for each tile the moments of its norms, if the products are before them."""
         x, out, weights = x.detach(), out.detach(), self._for_products(self.after)
-        z = torch.empty_like(x)
+        z, moments = torch.empty_like(x), []
         for rows in self._tiles(x):
             given, tile = (x[rows], out[rows], weights, self.eps, self.products, self.gelu_norm), z[rows]
-            factor = self._run(write_first_sum, *given, tile)
+            factor, of_tile = self._run(write_first_sum, *given, tile)
             self.products.write_linear((factor,), *_map(weights, "ffn.fc2"), tile, tile)
-        return z
+            moments.append(of_tile)
+        return z, moments
 
     def output_gradients(
-        self, x: Tensor, out: Tensor, dz: Tensor
+        self, x: Tensor, out: Tensor, dz: Tensor, moments: Sequence[Normed]
     ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
         """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention.
 
-        The third is ``rowsum(dout ∘ out) (n, H)``, float32, where it costs nothing beside.
+        ``moments`` are those of :meth:`output`. The third is ``rowsum(dout ∘ out) (n, H)``, float32, where it costs
+        nothing beside.
         """
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(folded, _detached(self.after))
         with_delta = gives_dots(x.device, x.dtype, x.shape[1], out.shape[1])
         delta = x.new_empty(out.shape[:2], dtype=torch.float32) if with_delta else None
         sums = _zeros(weights)
-        for rows in self._tiles(x):
-            given = x[rows], out[rows], dz[rows], weights, self.eps, self.products, self.gelu_norm, self.norm_gradients
+        for rows, of_tile in zip(self._tiles(x), moments, strict=True):
+            given = x[rows], out[rows], dz[rows], of_tile, weights, self.eps, self.products
             written = dx[rows], dout[rows].flatten(-2), None if delta is None else delta[rows]
-            self._run(write_output_gradients, *given, *written, sums)
+            self._run(write_output_gradients, *given, self.gelu_norm, self.norm_gradients, *written, sums)
         return dx, dout, delta, self._gradients(sums, self.after)
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
@@ -281,13 +299,16 @@ class RowParts:
         """Of queries, keys, values."""
         return [len(self.weights[f"{name}.bias"]) // self.head_dim for name in _PROJECTIONS]
 
+    @property
+    def _products_turn(self) -> bool:
+        """Whether the products of queries and keys can turn them."""
+        return self.head_dim in self.products.turned_dims and "self_attn.q_norm.weight" not in self.weights
+
     def _for_products(self, weights: Weights) -> dict[str, Tensor]:
         """Without graph, in the form that the products take."""
         plain = _detached(weights)
-        if not self.products.folded:
-            return plain
-        found: dict[str, Tensor] = self._run(folded, plain)
-        return _stacked(found) if f"{_PROJECTIONS[0]}.weight" in found else found
+        found: dict[str, Tensor] = self._run(folded, plain) if self.products.folded else plain
+        return found
 
     def _gradients(self, sums: Weights, weights: Weights) -> list[Tensor]:
         found: list[Tensor] = self._run(_of_weights, sums, _detached(weights))
@@ -346,19 +367,16 @@ def _norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), eps)
 
 
-def _normed(x: Tensor, weights: Weights, name: str, eps: float, products: Products) -> Normed:
-    """The same, as the products take it."""
+def _normed(x: Tensor, weights: Weights, name: str, eps: float, products: Products, moments: Normed = ()) -> Normed:
+    """The same, as the products take it; its moments may be known."""
+    if moments:
+        return x, *moments
     return products.normed(x, weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), eps)
 
 
 def _map(weights: Weights, name: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear map."""
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-
-def _stacked_maps(weights: Weights, start: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
-    """Some rows of the stacked projections."""
-    return weights[_STACKED + "weight"][start:stop], weights[_STACKED + "bias"][start:stop]
 
 
 def _part(weights: Weights, prefix: str) -> dict[str, Tensor]:

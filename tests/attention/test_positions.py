@@ -36,7 +36,8 @@ def test_scores_near_a_billion_are_those_near_zero(xpos_base, dtype, tolerance):
 @pytest.mark.parametrize("row", [1, BILLION - 1, BILLION + 12345, 2**40 + 1])
 def test_angles_are_right_to_the_last_bits(row):
     theta, dim = 10000.0, 16
-    cos, sin, *_ = Positions(theta).turn(PATTERN, row, 1, row + 1, dim, torch.float64, torch.device("cpu"))
+    table, _ = Positions(theta).turn(PATTERN, row, 1, row + 1, dim, torch.float64, torch.device("cpu"))
+    cos, sin = table.unbind(-1)
     with localcontext() as context:
         context.prec = 60
         angles = [float(row * Decimal(theta) ** (Decimal(-2 * i) / dim) % _TWO_PI) for i in range(dim // 2)]

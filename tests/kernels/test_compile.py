@@ -83,9 +83,9 @@ for length in (3072, 8192):
     gelu_norm_gradients(inner, inner, 1e-5)
 join_gradients.processors = lambda device: 132
 for heads, kv_heads, width in ((12, 12, 64), (12, 4, 64), (16, 16, 96), (32, 32, 64), (32, 32, 80)):
-    dq, table = torch.empty(64, heads, width), torch.empty(64, 1, width // 2)
+    dq, table = torch.empty(64, heads, width), torch.empty(64, 1, width // 2, 2)
     dk = torch.empty(64, kv_heads, width, dtype=torch.bfloat16)
-    join_gradients.join_gradients(dq, dk, dk, Turn(*[table] * 4), torch.bfloat16)
+    join_gradients.join_gradients(dq, dk, dk, Turn(table, table), torch.bfloat16)
 norm_gradients.processors = lambda device: 132
 for length in (768, 1536, 2048, 2560, 4096):
     x, y, dx = torch.empty(3, 4000, length, dtype=torch.bfloat16)

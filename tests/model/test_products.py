@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from longnet_dist.attention.positions import Positions, Turn, turned
 from longnet_dist.config.loading import load_config
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.model import products
 from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.longnet import LongNet
@@ -15,6 +17,11 @@ from tests.model.test_checkpointing import model_config
 
 CUDA = torch.device("cuda")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def turn_of(rows, head_dim, dtype=torch.float64, device="cpu"):
+    place = DilatedPattern([64], [1]), 3, rows, 10**5, head_dim
+    return Positions(xpos_base=10**5).turn(*place, dtype, torch.device(device))
 
 
 def moments(x, weight, bias, eps):
@@ -38,7 +45,12 @@ def write_linear(rows, weight, bias, added, out):
     out.copy_(linear(rows, weight, bias, added))
 
 
-FOLDED = Products(moments, linear, write_linear, torch.matmul, folded=True)
+def write_turned(rows, weight, bias, table, out):
+    heads = torch.unflatten(linear(rows, weight, bias, None), 1, (-1, 2 * table.shape[2]))
+    out.copy_(turned(heads, heads, Turn(table, table))[0].flatten(1))
+
+
+FOLDED = Products(moments, linear, write_linear, torch.matmul, write_turned, (4,), folded=True)
 
 
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
@@ -49,20 +61,22 @@ def test_a_norm_behind_a_product_computes_the_same(monkeypatch, compile, fields)
     with torch.no_grad():
         for vector in (parameter for parameter in block.parameters() if parameter.dim() == 1):
             vector += torch.randn_like(vector) / 4
-    weights = dict(block.named_parameters())
+    weights, turn = dict(block.named_parameters()), turn_of(20, 4)
     x, dz, dx = torch.randn(3, 20, 16).double() + 1
     out, dq, dk, dv = (torch.randn(20, number, 4).double() for number in (4, 4, 2, 2))
 
     def results(*execution):
-        parts, total = RowParts(weights, None, 4, 1e-5, *execution), dx.clone()
-        first, dout, _, gradients = parts.output_gradients(x, out, dz)
+        parts, total = RowParts(weights, turn, 4, 1e-5, *execution), dx.clone()
+        z, moments = parts.output(x, out)
+        first, dout, _, gradients = parts.output_gradients(x, out, dz, moments)
         before = parts.add_projection_gradients(x, (dq, dk, dv), total)
-        return [*parts.projections(x), parts.output(x, out), first, dout, *gradients, *before, total]
+        return [*parts.projections(x), z, first, dout, *gradients, *before, total]
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     _compiled.cache_clear()
     actual = results(7, compile, FOLDED)
     _compiled.cache_clear()
+    torch._dynamo.reset()
     torch.testing.assert_close(actual, results(), rtol=1e-9, atol=1e-11)
 
 
@@ -98,6 +112,7 @@ def test_a_configuration_chooses_them(tmp_path):
 
 @pytest.mark.gpu
 @on_a_gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "numbers", "outputs"), [(5000, 768, 768), (4101, 768, 3072), (4097, 2048, 1000)])
 def test_quack_agrees_with_float64(rows, numbers, outputs, dtype):
@@ -125,6 +140,25 @@ def test_quack_agrees_with_float64(rows, numbers, outputs, dtype):
 @pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_quack_turns_heads(head_dim):
+    pytest.importorskip("quack")
+    torch.manual_seed(0)
+    rows, numbers, outputs = 4101, 768, 6 * head_dim
+    functions, turn = products_of("quack", CUDA, torch.bfloat16, rows, (768,)), turn_of(rows, head_dim, device="cuda")
+    assert head_dim in functions.turned_dims
+    x = torch.randn(rows, numbers, device="cuda").bfloat16() + 1
+    weight = (torch.randn(outputs, numbers, device="cuda") / numbers**0.5).bfloat16()
+    bias, out = torch.randn(outputs, device="cuda").bfloat16(), torch.empty(rows, outputs, device="cuda").bfloat16()
+    functions.write_turned(functions.normed(x, None, None, 1e-5), weight, bias, turn.key.float(), out)
+    heads = F.layer_norm(x.double(), (numbers,), eps=1e-5) @ weight.double().T + bias.double()
+    _, expected = turned(*(2 * [heads.unflatten(1, (-1, head_dim))]), turn)
+    assert (out - expected.flatten(1)).norm() < 0.003 * expected.norm()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.filterwarnings("ignore")
 def test_a_block_computes_the_same_with_quack():
     """As near to float64 as with torch's products."""
     pytest.importorskip("quack")
@@ -132,15 +166,17 @@ def test_a_block_computes_the_same_with_quack():
     with CUDA:
         block = LongNet(model_config(dim=256, ffn_dim=1024, layers=1)).blocks[0].bfloat16()
     weights, rows = dict(block.named_parameters()), 5000
+    turn = turn_of(rows, 64, torch.float32, "cuda")
     x, dz, dx = torch.randn(3, rows, 256, device="cuda", dtype=torch.bfloat16)
     out, dq, dk, dv = (torch.randn(rows, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 2, 2))
 
     def results(given, products, compile):
         weights, x, out, dz, dx, *gradients = given
-        parts, total = RowParts(weights, None, 64, 1e-5, 3000, compile, products), dx.clone()
-        first, dout, _, after = parts.output_gradients(x, out, dz)
+        parts, total = RowParts(weights, turn, 64, 1e-5, 3000, compile, products), dx.clone()
+        z, moments = parts.output(x, out)
+        first, dout, _, after = parts.output_gradients(x, out, dz, moments)
         before = parts.add_projection_gradients(x, tuple(gradients), total)
-        return [*parts.projections(x), parts.output(x, out), first, dout, *after, *before, total]
+        return [*parts.projections(x), z, first, dout, *after, *before, total]
 
     given = weights, x, out, dz, dx, dq, dk, dv
     wide = {name: weight.detach().double() for name, weight in weights.items()}, *(y.double() for y in given[1:])
