@@ -79,27 +79,30 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     return y
 
 
-@torch.library.custom_op(
-    "longnet_dist::gelu_norm_gradients",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor h, float eps) -> (Tensor, Tensor, Tensor)",
-)
 def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``y``, ``dh (rows, F)`` and the float32 sum ``(F,)`` of the rows of ``dh``, for a norm without weights.
+
+    ``y`` stands where ``h`` stood, ``dh`` where ``dy`` did: no tensors of a backward are larger.
 
     Args:
         dy: gradient of ``y = LayerNorm(gelu(h))``, ``(rows, F)``, contiguous.
         h, eps: as in :func:`gelu_norm`.
     """
+    return h, dy, _gelu_norm_gradients(dy, h, eps)
+
+
+@torch.library.custom_op(
+    "longnet_dist::gelu_norm_gradients",
+    mutates_args=("dy", "h"),
+    schema="(Tensor(a!) dy, Tensor(b!) h, float eps) -> Tensor",
+)
+def _gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> Tensor:
     rows, length = h.shape
     form = _Form.of_gradients(length)
     programs = min(rows, form.programs * processors(h.device))
-    y, dh = torch.empty_like(h), torch.empty_like(h)
     sums = h.new_empty(programs, length, dtype=torch.float32)
-    _gelu_norm_gradients_kernel[(programs,)](
-        dy, h, y, dh, sums, rows, eps, length, form.split(length), num_warps=form.warps
-    )
-    return y, dh, sums.sum(0)
+    _gelu_norm_gradients_kernel[(programs,)](dy, h, sums, rows, eps, length, form.split(length), num_warps=form.warps)
+    return sums.sum(0)
 
 
 @gelu_norm.register_fake
@@ -107,9 +110,9 @@ def _(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tens
     return torch.empty_like(h)
 
 
-@gelu_norm_gradients.register_fake
-def _(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[1], dtype=torch.float32)
+@_gelu_norm_gradients.register_fake
+def _(dy: Tensor, h: Tensor, eps: float) -> Tensor:
+    return h.new_empty(h.shape[1], dtype=torch.float32)
 
 
 def fits(length: int) -> bool:
@@ -163,8 +166,8 @@ def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.c
 
 
 @triton.jit
-def _gelu_norm_gradients_kernel(dy, h, y, dh, sums, rows, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr):
-    """Program ``p`` of ``P`` takes rows ``p, p + P, …``; row ``p`` of ``sums (P, LENGTH)`` sums their ``dh``."""
+def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr):
+    """Program ``p`` of ``P`` takes rows ``p, p + P, …``, in place, and sums their ``dh`` in ``sums[p] (LENGTH,)``."""
     program = tl.program_id(0)
     columns = tl.arange(0, PIECE)
     column_sums = ()
@@ -193,8 +196,8 @@ def _gelu_norm_gradients_kernel(dy, h, y, dh, sums, rows, eps, LENGTH: tl.conste
             value = values[i] * scale + shift
             gradient = (given[i] * scale + given_shift - value * along) * slopes[i]
             at = start + i * PIECE + columns
-            tl.store(y + at, value)
-            tl.store(dh + at, gradient)
+            tl.store(h + at, value)
+            tl.store(dy + at, gradient)
             new_sums = new_sums + (column_sums[i] + gradient,)
         column_sums = new_sums
     for i in tl.static_range(LENGTH // PIECE):

@@ -18,7 +18,10 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
 
 
 def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``y`` and ``dh (rows, F)``, and the sum ``(F,)`` of the rows of ``dh``, of a norm without weights."""
+    """``y`` and ``dh (rows, F)``, and the sum ``(F,)`` of the rows of ``dh``, of a norm without weights.
+
+    They may stand where ``h`` and ``dy`` stood.
+    """
     y, backward, *_ = torch.func.vjp(lambda h: gelu_norm(h, None, None, eps), h)
     (dh,) = backward(dy)
     return y, dh, dh.sum(0)
