@@ -10,6 +10,8 @@ import statistics
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ def environment() -> dict[str, str | int]:
             "gpus": torch.cuda.device_count(),
             "cuda": str(torch.version.cuda),
         }
+        facts |= {name: version(name) for name in ("triton", "quack-kernels") if find_spec(name.split("-")[0])}
     return facts
 
 
