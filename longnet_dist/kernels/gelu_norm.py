@@ -138,8 +138,8 @@ def _gelu(h):
 
 
 @triton.jit
-def _add(a, b, c, x, y, z):
-    return a + x, b + y, c + z
+def _add(a, b, c, d, w, x, y, z):
+    return a + w, b + x, c + y, d + z
 
 
 @triton.jit
@@ -177,18 +177,17 @@ def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PI
         start = tl.full((), LENGTH, tl.int64) * row
         given, values, slopes = (), (), ()
         value_sums = tl.zeros((PIECE,), tl.float32)
-        given_sums, products = value_sums, value_sums
+        squares, given_sums, products = value_sums, value_sums, value_sums
         for first in tl.static_range(0, LENGTH, PIECE):
             gradient = tl.load(dy + start + first + columns).to(tl.float32)
             value, slope = _gelu(tl.load(h + start + first + columns).to(tl.float32))
             given, values, slopes = given + (gradient,), values + (value,), slopes + (slope,)
-            value_sums, given_sums, products = value_sums + value, given_sums + gradient, products + gradient * value
-        mean, given_mean, product = tl.reduce((value_sums, given_sums, products), 0, _add)
-        mean, given_mean, product = mean / LENGTH, given_mean / LENGTH, product / LENGTH
-        squares = tl.zeros((PIECE,), tl.float32)
-        for i in tl.static_range(LENGTH // PIECE):
-            squares += (values[i] - mean) * (values[i] - mean)
-        scale = tl.rsqrt(tl.sum(squares) / LENGTH + eps)
+            value_sums, squares = value_sums + value, squares + value * value
+            given_sums, products = given_sums + gradient, products + gradient * value
+        # All at once: a row waits for its program's threads once. gelu's mean is not large beside its deviation.
+        mean, square, given_mean, product = tl.reduce((value_sums, squares, given_sums, products), 0, _add)
+        mean, square, given_mean, product = mean / LENGTH, square / LENGTH, given_mean / LENGTH, product / LENGTH
+        scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
         along = (product - mean * given_mean) * scale * scale
         shift, given_shift = -mean * scale, -given_mean * scale
         new_sums = ()
