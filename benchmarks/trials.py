@@ -97,7 +97,8 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     """Do the steps; torch.distributed must be up, with one rank.
 
     Returns:
-        Seconds and losses of the steps, tokens a second and MFU of their median, and peaks of memory.
+        Seconds, losses and norms of gradients of the steps, tokens a second and MFU of their median, and peaks of
+        memory.
     """
     config = trial.config()
     train, precision = config.train, config.precision(device.type)
@@ -107,12 +108,12 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     engine = build_engine(make_dense(model) if trial.dense else model, config, precision, train.batch_size, 1)
     vocab, rows = config.model.vocab_size, trial.rows
     batches = Batches(TokenFile.open(trial.data), "train", rows, train.batch_size, train.seed, vocab_size=vocab)
-    seconds, losses, steps = [], [], trial.warmup + trial.steps
+    seconds, results, steps = [], [], trial.warmup + trial.steps
     ahead = RowsAhead(lambda step: [batches.local(step)], steps, device)
     for step in range(steps):
         began = time.perf_counter()
         read = ahead.of(step)
-        losses.append(train_step(engine, read, rows, rows, learning_rate(step + 1, train)).loss)  # waits for the device
+        results.append(train_step(engine, read, rows, rows, learning_rate(step + 1, train)))  # waits for the device
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[trial.warmup :])
     flops = train.batch_size * model_flops(config.model, rows, trains=True, dense=trial.dense)
@@ -122,7 +123,8 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
         "median_seconds": median,
         "tokens_per_second": train.batch_size * rows / median,
         "mfu": peak and flops / median / peak / 1e12,
-        "losses": losses,
+        "losses": [result.loss for result in results],
+        "gradient_norms": [str(result.grad_norm) for result in results],  # JSON has no infinity
         "precision": precision,
         **_memory(device),
     }
