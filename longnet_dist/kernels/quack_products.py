@@ -26,7 +26,7 @@ CONFIG = GemmConfig(
     is_dynamic_persistent=False,
     device_capacity=9,
 )
-"""Two groups of warps in turns: one multiplies while the other finishes its tile. The fastest of seven on an H100."""
+"""Two groups of warps take turns: one multiplies while the other finishes its tile."""
 _BIAS = {"bias": RowVecLoad("bias")}
 _NORM = _BIAS | {"scale": ColVecLoad("scale"), "shift": ColVecLoad("shift"), "sums": RowVecLoad("sums")}
 

@@ -55,7 +55,7 @@ def _write_linear(rows: Normed, weight: Tensor, bias: Tensor, added: Tensor | No
     if added is None:
         torch.addmm(bias, rows[0], weight.T, out=out)
     elif added is out:
-        out.add_(bias).addmm_(rows[0], weight.T)
+        out.add_(_linear(rows, weight, bias, None))
     else:
         out.copy_(_linear(rows, weight, bias, added))
 

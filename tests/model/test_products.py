@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 
 import pytest
@@ -78,6 +79,28 @@ def test_a_norm_behind_a_product_computes_the_same(monkeypatch, compile, fields)
     _compiled.cache_clear()
     torch._dynamo.reset()
     torch.testing.assert_close(actual, results(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.?torch.jit.script_method:DeprecationWarning")  # of torch's compiler itself
+@pytest.mark.parametrize("products", [TORCH, FOLDED], ids=["torch", "norm behind"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_bias_too_small_to_matter_does_not_matter(compile, products):
+    """The sum of two numbers in bfloat16 is often half-way between two others.
+
+    Rounded once together with a bias, however small, it would go where the bias points: by a thousand times the bias.
+    """
+    torch.manual_seed(0)
+    block = LongNet(model_config(dim=64, ffn_dim=128)).blocks[0].bfloat16()
+    x, out = torch.randn(500, 64).bfloat16(), torch.randn(500, 4, 16).bfloat16()
+
+    def result(bias):
+        weights = dict(block.named_parameters()) | {"ffn.fc2.bias": torch.full((64,), bias, dtype=torch.bfloat16)}
+        return RowParts(weights, None, 16, 1e-5, None, compile, products).output(x, out)[0].float()
+
+    assert (result(8e-7) - result(0)).mean().abs() < 5e-6
+    assert (result(0.1) - result(0)).mean() == pytest.approx(0.1, rel=0.02)
 
 
 def test_the_choice_of_products(monkeypatch):
