@@ -95,7 +95,7 @@ class TrainConfig(Section):
         compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
         products: whose products of rows and weights compiled blocks take: ``quack`` (which comes with flash-attn 4) has
             the norm before a product and the sum behind it in the same kernel, in bf16 on a Hopper GPU; ``auto`` takes
-            it where it runs.
+            it where it runs. Fewer than 4,096 rows at once take ``torch`` in any case.
         peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
         ignore_plan: start although the planner says that the memory does not suffice.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
@@ -192,6 +192,11 @@ class TrainConfig(Section):
                 f"on the host, but train.keep_projections={self.keep_projections} and train.offload_activations is "
                 f"{str(self.offload_activations).lower()}; use offload_activations=true and keep_projections="
                 f"{max(self.offload_projections, self.keep_projections)}"
+            )
+        if self.products == "quack" and self.compile is False:
+            raise ConfigError(
+                "train.products=quack is for compiled blocks, but train.compile is false; use train.compile=auto or "
+                "train.products=auto"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(

@@ -43,7 +43,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, deterministic: bool) -> K
         reason = _obstacle(backend, device, dtype, deterministic)
         if not reason:
             return _kernel(backend)
-        _log_once(f"dilated attention passes over backend {backend!r}: it {reason}")
+        log_once(f"dilated attention passes over backend {backend!r}: it {reason}")
     return _kernel("reference")
 
 
@@ -91,11 +91,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def has_quack() -> bool:
-    """Whether quack is installed, which comes with flash-attn 4."""
-    return importlib.util.find_spec("quack") is not None
-
-
 @lru_cache(maxsize=64)
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """A warning, the first time that it is given."""
     _log.warning(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.kernels.choice import has_quack, takes_triton
+from longnet_dist.kernels.choice import log_once, takes_triton
 
 ProductsName = Literal["auto", "torch", "quack"]
 Normed = tuple[Tensor, ...]
@@ -74,7 +75,8 @@ def products_of(
     """The products for a pass over ``rows`` rows, whose lengths are among ``widths``.
 
     ``"auto"`` takes those of quack (``longnet_dist/kernels/quack_products.py``) where they run: in bfloat16 and float16
-    on a Hopper GPU, with the package installed.
+    on a Hopper GPU, with the package installed; that it is missing is logged once. Fewer than :data:`FEWEST_ROWS` rows
+    take torch's.
 
     Raises:
         ConfigError: ``"quack"`` where they do not run.
@@ -82,21 +84,32 @@ def products_of(
     if name == "torch" or rows < FEWEST_ROWS:
         return TORCH
     obstacle = _obstacle(device, dtype, widths)
-    if not obstacle:
-        from longnet_dist.kernels import quack_products
-
-        return Products(*quack_products.FUNCTIONS, folded=True)
+    found = obstacle or _quack()
+    if isinstance(found, Products):
+        return found
     if name == "quack":
-        raise ConfigError(f"train.products=quack {obstacle}; use train.products=auto")
+        raise ConfigError(f"train.products=quack {found}; use train.products=auto")
+    if not obstacle:
+        log_once(f"blocks take torch's products of rows and weights: train.products=quack {found}")
     return TORCH
 
 
+@lru_cache(maxsize=1)
+def _quack() -> Products | str:
+    """quack's products, or why they cannot be had."""
+    try:
+        from longnet_dist.kernels import quack_products
+    except ImportError as error:
+        return f"needs the package quack-kernels, pip install 'longnet-dist[flash]' ({error})"
+    return Products(*quack_products.FUNCTIONS, folded=True)
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    """Why quack's products cannot run, or an empty string."""
+    """Why quack's products cannot run on the device or the rows, or an empty string."""
     if not takes_triton(device, dtype) or torch.cuda.get_device_capability(device)[0] != 9:
         return f"runs on a Hopper GPU, not on {device}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"
     if any(width % 8 for width in widths):
         return f"takes rows of a multiple of 8 numbers, not of {', '.join(map(str, widths))}"
-    return "" if has_quack() else "needs the package quack-kernels (pip install 'longnet-dist[flash]')"
+    return ""

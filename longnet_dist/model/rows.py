@@ -118,9 +118,9 @@ def write_output_gradients(
     ``delta (n, H)``, if given, becomes ``rowsum(dout ∘ out)`` of every head.
 
     It computes the forward again, without the last matrix product, which the gradient does not need, and without the
-    moments, if :func:`write_first_sum` gave them. ``weights`` are
-    folded: the norms have none. ``dout (n, H·D)``: what is written must not be a view that the function itself makes,
-    whose place torch's compiler takes from the first call.
+    moments, if :func:`write_first_sum` gave them. ``weights`` are folded: the norms have none. ``dout (n, H·D)``: what
+    is written must not be a view that the function itself makes, whose place torch's compiler takes from the first
+    call.
     """
     attended = out.flatten(-2)
     normed = _normed(attended, weights, "self_attn.inner_attn_ln", eps, products, moments[:2])

@@ -13,7 +13,7 @@ def test_auto_on_a_cpu():
 
 
 def test_auto_says_why_it_passes_over_a_backend(caplog):
-    choice._log_once.cache_clear()
+    choice.log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         kernel = choose_kernel("auto", torch.device("cuda"), torch.float64)
     assert kernel.name == "reference"

@@ -1,4 +1,5 @@
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from longnet_dist.attention.positions import Positions, Turn, turned
 from longnet_dist.config.loading import load_config
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.kernels import choice
 from longnet_dist.model import products
 from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.longnet import LongNet
@@ -103,7 +105,7 @@ def test_a_bias_too_small_to_matter_does_not_matter(compile, products):
     assert (result(0.1) - result(0)).mean() == pytest.approx(0.1, rel=0.02)
 
 
-def test_the_choice_of_products(monkeypatch):
+def test_the_choice_of_products(monkeypatch, caplog):
     cpu, bf16, widths = torch.device("cpu"), torch.bfloat16, (768, 3072)
     assert products_of("auto", cpu, bf16, 2**20, widths) is TORCH
     assert products_of("torch", CUDA, bf16, 2**20, widths) is TORCH
@@ -118,10 +120,17 @@ def test_the_choice_of_products(monkeypatch):
         products_of("quack", CUDA, torch.float32, 2**20, widths)
     with pytest.raises(ConfigError, match=r"multiple of 8 numbers, not of 768, 1001"):
         products_of("quack", CUDA, bf16, 2**20, (768, 1001))
-    monkeypatch.setattr(products, "has_quack", lambda: False)
-    with pytest.raises(ConfigError, match=r"needs the package quack-kernels"):
+    products._quack.cache_clear()
+    monkeypatch.setitem(sys.modules, "quack", None)  # so that its import fails
+    monkeypatch.delitem(sys.modules, "longnet_dist.kernels.quack_products", raising=False)
+    with pytest.raises(ConfigError, match=r"needs the package quack-kernels, pip install .*flash"):
         products_of("quack", CUDA, bf16, 2**20, widths)
-    assert products_of("auto", CUDA, bf16, 2**20, widths) is TORCH
+    with caplog.at_level("WARNING"):
+        choice.log_once.cache_clear()
+        assert products_of("auto", CUDA, bf16, 2**20, widths) is TORCH
+        assert products_of("auto", CUDA, bf16, 2**20, widths) is TORCH
+    assert [record.message.count("quack-kernels") for record in caplog.records] == [1]
+    products._quack.cache_clear()
 
 
 def test_a_configuration_chooses_them(tmp_path):
@@ -131,6 +140,8 @@ def test_a_configuration_chooses_them(tmp_path):
     assert load_config(path, given).train.products == "quack"
     with pytest.raises(ConfigError, match="products"):
         load_config(path, [*given, "train.products=cublas"])
+    with pytest.raises(ConfigError, match=r"train.compile is false; use train.compile=auto or train.products=auto"):
+        load_config(path, [*given, "train.compile=false"])
 
 
 @pytest.mark.gpu
