@@ -134,7 +134,9 @@ class Passage:
 
     def output(self, x: Tensor, out: Tensor) -> Tensor:
         """The block's output, without graph."""
-        z, self._moments = self.parts.output(x, out)
+        z, moments = self.parts.output(x, out)
+        if self.checkpointing != "full":
+            self._moments = moments
         return z
 
     def output_backward(self, dz: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -270,14 +271,14 @@ class RowParts:
     ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
         """Gradients of ``x``, beside the attention, of ``out``, and of the weights behind the attention.
 
-        ``moments`` are those of :meth:`output`. The third is ``rowsum(dout ∘ out) (n, H)``, float32, where it costs
-        nothing beside.
+        ``moments`` are those of :meth:`output`, or none. The third is ``rowsum(dout ∘ out) (n, H)``, float32, where it
+        costs nothing beside.
         """
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(folded, _detached(self.after))
         with_delta = gives_dots(x.device, x.dtype, x.shape[1], out.shape[1])
         delta = x.new_empty(out.shape[:2], dtype=torch.float32) if with_delta else None
         sums = _zeros(weights)
-        for rows, of_tile in zip(self._tiles(x), moments, strict=True):
+        for rows, of_tile in zip(self._tiles(x), moments or repeat(()), strict=False):
             given = x[rows], out[rows], dz[rows], of_tile, weights, self.eps, self.products
             written = dx[rows], dout[rows].flatten(-2), None if delta is None else delta[rows]
             self._run(write_output_gradients, *given, self.gelu_norm, self.norm_gradients, *written, sums)
