@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -247,7 +246,7 @@ class RowParts:
         for rows in self._tiles(x):
             if self.turn and self._products_turn:
                 normed = self._run(normed_before, x[rows], weights, self.eps, self.products)
-                for name, table, part in zip(_PROJECTIONS, self.turn.rows(rows), (q, k), strict=False):
+                for name, table, part in zip(_PROJECTIONS[:2], self.turn.rows(rows), (q, k), strict=True):
                     self.products.write_turned(normed, *_map(weights, name), table, part[rows].flatten(1))
             else:
                 given = x[rows], *self._before(rows, weights), self.products
@@ -277,8 +276,8 @@ class RowParts:
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(folded, _detached(self.after))
         with_delta = gives_dots(x.device, x.dtype, x.shape[1], out.shape[1])
         delta = x.new_empty(out.shape[:2], dtype=torch.float32) if with_delta else None
-        sums = _zeros(weights)
-        for rows, of_tile in zip(self._tiles(x), moments or repeat(()), strict=False):
+        sums, tiles = _zeros(weights), list(self._tiles(x))
+        for rows, of_tile in zip(tiles, moments or [()] * len(tiles), strict=True):
             given = x[rows], out[rows], dz[rows], of_tile, weights, self.eps, self.products
             written = dx[rows], dout[rows].flatten(-2), None if delta is None else delta[rows]
             self._run(write_output_gradients, *given, self.gelu_norm, self.norm_gradients, *written, sums)
