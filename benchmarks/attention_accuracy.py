@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.attention_peers import dense_kernels
 from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.reference import oracle
 
 NAMES = ("out", "dq", "dk", "dv")
 

@@ -38,14 +38,14 @@ from benchmarks.pictures import draw_over_length, new_figure
 from benchmarks.record import environment
 from benchmarks.text import DEFAULT_FOLDERS, write_text
 from longnet_dist import DilatedPattern, LongNetConfig
-from longnet_dist.cli import run_cli
+from longnet_dist.checkpoint.run_folder import write_text as write_file
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
-from longnet_dist.planner.devices import device_of
-from longnet_dist.planner.model_cost import matrix_weights
-from longnet_dist.train.run_folder import write_text as write_file
+from longnet_dist.estimate.devices import device_of
+from longnet_dist.estimate.model_cost import matrix_weights
 
 MODES = ("forward", "train", "dense", "dense-train")
 REPEAT_BELOW_SECONDS = 5.0

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
-from longnet_dist.train.checkpoint import checkpoints
+from longnet_dist.checkpoint.format import checkpoints
 
 MODEL = ("model.dim=512", "model.layers=12", "model.heads=8", "data.sequence_length=64", "train.batch_size=1")
 CPU_PROCESSES = 2

@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
-from longnet_dist.comm.exchange import CompactBuffers, _send_places, _slots, _sums
-from longnet_dist.geometry.exchange import plan_exchange
+from longnet_dist.comm.transfer import CompactBuffers, _send_places, _slots, _sums
+from longnet_dist.geometry.exchange_plan import plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards
 

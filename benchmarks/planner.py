@@ -4,10 +4,11 @@
     python benchmarks/planner.py --training benchmarks/results/training_h100.json --output planner_training_h100.json
 
 Each configuration runs in a process of its own: some optimizer steps of the trainer, as ``launch/train.py`` does them,
-on random bytes. The constants of ``longnet_dist/planner/devices.py`` are fitted to those marked ``fit`` alone; what the
-run suggests for them is printed and written beside the result. Every configuration is written when it is done: a run
-that was cut, or whose ``--seconds`` were over, goes on with the same ``--output``. ``--again`` plans what was measured
-with the present constants, on any machine; ``--training`` those steps that ``benchmarks/training.py`` measured.
+on random bytes. The constants of ``longnet_dist/estimate/devices.py`` are fitted to those marked ``fit`` alone; what
+the run suggests for them is printed and written beside the result. Every configuration is written when it is done: a
+run that was cut, or whose ``--seconds`` were over, goes on with the same ``--output``. ``--again`` plans what was
+measured with the present constants, on any machine; ``--training`` those steps that ``benchmarks/training.py``
+measured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from longnet_dist.config.schema import Config
-    from longnet_dist.planner.devices import Device
+    from longnet_dist.estimate.devices import Device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
@@ -131,13 +132,13 @@ def of_training(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """
     from benchmarks.record import environment
     from benchmarks.trials import Trial
-    from longnet_dist.planner.devices import match_device
+    from longnet_dist.estimate.devices import match_device
 
     content = json.loads(file.read_text())
     measured_in = content["runs"][-1]["environment"]
     device = match_device(measured_in["gpu"])
     if device is None:
-        raise SystemExit(f"{file}: there is no {measured_in['gpu']!r} in longnet_dist/planner/devices.py to plan for")
+        raise SystemExit(f"{file}: there is no {measured_in['gpu']!r} in longnet_dist/estimate/devices.py to plan for")
     results, commit = [], environment()["commit"]
     for point in content["points"]:
         if "error" in point or point["dense"] or point["part"] == "curves":
@@ -152,7 +153,7 @@ def of_training(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def plan_again(result: dict[str, Any]) -> dict[str, Any]:
     """The plan of a measured case, for the device that it was measured on and a host that is large enough."""
-    from longnet_dist.planner.devices import named_device
+    from longnet_dist.estimate.devices import named_device
 
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), result["settings"])
@@ -161,10 +162,10 @@ def plan_again(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(config: Config, device: Device) -> dict[str, Any]:
-    from longnet_dist.planner.layout import RunLayout
-    from longnet_dist.planner.plan import Plan
+    from longnet_dist.estimate.layout import RunLayout
+    from longnet_dist.estimate.run_estimate import Estimate
 
-    return Plan.of(RunLayout.of(config, 1, device.type), device).to_json()
+    return Estimate.of(RunLayout.of(config, 1, device.type), device).to_json()
 
 
 def measure(each: Case) -> dict[str, Any]:
@@ -172,21 +173,21 @@ def measure(each: Case) -> dict[str, Any]:
     import torch
 
     from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
-    from longnet_dist.planner.devices import device_of, host_memory_bytes
-    from longnet_dist.planner.plan import Plan
+    from longnet_dist.estimate.devices import device_of, host_memory_bytes
+    from longnet_dist.estimate.run_estimate import Estimate
+    from longnet_dist.telemetry.throughput import Throughput
     from longnet_dist.train.allocator import prepare_allocator
-    from longnet_dist.train.engine import prepare_deepspeed
+    from longnet_dist.train.deepspeed_engine import prepare_deepspeed
     from longnet_dist.train.loop import Trainer
-    from longnet_dist.train.plan import RunPlan
-    from longnet_dist.train.throughput import Throughput
+    from longnet_dist.train.setup import RunSetup
 
     prepare_allocator(os.environ)
     launch = LaunchEnvironment.read(os.environ)
     device = launch.device()
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), [*each.settings, f"data.path={_random_tokens(Path(folder), each)}"])
-        layout = RunPlan.make(config, 1, device.type)
-        planned = Plan.of(layout, device_of(device), 1, host_memory_bytes()).to_json()
+        layout = RunSetup.make(config, 1, device.type)
+        planned = Estimate.of(layout, device_of(device), 1, host_memory_bytes()).to_json()
         launch.share_cores()
         prepare_deepspeed(launch, device)
         seconds = []

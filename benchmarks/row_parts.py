@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 from benchmarks.record import clocks, environment
 from longnet_dist import DilatedPattern, LongNetConfig
 from longnet_dist.attention.positions import Positions
-from longnet_dist.cli import run_cli
+from longnet_dist.checkpoint.run_folder import write_text
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.model.block import Block
-from longnet_dist.model.gelu_norm import PLAIN, GeluNorm
-from longnet_dist.model.join_gradients import join_gradients
-from longnet_dist.model.norm_gradients import norm_gradients
-from longnet_dist.model.products import products_of
 from longnet_dist.model.rows import RowParts
-from longnet_dist.train.run_folder import write_text
+from longnet_dist.ops.gelu_norm.choice import PLAIN, GeluNorm
+from longnet_dist.ops.join_gradients.reference import join_gradients
+from longnet_dist.ops.matmul.choice import products_of
+from longnet_dist.ops.norm_gradients.reference import norm_gradients
 
 
 class WithTorch(RowParts):

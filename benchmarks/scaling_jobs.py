@@ -23,10 +23,10 @@ from longnet_dist.attention.functional import (
     attention_forward,
     start_attention_backward,
 )
-from longnet_dist.geometry.exchange import plan_exchange
+from longnet_dist.attention.kernels.registry import choose_kernel
+from longnet_dist.geometry.exchange_plan import plan_exchange
 from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.geometry.window import Shards
-from longnet_dist.kernels.choice import choose_kernel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@
 
 Every measurement is a process of its own and is written at once; none begins that ``--seconds`` do not leave time for.
 A run that was cut goes on with the same ``--output``: what is there is not measured again. MFU counts model FLOPs alone
-(``longnet_dist/planner/model_cost.py``).
+(``longnet_dist/estimate/model_cost.py``).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 from benchmarks.pictures import draw_over_length, new_figure
 from benchmarks.record import environment
 from benchmarks.trials import Trial, isolated
-from longnet_dist.cli import run_cli
+from longnet_dist.checkpoint.run_folder import write_text
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.data.prepare import default_token_file
-from longnet_dist.train.run_folder import write_text
 
 PARTS = ("throughput", "gains", "longest", "baseline", "curves")
 SELECTIVE = ("train.activation_checkpointing=selective",)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from longnet_dist.cli import run_cli
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment
-from longnet_dist.train.evaluation import Evaluation
-from longnet_dist.train.trained import evaluate_run, evaluate_run_streamed
+from longnet_dist.inference.evaluation import Evaluation
+from longnet_dist.inference.runs import evaluate_run, evaluate_run_streamed
 
 EXAMPLES = """\
 examples:

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from longnet_dist.cli import run_cli
-from longnet_dist.train.trained import export_run
+from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.inference.runs import export_run
 
 EXAMPLES = """\
 examples:

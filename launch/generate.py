@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from longnet_dist.cli import run_cli
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.errors import DataError
-from longnet_dist.train.generation import Sampling
-from longnet_dist.train.trained import continue_text
+from longnet_dist.inference.generation import Sampling
+from longnet_dist.inference.runs import continue_text
 
 SEPARATOR = "-" * 40  # between samples
 

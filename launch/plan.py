@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from longnet_dist.cli import run_cli
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.config.loading import load_config
 from longnet_dist.config.schema import Config
-from longnet_dist.planner.devices import GPUS, Device, device_of, host_memory_bytes, named_device
-from longnet_dist.planner.layout import RunLayout
-from longnet_dist.planner.plan import Plan
-from longnet_dist.planner.table import remedy_lines, table
+from longnet_dist.estimate.devices import GPUS, Device, device_of, host_memory_bytes, named_device
+from longnet_dist.estimate.layout import RunLayout
+from longnet_dist.estimate.run_estimate import Estimate
+from longnet_dist.estimate.table import remedy_lines, table
 
 DEFAULT_DEVICE = "h100"
 GPUS_OF_A_MACHINE = 8
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
     local_ranks = min(layout.num_ranks, GPUS_OF_A_MACHINE)
-    plan = Plan.of(layout, device, local_ranks, host_memory_bytes() if here else None)
+    plan = Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
     if options.json:
         print(json.dumps(plan.to_json()))
     else:

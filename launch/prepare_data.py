@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from longnet_dist.cli import run_cli
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.data.corpus import find_corpus, standard_library
 from longnet_dist.data.prepare import prepare
 from longnet_dist.data.tokenizers import load_tokenizer

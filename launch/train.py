@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from longnet_dist.cli import REQUEUE_STATUS, run_cli
+from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.loading import load_config
+from longnet_dist.errors import REQUEUE_STATUS
 from longnet_dist.train.loop import run_training
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"

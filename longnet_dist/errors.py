@@ -4,6 +4,11 @@ Each message gives the rule, the offending values and the remedy. The entry poin
 traceback and exit with status 2 (69 for a lost rank); anything else that escapes is a fault of this package.
 """
 
+USER_ERROR_STATUS = 2
+LOST_RANK_STATUS = 69  # EX_UNAVAILABLE: another rank was killed, hangs or broke; start again to go on
+REQUEUE_STATUS = 75  # EX_TEMPFAIL: asked to stop, a checkpoint is written, start again to go on
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
+
 
 class LongNetError(Exception):
     """Base of all errors that the caller can mend."""

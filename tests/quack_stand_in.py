@@ -1,4 +1,4 @@
-"""What ``longnet_dist/kernels/quack_products.py`` needs of quack, in torch and on a CPU."""
+"""What ``longnet_dist/ops/matmul/quack.py`` needs of quack, in torch and on a CPU."""
 
 import importlib
 import sys
@@ -55,7 +55,7 @@ def quack_products():
     before = {path: sys.modules.get(path) for path in stand_ins}
     sys.modules.update(stand_ins)
     try:
-        return importlib.import_module("longnet_dist.kernels.quack_products")
+        return importlib.import_module("longnet_dist.ops.matmul.quack")
     finally:
         for path, module in before.items():
             sys.modules.pop(path)

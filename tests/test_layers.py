@@ -6,7 +6,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "longnet_dist"
-LAYERS = ["errors", "cli", "geometry", "config", "kernels", "data", "comm", "planner", "attention", "model", "train"]
+LAYERS = [
+    "errors",
+    "numerics",
+    "geometry",
+    "config",
+    "data",
+    "comm",
+    "estimate",
+    "attention",
+    "ops",
+    "model",
+    "engine",
+    "checkpoint",
+    "inference",
+    "telemetry",
+    "resilience",
+    "train",
+    "cli",
+]
 
 
 def imported_layers(path):

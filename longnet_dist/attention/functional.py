@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longnet_dist.attention.agreement import agree_on_shards
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Kernel, Statistics
+from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.stream import LayerCache
-from longnet_dist.comm.exchange import CompactBuffers, Gather, ReduceScatter
-from longnet_dist.geometry.exchange import ExchangePlan, plan_exchange
+from longnet_dist.attention.validation import agree_on_shards
+from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
+from longnet_dist.geometry.exchange_plan import ExchangePlan, plan_exchange
 from longnet_dist.geometry.overlap import first_halves, overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import (
@@ -26,8 +28,7 @@ from longnet_dist.geometry.window import (
     needs_exchange,
     shared_segments,
 )
-from longnet_dist.kernels.choice import choose_kernel
-from longnet_dist.kernels.contract import BackwardInputs, Call, Gradients, Kernel, Statistics, wide_dtype
+from longnet_dist.numerics import wide_dtype
 
 LEAST_SCALE = 2.0**-10
 """Of the scores, and 1 over the largest, at which the logarithm of a multiplicity can be added to them in float16."""

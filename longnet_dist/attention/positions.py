@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.contract import wide_dtype
+from longnet_dist.numerics import wide_dtype
 
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 

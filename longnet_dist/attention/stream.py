@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from longnet_dist.comm.exchange import CompactBuffers
+from longnet_dist.comm.transfer import CompactBuffers
 from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.chunks import chunks_of, recorded_segments
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.stream import chunks_of, recorded_segments
 from longnet_dist.geometry.window import Segment, Shards, open_segments
-from longnet_dist.kernels.contract import wide_dtype
+from longnet_dist.numerics import wide_dtype
 
 
 class Stream:

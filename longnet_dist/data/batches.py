@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longnet_dist.config.model import LongNetConfig
 from longnet_dist.data.shuffle import hashed, permuted
 from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.errors import ConfigError, DataError
@@ -235,3 +236,9 @@ def _refuse_foreign_ids(token_file: TokenFile, vocab_size: int | None) -> None:
             f"{vocab_size - 1}; set model.vocab_size={token_file.tokenizer.vocab_size} or prepare the text with a "
             "smaller tokenizer"
         )
+
+
+def objective(model: LongNetConfig) -> dict[str, Any]:
+    """The arguments of ``Windows`` and ``Batches`` that follow from the model: what it predicts, and its ids."""
+    kind: Objective = "causal" if model.causal else "masked"
+    return {"objective": kind, "mask_id": model.mask_id, "vocab_size": model.vocab_size}

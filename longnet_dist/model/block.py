@@ -15,8 +15,8 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.model.checkpointing import Execution, Passage
 from longnet_dist.model.feed_forward import FeedForward
 from longnet_dist.model.offload import HostMemory, Shelf
-from longnet_dist.model.products import TORCH, Products, products_of
 from longnet_dist.model.rows import RowParts
+from longnet_dist.ops.matmul.choice import TORCH, Products, products_of
 
 _PLAIN = Execution()
 

@@ -25,8 +25,8 @@ from longnet_dist.attention.functional import (
 )
 from longnet_dist.config.schema import TrainConfig
 from longnet_dist.model.offload import Shelf
-from longnet_dist.model.products import Normed, ProductsName
 from longnet_dist.model.rows import RowParts
+from longnet_dist.ops.matmul.choice import Normed, ProductsName
 
 Checkpointing = Literal["none", "projections", "selective", "full"]
 

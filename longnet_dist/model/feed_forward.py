@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longnet_dist.model.gelu_norm import PLAIN
+from longnet_dist.ops.gelu_norm.choice import PLAIN
 
 
 class FeedForward(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from longnet_dist.kernels.contract import wide_dtype
-from longnet_dist.model.compiled import run
+from longnet_dist.numerics import wide_dtype
+from longnet_dist.ops.compiled import run
 
 IGNORE_INDEX = -100
 

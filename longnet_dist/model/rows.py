@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from longnet_dist.attention.module import normed_heads, placed, project
 from longnet_dist.attention.positions import Turn, turned
-from longnet_dist.kernels.contract import wide_dtype
-from longnet_dist.model.compiled import run
 from longnet_dist.model.feed_forward import feed_forward
 from longnet_dist.model.folded import folded, unfolded_gradients
-from longnet_dist.model.gelu_norm import GeluNorm
-from longnet_dist.model.join_gradients import JoinGradients, join_gradients_of
-from longnet_dist.model.norm_gradients import NormGradients, gives_dots, norm_gradients_of
-from longnet_dist.model.products import TORCH, Normed, Products
+from longnet_dist.numerics import wide_dtype
+from longnet_dist.ops.compiled import run
+from longnet_dist.ops.gelu_norm.choice import GeluNorm
+from longnet_dist.ops.join_gradients.choice import JoinGradients, join_gradients_of
+from longnet_dist.ops.matmul.choice import TORCH, Normed, Products
+from longnet_dist.ops.norm_gradients.choice import NormGradients, gives_dots, norm_gradients_of
 
 Weights = Mapping[str, Tensor]
 _PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkv")

@@ -16,35 +16,35 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from longnet_dist.checkpoint.format import CheckpointState, checkpoint_folder, load_weights, restore
+from longnet_dist.checkpoint.run_folder import set_aside
+from longnet_dist.checkpoint.writer import CheckpointWriter, remove_partial
 from longnet_dist.comm.flight_recorder import record_collectives, write_collectives
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.errors import CheckpointError, LongNetError
+from longnet_dist.estimate.devices import device_of, host_memory_bytes
+from longnet_dist.estimate.run_estimate import Estimate
+from longnet_dist.estimate.table import check_fits
+from longnet_dist.inference.evaluation import Evaluation, evaluate
+from longnet_dist.inference.generation import Sampling
+from longnet_dist.inference.runs import continue_text
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.planner.devices import device_of, host_memory_bytes
-from longnet_dist.planner.plan import Plan
-from longnet_dist.planner.table import check_fits
+from longnet_dist.resilience.out_of_memory import explained
+from longnet_dist.resilience.stop_signals import stop_requests
+from longnet_dist.resilience.watchdog import Watchdog
+from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
+from longnet_dist.telemetry.profiler import StepProfiler
+from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
-from longnet_dist.train.checkpoint import CheckpointState, checkpoint_folder, load_weights, restore
-from longnet_dist.train.checkpoint_writer import CheckpointWriter, remove_partial
-from longnet_dist.train.engine import build_engine, prepare_deepspeed
-from longnet_dist.train.evaluation import Evaluation, evaluate
-from longnet_dist.train.generation import Sampling
-from longnet_dist.train.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
-from longnet_dist.train.out_of_memory import explained
-from longnet_dist.train.plan import RunPlan
-from longnet_dist.train.profile import StepProfiler
-from longnet_dist.train.rows_ahead import Rows, RowsAhead
-from longnet_dist.train.run_folder import set_aside
+from longnet_dist.train.batch_prefetch import Rows, RowsAhead
+from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed
 from longnet_dist.train.schedule import learning_rate
+from longnet_dist.train.setup import RunSetup
 from longnet_dist.train.step import ReadRows, StepResult, train_step
-from longnet_dist.train.stop_signals import stop_requests
-from longnet_dist.train.throughput import Speed, Throughput
-from longnet_dist.train.trained import continue_text
-from longnet_dist.train.watchdog import Watchdog
 
 
 def run_training(config: Config, launch: LaunchEnvironment) -> bool:
@@ -59,8 +59,8 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """
     prepare_allocator(os.environ)
     device = launch.device()
-    plan = RunPlan.make(config, launch.world_size, device.type)
-    needs = Plan.of(plan, device_of(device), launch.local_world_size, host_memory_bytes())
+    plan = RunSetup.make(config, launch.world_size, device.type)
+    needs = Estimate.of(plan, device_of(device), launch.local_world_size, host_memory_bytes())
     check_fits(needs)
     launch.share_cores()
     prepare_deepspeed(launch, device)
@@ -95,7 +95,7 @@ class Trainer:
         skipped: steps among them that changed nothing, because loss or gradient was not finite.
     """
 
-    def __init__(self, plan: RunPlan, device: torch.device) -> None:
+    def __init__(self, plan: RunSetup, device: torch.device) -> None:
         self.plan, self.config, self.device = plan, plan.config, device
         self.is_first = dist.get_rank() == 0
         self.token_file = plan.open_token_file()

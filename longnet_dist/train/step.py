@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_dist.attention.stream import Stream
+from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import IGNORE_INDEX
 from longnet_dist.geometry.window import Shards
-from longnet_dist.train.engine import optimizer_step, set_learning_rate
+from longnet_dist.train.deepspeed_engine import optimizer_step, set_learning_rate
 
 ReadRows = Callable[[tuple[int, int]], tuple[Tensor, Tensor]]
 """Global rows ``[start, stop)`` of a micro-batch: tokens and labels, each (b, stop − start) int64, on the CPU"""
@@ -103,10 +104,3 @@ def _forward(engine: Any, read: ReadRows, stream: Stream, shards: Shards) -> Any
 def _to(device: torch.device, tensor: Tensor) -> Tensor:
     """On the device; from pinned memory, so that the host does not wait for what the device still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def total_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks of the world, in float64."""
-    total = value.detach().to(torch.float64)
-    dist.all_reduce(total)
-    return total

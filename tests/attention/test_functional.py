@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.reference import oracle
 from tests.cases import random_case
 
 BACKENDS = ["reference", "sdpa"]

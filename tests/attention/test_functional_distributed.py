@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 
 from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.reference import oracle
 from tests.cases import random_case
 from tests.distributed import run_distributed
 

@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 
 from longnet_dist.attention.functional import dilated_attention
+from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.attention.stream import Stream
 from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.chunks import cache_bytes, cache_rows
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.geometry.stream import cache_bytes, cache_rows
-from longnet_dist.kernels.reference import oracle
 from tests.cases import random_case
 from tests.distributed import run_distributed
 

@@ -11,7 +11,7 @@ from longnet_dist import LongNet, LongNetConfig
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
-from longnet_dist.planner.model_cost import matrix_weights
+from longnet_dist.estimate.model_cost import matrix_weights
 from tests.distributed import run_distributed
 from tests.train.runs import write_corpus
 

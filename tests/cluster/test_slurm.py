@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from longnet_dist.train.checkpoint import checkpoints, step_of
+from longnet_dist.checkpoint.format import checkpoints, step_of
 from tests.train.runs import write_config, write_corpus
 
 ROOT = Path(__file__).parents[2]

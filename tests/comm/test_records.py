@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from longnet_dist.comm import records
-from longnet_dist.comm.records import Sums, add, put, take
-from longnet_dist.geometry.exchange import sums_by_place
+from longnet_dist.comm.records.torch import Sums, add, put, take
+from longnet_dist.comm.records.torch import torch as records
+from longnet_dist.geometry.exchange_plan import sums_by_place
 
 triton = pytest.importorskip("triton")
 # The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 1.25 and later warn of.
@@ -97,7 +97,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from longnet_dist.comm.record_kernels import add_kernel, copy_kernel
+from longnet_dist.comm.records.triton import add_kernel, copy_kernel
 
 constants = {"D": 64, "BLOCK_D": 64, "ROWS": 8}
 sizes = {"num_places": "i32", "batch": "i32", "heads": "i32"}

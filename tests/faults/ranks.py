@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from launch import train
-from longnet_dist.cli import run_cli
-from longnet_dist.train.checkpoint import TENSOR_FILES, checkpoints
+from longnet_dist.checkpoint.format import TENSOR_FILES, checkpoints
+from longnet_dist.cli.exit_status import run_cli
 
 DEADLINE_SECONDS = 240.0  # of waiting for something that ought to come; nothing is measured by it
 

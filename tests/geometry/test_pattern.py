@@ -1,8 +1,8 @@
 import pytest
 
+from longnet_dist.attention.kernels.reference import attended_counts
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
-from longnet_dist.kernels.reference import attended_counts
 
 
 def test_geometric_reaches_the_longest_with_constant_keys_a_segment():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from longnet_dist.attention.kernels.reference import attended_counts
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import (
@@ -11,7 +12,6 @@ from longnet_dist.geometry.window import (
     needs_exchange,
     shared_segments,
 )
-from longnet_dist.kernels.reference import attended_counts
 from tests.cases import random_case
 
 

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.model.checkpointing import Execution
-from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.offload import HostMemory
 from longnet_dist.model.rows import RowParts
+from longnet_dist.ops.compiled import _compiled
 from tests.distributed import run_distributed
 
 EXECUTIONS = (
@@ -92,7 +92,7 @@ class Counter:
     """Counts the calls of a kernel."""
 
     def __init__(self, monkeypatch):
-        from longnet_dist.kernels.sdpa import SdpaKernel
+        from longnet_dist.attention.kernels.sdpa import SdpaKernel
 
         self.forwards, forward = 0, SdpaKernel.forward
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import longnet_dist.model.loss as loss_module
-from longnet_dist.model.compiled import _compiled
 from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead, linear_cross_entropy
+from longnet_dist.ops.compiled import _compiled
 
 
 def problem(dtype, rows=37, vocab=11, dim=8, device="cpu"):

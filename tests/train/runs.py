@@ -10,10 +10,10 @@ from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.loading import load_config
 from longnet_dist.data.token_file_writer import TokenFileWriter
 from longnet_dist.data.tokenizers import ByteTokenizer
-from longnet_dist.train.engine import prepare_deepspeed
+from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.train.deepspeed_engine import prepare_deepspeed
 from longnet_dist.train.loop import Trainer
-from longnet_dist.train.metrics import read_jsonl
-from longnet_dist.train.plan import RunPlan
+from longnet_dist.train.setup import RunSetup
 from tests.distributed import run_distributed
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def make_trainer(config):
     """A trainer of the rank that calls, inside ``run_distributed``."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     prepare_deepspeed(LaunchEnvironment(rank, world_size, rank, world_size), CPU)
-    return Trainer(RunPlan.make(config, world_size, "cpu"), CPU)
+    return Trainer(RunSetup.make(config, world_size, "cpu"), CPU)
 
 
 def train(config):

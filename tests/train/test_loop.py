@@ -5,13 +5,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from longnet_dist.data.batches import Batches
+from longnet_dist.checkpoint.format import newest_checkpoint
+from longnet_dist.data.batches import Batches, objective
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.train.checkpoint import newest_checkpoint
-from longnet_dist.train.engine import build_optimizer
-from longnet_dist.train.metrics import read_jsonl
-from longnet_dist.train.plan import objective
+from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.train.deepspeed_engine import build_optimizer
 from longnet_dist.train.schedule import learning_rate
 from tests.train.runs import run, tiny_config
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longnet_dist.checkpoint.writer import take_snapshot
+from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import IGNORE_INDEX
-from longnet_dist.train.checkpoint_writer import take_snapshot
-from longnet_dist.train.step import total_over_ranks, train_step
+from longnet_dist.train.step import train_step
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
 

@@ -1,0 +1,146 @@
+"""Dense attention kernels of others on strided views: flash-attn 4 where it is installed, else the one of torch.
+
+A view is one batch of dense problems whose rows stand ``r`` apart (``views.py``). The backward kernels take the merged
+output and LSE, which makes the gradient of the mixture exact.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums
+from longnet_dist.attention.kernels.views import dense_problems, views
+
+MOST_PROBLEMS = 65_535  # the batch is a grid dimension of most flash kernels (flash-attention#1786)
+
+
+class Engine(Protocol):
+    """A dense kernel; all tensors ``(batch, rows, heads, D)`` of any stride, lse ``(batch, heads, rows)``."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """``(out, lse)``."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        deterministic: bool,
+    ) -> tuple[Tensor, ...]:
+        """``(dq, dk, dv)``."""
+
+
+class FlashAttention4:
+    """flash-attn 4 (CuTe DSL; Hopper and Blackwell), through the functions beneath its autograd Function."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        from flash_attn.cute.interface import _flash_attn_fwd  # compiles at import: only where it is used
+
+        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        deterministic: bool,
+    ) -> tuple[Tensor, ...]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        return tuple(
+            _flash_attn_bwd(
+                q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, causal=causal, deterministic=deterministic
+            )
+        )
+
+
+class TorchFlash:
+    """FlashAttention-2 as torch carries it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        deterministic: bool,
+    ) -> tuple[Tensor, ...]:
+        queries, keys = q.shape[1], k.shape[1]
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse.contiguous(), None, None, queries, keys, 0.0, causal, unused, unused, scale=scale
+        )
+        return tuple(part.transpose(1, 2) for part in parts)
+
+
+class FlashKernel(WideSums):
+    """The engine's results, merged by their softmax denominators in float32."""
+
+    name = "flash"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        for (q_, out_, lse_), (k_, v_), causal in _problems(call, (q, out, lse), (k, v)):
+            part, part_lse = self.engine.forward(q_, k_, v_, causal, call.scale)
+            part_lse = part_lse.transpose(1, 2)
+            merged = torch.logaddexp(lse_, part_lse)
+            out_.mul_((lse_ - merged).exp_()[..., None]).addcmul_(part, (part_lse - merged).exp_()[..., None])
+            lse_.copy_(merged)
+
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        dout, q, k, v, (out, lse) = given
+        dq, dk, dv = sums
+        for queries, keys, causal in _problems(call, (dout, q, out, lse, dq), (k, v, dk, dv)):
+            (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = queries, keys
+            parts = self.engine.backward(
+                dout_, q_, k_, v_, out_, lse_.transpose(1, 2), causal, call.scale, call.deterministic
+            )
+            for total, part in zip((dq_, dk_, dv_), parts, strict=True):
+                total.add_(part)
+
+
+def find_engine() -> Engine:
+    """flash-attn 4 if it is installed and the device is one of its own, else FlashAttention-2 of torch."""
+    modern = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+    if modern and importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        return FlashAttention4()
+    return TorchFlash()
+
+
+def _problems(
+    call: Call, query_buffers: tuple[Tensor, ...], key_buffers: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Tensor], list[Tensor], bool]]:
+    """The dense problems of a piece, no more than a launch can hold at a time."""
+    for view in views(call):
+        for queries, keys, causal in dense_problems(view, query_buffers, key_buffers):
+            for start in range(0, len(keys[0]), MOST_PROBLEMS):
+                part = slice(start, start + MOST_PROBLEMS)
+                yield [x[part] for x in queries], [x[part] for x in keys], causal

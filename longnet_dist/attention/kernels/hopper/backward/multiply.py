@@ -1,0 +1,338 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""A group of four warps of the Hopper backward: dK and dV of 64 keys, and its share of dQ."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from longnet_dist.attention.kernels.hopper.backward.fetch import (
+    FETCHERS,
+    FREE,
+    MULTIPLIERS,
+    READY,
+    SLOT_FREE,
+    Work,
+    query_tile,
+    work_of_program,
+)
+from longnet_dist.attention.kernels.hopper.instructions import (
+    arrive,
+    copies_read,
+    meet,
+    opaque_zero,
+    reduce_add,
+    uniform,
+)
+from longnet_dist.attention.kernels.hopper.multiplicity import multiplicity_product, write_columns
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # (64 keys, 64 queries)
+QUERY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+STORED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # (64 keys, 64 columns), whole lines of memory
+# The swizzle by 128 bytes of a (64, 64) tile of float32, with columns 16 apart exchanged in odd rows.
+EXCHANGED = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [1, 20], [2, 8], [4, 16], [8, 0], [16, 0], [32, 0], [0, 32]], [], 1024
+    )
+)
+
+
+class Results(NamedTuple):
+    """What is added to: dQ's descriptor, pointers to dK and dV, all their strides, and rows a sequence has."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dq_strides: Any
+    dk_strides: Any
+    dv_strides: Any
+    rows: Any
+
+
+class Target(NamedTuple):
+    """Where in dQ's view the first query of the program stands, and columns from one head to the next."""
+
+    dq: Any
+    row: Any
+    column: Any
+    head: Any
+
+
+@gluon.jit
+def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
+    """Group ``W``, whose keys are the ``W``-th 64 of the tile."""
+    dkey_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, form.D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    arrive(FREE + 1 - W + (2 if form.HALVES == 1 else 0), MULTIPLIERS)
+    given = work_of_program(shape, group, form)
+    first, first_key = uniform(given.first), uniform(given.first_key + W * 64)
+    count, keys, num_tiles = uniform(given.count), uniform(given.keys), uniform(given.num_tiles)
+    num_diagonal, tail = uniform(given.num_diagonal), uniform(given.tail)
+    work = Work(
+        given.batch, given.kv_head, group, given.origin, given.begin, first_key, keys, first, count, num_tiles,
+        num_diagonal, tail, num_diagonal + tail,
+    )  # fmt: skip
+    target = _target(results, work, shape[5])
+    dkey = gl.zeros([64, form.D], gl.float32, dkey_layout)
+    dvalue = gl.zeros([64, form.D], gl.float32, dkey_layout)
+    mbarrier.wait(tiles.key_ready, 0)
+    key_rows, value_rows = tiles.key.index(W), tiles.value.index(W)
+    if form.HALVES == 2:
+        key_rows, value_rows = key_rows.load(operand), value_rows.load(operand)
+    factor = scale * LOG2_E
+    if form.OVERLAPS:  # of all tiles of queries, which are a period apart
+        first_row = given.begin + first_key
+        write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, shape[12], True)
+        write_columns(tiles.query_columns.index(W), first, given.kv_head, shape[5], factor, shape[12], False)
+        gl.thread_barrier()
+    mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
+    scores = _scores(key_rows, tiles.q.index(0), tiles, form, W)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    for step in range(group * work.masked):
+        scores, dkey, dvalue = _step(
+            step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, True
+        )
+    for step in range(group * work.masked, group * num_tiles):
+        scores, dkey, dvalue = _step(
+            step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, False
+        )
+    steps = group * num_tiles
+    if form.HALVES == 1:
+        _last_dquery(steps, tiles, work, target, form, W)
+    _add_key_gradients(results, dkey, dvalue, tiles.dq.index(W), work, shape[5], form)
+    meet(FREE + W + ((steps + 1) % 2 * 2 if form.HALVES == 1 else 0), MULTIPLIERS)
+
+
+@gluon.jit
+def _target(results, work, r):
+    query_row = work.batch.to(gl.int64) * results.rows + work.origin + r * work.first
+    head = results.dq_strides[2]
+    column = (query_row % r).to(gl.int32) * results.dq_strides[1] + work.kv_head * work.group * head
+    return Target(results.dq, uniform((query_row // r).to(gl.int32)), uniform(column), head)
+
+
+@gluon.jit
+def _scores(key_rows, query, tiles, form, W: gl.constexpr):
+    """Scores of a group's keys and 64 queries, with multiplicities, to be waited for."""
+    scores = gl.zeros([64, 64], gl.float32, SCORES)
+    scores = multiplicity_product(tiles.key_columns.index(W), tiles.query_columns.index(W), scores, form.OVERLAPS)
+    return warpgroup_mma(key_rows, query.permute((1, 0)), scores, use_acc=form.OVERLAPS, is_async=True)
+
+
+@gluon.jit
+def _transposed_product(rows, tile):
+    """``rows · tileᵀ`` ``(64, 64)``, to be waited for."""
+    nothing = gl.zeros([64, 64], gl.float32, SCORES)
+    return warpgroup_mma(rows, tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _step(
+    step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form,
+    W: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """One query tile against the keys of group ``W``, all transposed: 64 queries, one or two times.
+
+    ``scores`` are those of its first 64 queries; returned are those of the next step. With two times 64 queries the
+    group that computes dQ of one of them wants dS of both groups for it; with 64, each computes half of the columns,
+    and of the step before, so that neither group waits for the other.
+    """
+    operand: gl.constexpr = gl.DotOperandLayout(0, dkey.type.layout, 2)
+    slot = step % form.STAGES
+    zero = opaque_zero()
+    if form.HALVES == 1:  # too few registers for K and V
+        key_rows, value_rows = tiles.key.index(W + zero), tiles.value.index(W + zero)
+    _, start = query_tile(step, work, form)
+    tile = slot * form.HALVES
+    query = tiles.q.index(tile)
+    gradient = _transposed_product(value_rows, tiles.dout.index(tile))
+    weights, delta, dvalue = _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED)
+    gradient = warpgroup_mma_wait(1, deps=[gradient])
+    ds = (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype)
+    if form.HALVES == 2:
+        query = tiles.q.index(tile + 1)
+        ds, dkey, dvalue = _second_half(
+            ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form, W, MASKED
+        )
+    now, before = 0, 0  # which of two buffers of dS
+    if form.HALVES == 1:
+        now, before = step % 2, (step + 1) % 2
+    if form.HALVES == 1 or W == 0:
+        _hand_over(ds, tiles.late_ds.index(2 * now + W), now, before, W)
+    else:
+        tiles.late_ds.index(W).store(ds)
+        fence_async_shared()
+    copies_read()
+    gl.thread_barrier()  # in the group: dS is written, the tile of dQ is free
+    if form.HALVES == 2:
+        meet(READY + W, MULTIPLIERS)
+    elif step > 0:
+        meet(READY + W + 2 * before, MULTIPLIERS)
+    dquery = _dquery(tiles, 2 * before + zero, zero, form, W)
+    if form.HALVES == 2:
+        dkey = warpgroup_mma(gl.convert_layout(ds, operand), query, dkey, is_async=True)
+    else:  # too few registers to hold dS
+        dkey = warpgroup_mma(tiles.late_ds.index(2 * now + W + zero), query, dkey, is_async=True)
+    later = step + 1  # after the last step: scores of some old tile
+    bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
+    mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
+    scores = _scores(key_rows, tiles.q.index(later % form.STAGES * form.HALVES), tiles, form, W)
+    PRODUCTS: gl.constexpr = 1 + form.OVERLAPS  # of the scores
+    dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
+    arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
+    _stage_dquery(tiles.dq.index(W), dquery)
+    if form.HALVES == 2:
+        _add_dquery(step, tiles, work, target, form, W)
+    elif step > 0:
+        _add_dquery(step - 1, tiles, work, target, form, W)
+    scores, dkey = warpgroup_mma_wait(0, deps=[scores, dkey])
+    arrive(SLOT_FREE + slot, MULTIPLIERS + FETCHERS)
+    return scores, dkey, dvalue
+
+
+@gluon.jit
+def _second_half(
+    ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form,
+    W: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """dS of the first 64 queries of a step to its place and to dK, then that of the others."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, dkey.type.layout, 2)
+    if W == 1:
+        _hand_over(ds, tiles.early_ds.index(W), 0, 0, W)
+    else:
+        tiles.early_ds.index(W).store(ds)
+    scores = _scores(key_rows, tiles.q.index(tile + 1), tiles, form, W)
+    dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile), dkey, is_async=True)
+    gradient = _transposed_product(value_rows, tiles.dout.index(tile + 1))
+    scores, dvalue = warpgroup_mma_wait(2, deps=[scores, dvalue])
+    weights, delta, dvalue = _weigh(scores, tile + 1, start + 64, dvalue, tiles, work, factor, scale, form, MASKED)
+    gradient, dkey = warpgroup_mma_wait(1, deps=[gradient, dkey])
+    return (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype), dkey, dvalue
+
+
+@gluon.jit
+def _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED: gl.constexpr):
+    """P of the keys and the 64 queries from ``start`` on, which stand in ``tile``; their delta; dV, not waited for."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, dvalue.type.layout, 2)
+    lse = tiles.lse.index(tile).load(QUERY)
+    weights = gl.exp2(scores * factor - lse[None, :])
+    if MASKED:
+        key_index = work.first_key + gl.arange(0, 64, KEY)
+        index = start + gl.arange(0, 64, QUERY)
+        seen = (key_index < work.keys)[:, None] & (index < work.count)[None, :]
+        if form.CAUSAL:
+            seen = seen & (key_index[:, None] <= work.first + index[None, :])
+        weights = gl.where(seen, weights, 0.0)
+    narrow = gl.convert_layout(weights.to(tiles.key.dtype), operand)
+    dvalue = warpgroup_mma(narrow, tiles.dout.index(tile), dvalue, is_async=True)
+    return weights, tiles.delta.index(tile).load(QUERY) * scale, dvalue
+
+
+@gluon.jit
+def _hand_over(ds, tile, now, before, W: gl.constexpr):
+    """Write dS where the other group reads it, once that has read what stood there."""
+    meet(FREE + W + 2 * before, MULTIPLIERS)
+    tile.store(ds)
+    fence_async_shared()
+    arrive(READY + 1 - W + 2 * now, MULTIPLIERS)
+
+
+@gluon.jit
+def _dquery(tiles, tile, zero, form, W: gl.constexpr):
+    """Of group ``W``: dQ of its 64 queries, or its 64 columns, from dS in ``tile`` and the next."""
+    ds = tiles.late_ds
+    if form.HALVES == 2 and W == 0:
+        ds = tiles.early_ds
+    first_keys, second_keys = tiles.key.index(zero), tiles.key.index(1 + zero)
+    if form.HALVES == 1:  # 64 columns of 64 keys are a tile in shared memory
+        parts = tiles.key._reinterpret(tiles.key.dtype, [form.D // 32, 64, 64], tiles.key.type.layout)
+        first_keys, second_keys = parts.index(W + zero), parts.index(2 + W + zero)
+    dquery = gl.zeros([64, 64], gl.float32, SCORES)
+    dquery = warpgroup_mma(ds.index(tile).permute((1, 0)), first_keys, dquery, use_acc=False, is_async=True)
+    return warpgroup_mma(ds.index(tile + 1).permute((1, 0)), second_keys, dquery, is_async=True)
+
+
+@gluon.jit
+def _last_dquery(steps, tiles, work, target, form, W: gl.constexpr):
+    """Where dQ comes a step later: that of the last step."""
+    zero, last = opaque_zero(), (steps + 1) % 2
+    if steps > 0:
+        meet(READY + W + 2 * last, MULTIPLIERS)
+    dquery = _dquery(tiles, 2 * last + zero, zero, form, W)
+    copies_read()
+    dquery = warpgroup_mma_wait(0, deps=[dquery])
+    gl.thread_barrier()
+    _stage_dquery(tiles.dq.index(W), dquery)
+    if steps > 0:
+        _add_dquery(steps - 1, tiles, work, target, form, W)
+
+
+@gluon.jit
+def _stage_dquery(tile, dquery):
+    """Write dQ for the copy engine, odd rows in another order: no two of four rows meet in a bank of shared memory."""
+    odd = gl.arange(0, 64, KEY) % 2 == 1
+    left, right = dquery.reshape(64, 2, 2, 16).permute(0, 1, 3, 2).split()
+    exchanged = gl.join(right, left).permute(0, 1, 3, 2).reshape(64, 64)
+    dquery = gl.where(odd[:, None], gl.convert_layout(exchanged, SCORES, assert_trivial=True), dquery)
+    tile._reinterpret(gl.float32, [64, 64], EXCHANGED).store(dquery)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _add_dquery(step, tiles, work, target, form, W: gl.constexpr):
+    member, start = query_tile(step, work, form)
+    row, column = target.row + start, target.column + member * target.head
+    if form.HALVES == 2:
+        row += W * 64
+    else:
+        column += W * 64
+    reduce_add(target.dq, [row, column], tiles.dq.index(W))
+
+
+@gluon.jit
+def _add_key_gradients(results, dkey, dvalue, tile, work, r, form):
+    index = (work.first_key + gl.arange(0, 64, gl.SliceLayout(1, STORED))).to(gl.int64)
+    valid = index < work.keys
+    index += work.begin
+    if not form.COMPACT:
+        index = work.origin + r * index
+    tma.store_wait(0)
+    _add(results.dk, results.dk_strides, dkey, tile, work, index, valid, form)
+    _add(results.dv, results.dv_strides, dvalue, tile, work, index, valid, form)
+
+
+@gluon.jit
+def _add(total, strides, part, tile, work, rows, valid, form):
+    """``total[batch, rows, head] += part``, or ``=`` with ``FRESH``, 64 columns at a time by way of ``tile``."""
+    columns = gl.arange(0, 64, gl.SliceLayout(0, STORED))
+    total += work.batch.to(gl.int64) * strides[0] + work.kv_head.to(gl.int64) * strides[2]
+    pointers = total + (rows * strides[1])[:, None] + columns[None, :]
+    mask = valid[:, None] & (columns < 64)[None, :]
+    if form.D == 64:
+        _add_columns(pointers, mask, part, tile, form)
+    else:
+        left, right = part.reshape(64, 2, 64).permute(0, 2, 1).split()
+        _add_columns(pointers, mask, gl.convert_layout(left, SCORES, assert_trivial=True), tile, form)
+        _add_columns(pointers + 64, mask, gl.convert_layout(right, SCORES, assert_trivial=True), tile, form)
+
+
+@gluon.jit
+def _add_columns(pointers, mask, part, tile, form):
+    tile.store(part)
+    part = tile.load(STORED)
+    if not form.FRESH:
+        part += gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+    gl.store(pointers, part.to(pointers.dtype.element_ty), mask=mask)

@@ -1,0 +1,125 @@
+"""Dilated attention written to be read: the oracle, and the kernel contract in plain tensor algebra.
+
+Both hold whole score matrices. They are what every other backend is compared with, on any device and in any dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Statistics, WideSums
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.numerics import wide_dtype
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool = True, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dilated attention from its definition: one softmax over the multiset union of the keys of all branches.
+
+    A key that a query sees in ``c`` branches counts ``c`` times:
+    ``O_i = Σ_j c_ij exp(s_ij) v_j / Σ_j c_ij exp(s_ij)`` with ``s = scale · q kᵀ``. Costs ``O(N²)``; autograd gives the
+    gradients.
+
+    Args:
+        q: ``(B, N, H, D)``.
+        k: ``(B, N, Hkv, D)``, as ``v``.
+        pattern: the branches.
+        causal: whether a row sees only itself and earlier rows.
+        scale: factor of the scores, ``D ** -0.5`` if not given.
+
+    Returns:
+        out ``(B, N, H, D)`` and lse ``(B, N, H)``; 0 and ``-inf`` for a (row, head) that no branch covers.
+    """
+    rows, heads, dim = q.shape[1:]
+    group = heads // k.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    count = attended_counts(pattern, rows, k.shape[2], causal).to(q.device).repeat_interleave(group, dim=0)
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    covered = count.any(dim=-1)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale + count.to(q.dtype).log()
+    scores = scores.masked_fill(~covered[..., None], 0.0)  # a softmax over nothing has no gradient, not a NaN
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp() * covered[..., None]
+    return torch.einsum("bhij,bjhd->bihd", weights, v), lse.masked_fill(~covered, -torch.inf).transpose(1, 2)
+
+
+def attended_counts(pattern: DilatedPattern, rows: int, kv_heads: int, causal: bool) -> Tensor:
+    """In how many branches query ``i`` of head ``h`` sees key ``j``: integers ``(Hkv, N, N)``."""
+    row = torch.arange(rows)
+    count = torch.zeros(kv_heads, rows, rows, dtype=torch.int64)
+    for branch in pattern:
+        segment, position = row // branch.segment_length, row % branch.segment_length
+        for head, offset in enumerate(pattern.offsets(branch, kv_heads)):
+            kept = position % branch.dilation_rate == offset
+            count[head] += (segment[:, None] == segment) & kept[:, None] & kept
+    return count.tril() if causal else count
+
+
+class ReferenceKernel(WideSums):
+    """The contract, one (segment, head) after the other, with whole score matrices."""
+
+    name = "reference"
+
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        for queries, keys, hidden in _blocks(call, q.shape[2]):
+            scores = self._scores(call, q[queries], k[keys], hidden)
+            piece_lse = scores.logsumexp(-1)
+            merged = torch.logaddexp(lse[queries], piece_lse)
+            piece_out = (scores - merged[..., None]).exp() @ v[keys].to(scores.dtype)
+            out[queries] = out[queries] * (lse[queries] - merged).exp()[..., None] + piece_out
+            lse[queries] = merged
+
+    def start_backward(
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        room: Tensor | None = None,
+        delta: Tensor | None = None,
+    ) -> Statistics:
+        dq.zero_()
+        return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1) if delta is None else delta
+
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        dout, q, k, v, (lse, delta) = given
+        dq, dk, dv = sums
+        for queries, keys, hidden in _blocks(call, q.shape[2]):
+            wide = wide_dtype(q.dtype)
+            weights = (self._scores(call, q[queries], k[keys], hidden) - lse[queries][..., None]).exp()
+            gradient = weights * (dout[queries].to(wide) @ v[keys].to(wide).mT - delta[queries][..., None])
+            dv[keys] += weights.mT @ dout[queries].to(wide)
+            dq[queries] += call.scale * gradient @ k[keys].to(wide)
+            dk[keys] += call.scale * gradient.mT @ q[queries].to(wide)
+
+    @staticmethod
+    def _scores(call: Call, q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+        wide = wide_dtype(q.dtype)
+        return (call.scale * q.to(wide) @ k.to(wide).mT).masked_fill(hidden.to(q.device), -torch.inf)
+
+
+_Index = tuple[slice, slice, int]  # batch, rows, head
+
+
+def _blocks(call: Call, heads: int) -> Iterator[tuple[_Index, _Index, Tensor]]:
+    """``(query index, key index, hidden (queries, keys))`` of every (segment, query head) that has queries and keys."""
+    piece, kv_heads = call.piece, len(call.offsets)
+    for segment in range(piece.first_segment, piece.first_segment + piece.num_segments):
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            row, queries, first = piece.queries(segment, call.offsets[kv_head])
+            key_row, keys, step = piece.keys(segment, call.offsets[kv_head])
+            if not queries or not keys:
+                continue
+            index = torch.arange(first, first + queries)[:, None]
+            hidden = torch.arange(keys) > (index if call.causal else keys)
+            rate = piece.dilation_rate
+            yield (
+                (slice(None), slice(row, row + (queries - 1) * rate + 1, rate), head),
+                (slice(None), slice(key_row, key_row + (keys - 1) * step + 1, step), kv_head),
+                hidden.expand(queries, keys),
+            )

@@ -1,0 +1,245 @@
+"""The Triton backend: one launch a piece forward, one or two backward, in place on strided rows."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Statistics
+from longnet_dist.attention.kernels.triton.backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
+from longnet_dist.attention.kernels.triton.forward import forward_kernel
+from longnet_dist.attention.kernels.triton.launch import (
+    BACKWARD_SIDES,
+    FORWARD_SIDES,
+    Geometry,
+    Launch,
+    Problem,
+    View,
+    block_view,
+)
+from longnet_dist.numerics import block_dim, wide_dtype
+
+_log = logging.getLogger(__name__)
+HOPPER_TRITON = "3.6."
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a tile of queries and of keys, and how the compiler shall lay them out."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"QUERIES": self.queries, "KEYS": self.keys}
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+def forward_tiles(dim: int, wide: bool, causal: bool) -> Tiles:
+    """Tiles of the forward kernel, the fastest of benchmarks/results/attention_kernels.md; ``wide``: float32."""
+    if wide:
+        return Tiles(32, 32, 4, 2)
+    if dim <= 64:  # 128 registers: four programs a multiprocessor
+        return Tiles(64, 64, 4, 3, 128) if causal else Tiles(128, 64, 4, 3)
+    return Tiles(64, 64, 4, 3) if dim <= 128 else Tiles(64, 32, 4, 2)
+
+
+def key_gradient_tiles(dim: int, wide: bool) -> Tiles:
+    """Tiles of the kernel for dK and dV."""
+    if wide:
+        return Tiles(32, 32, 4, 1)
+    if dim <= 64:
+        return Tiles(64, 64, 4, 2)
+    return Tiles(64, 128, 8, 2) if dim <= 128 else Tiles(32, 64, 8, 1)
+
+
+def query_gradient_tiles(dim: int, wide: bool) -> Tiles:
+    """Tiles of the kernel for dQ alone."""
+    if wide:
+        return Tiles(32, 32, 4, 1)
+    return Tiles(64, 64, 4, 2) if dim <= 128 else Tiles(64, 32, 8, 1)
+
+
+class TritonKernel:
+    """Kernels of our own: no merge pass, no output of a single branch, dQ in one float32 buffer, dK and dV in place."""
+
+    name = "triton"
+    starts_fresh = True
+    merges_overlaps = True
+
+    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        return wide_dtype(dtype), dtype
+
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        for launch in _forward(call, *map(Geometry.of, (q, k, v, out, lse))):
+            launch(q, k, v, out, out, lse)
+
+    def start_backward(
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        room: Tensor | None = None,
+        delta: Tensor | None = None,
+    ) -> Statistics:
+        batch, rows, heads, _ = out.shape
+        needed = batch * heads * rows * 2 * lse.element_size()
+        if room is not None and room.nbytes >= needed:
+            space = room.flatten()[: needed // room.element_size()].view(lse.dtype)
+        else:
+            space = lse.new_empty(batch * heads * rows * 2)
+        statistics = space.view(batch, heads, rows, 2).transpose(1, 2)
+        tensors = (dout, out if delta is None else delta, lse, statistics, dq)
+        _statistics(*map(Geometry.of, tensors))(*tensors)
+        return (statistics,)
+
+    def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        tensors = (given.dout, given.q, given.k, given.v, *given.statistics, *sums)
+        for launch in _backward(call, *map(Geometry.of, tensors)):
+            launch(*tensors)
+
+
+@lru_cache(maxsize=512)
+def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> tuple[Launch, ...]:
+    """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
+    whole = (q, k, v, out, lse)
+    hopper, launches = _hopper() if q.device.type == "cuda" else None, []
+    for part in Problem(call, q, k).parts():
+        buffers = part.seen(whole, FORWARD_SIDES[:5])
+        if hopper and hopper.takes_forward(part, buffers):
+            launches.append(hopper.forward_launch(part, buffers))
+        else:
+            launches.append(_portable_forward(part, *buffers))
+    return tuple(launches)
+
+
+def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> Launch:
+    tiles = forward_tiles(problem.block_dim, problem.wide, problem.causal)
+    described, heads = problem.describable((q, out), (k, v)), q.shape[2]
+    constants = {"FRESH": problem.call.fresh, "LIMIT": problem.limit}
+    rate, key_rate = problem.piece.dilation_rate, problem.key_rate
+    views = (
+        block_view(q, rate, tiles.queries),
+        block_view(k, key_rate, tiles.keys),
+        block_view(v, key_rate, tiles.keys),
+        block_view(out, rate, tiles.queries),
+    )
+    return Launch(
+        forward_kernel,
+        problem.programs(problem.queries, tiles.queries, heads),
+        (*(views if described else (None,) * 4), None, None),
+        problem.numbers(problem.queries, tiles.queries, heads, q, k, v, out, lse),
+        problem.constants(described) | tiles.constants | constants,
+        tiles.options,
+        problem.first_rows(FORWARD_SIDES),
+    )
+
+
+@lru_cache(maxsize=64)
+def _statistics(dout: Geometry, out: Geometry, lse: Geometry, statistics: Geometry, dq: Geometry) -> Launch:
+    """On ``dout, out, lse, statistics, dq``, or with ``delta`` for ``out``."""
+    batch, rows, heads, dim = dq.shape
+    buffers = (dout, out, lse, statistics, dq)
+    return Launch(
+        statistics_kernel,
+        batch * heads * triton.cdiv(rows, 64),
+        (None,) * 5,
+        (*(x.stride[:3] for x in buffers), rows, heads),
+        {"D": dim, "BLOCK_D": block_dim(dim), "ROWS": 64, "DELTA": len(out.shape) == 3},
+        {},
+    )
+
+
+@lru_cache(maxsize=512)
+def _backward(
+    call: Call,
+    dout: Geometry,
+    q: Geometry,
+    k: Geometry,
+    v: Geometry,
+    statistics: Geometry,
+    dq: Geometry,
+    dk: Geometry,
+    dv: Geometry,
+) -> tuple[Launch, ...]:
+    """On ``dout, q, k, v, statistics, dq, dk, dv``."""
+    whole = (dout, q, k, v, statistics, dq, dk, dv)
+    hopper = _hopper() if q.device.type == "cuda" else None
+    launches: list[Launch] = []
+    for part in Problem(call, q, k).parts():
+        buffers = part.seen(whole, BACKWARD_SIDES)
+        if hopper and hopper.takes_backward(part, buffers):
+            launches.append(hopper.backward_launch(part, buffers))
+        else:
+            launches.extend(_portable_backward(part, buffers))
+    return tuple(launches)
+
+
+def _portable_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> list[Launch]:
+    """dK and dV with dQ on the way or, deterministic, dQ in a launch of its own."""
+    dout, q, k, v, _, dq, _, _ = buffers
+    rate, key_rate = problem.piece.dilation_rate, problem.key_rate
+    described, add_dq = problem.describable((dout, q, dq), (k, v)), not problem.call.deterministic
+    reduced = add_dq and described and q.device.type == "cuda"  # Triton's interpreter cannot
+    constants = problem.constants(described)
+
+    def views(tiles: Tiles, reduced: bool) -> tuple[View | None, ...]:
+        queries = [block_view(x, rate, tiles.queries) for x in (dout, q, dq)]
+        keys = [block_view(x, key_rate, tiles.keys) for x in (k, v)]
+        sources = (*queries[:2], *keys) if described else (None,) * 4
+        return (*sources, None, queries[2] if reduced else None, None, None)
+
+    tiles, heads = key_gradient_tiles(problem.block_dim, problem.wide), k.shape[2]
+    key_gradients = Launch(
+        key_gradient_kernel,
+        problem.programs(problem.keys, tiles.keys, heads),
+        views(tiles, reduced),
+        problem.numbers(problem.keys, tiles.keys, heads, *buffers),
+        constants | tiles.constants | {"FRESH": problem.call.fresh, "ADD_DQ": add_dq, "REDUCE": reduced},
+        tiles.options,
+        problem.first_rows(BACKWARD_SIDES),
+    )
+    if add_dq:
+        return [key_gradients]
+    tiles, heads = query_gradient_tiles(problem.block_dim, problem.wide), q.shape[2]
+    query_gradient = Launch(
+        query_gradient_kernel,
+        problem.programs(problem.queries, tiles.queries, heads),
+        views(tiles, False)[:6],
+        problem.numbers(problem.queries, tiles.queries, heads, *buffers[:6]),
+        constants | tiles.constants,
+        tiles.options,
+        problem.first_rows(BACKWARD_SIDES[:6]),
+    )
+    return [key_gradients, query_gradient]
+
+
+@lru_cache(maxsize=1)
+def _hopper() -> ModuleType | None:
+    """The kernels in Gluon, an experimental part of Triton that changes with every release."""
+    if triton.__version__.startswith(HOPPER_TRITON):
+        return importlib.import_module("longnet_dist.attention.kernels.hopper.launches")
+    _log.warning(
+        "dilated attention runs its portable backward kernel: the one for Hopper needs Triton %s, not %s",
+        HOPPER_TRITON,
+        triton.__version__,
+    )
+    return None

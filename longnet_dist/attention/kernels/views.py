@@ -1,0 +1,132 @@
+"""Strided views of a piece: the problems of a dense attention kernel, without copying a row.
+
+All segments of equal length and all key/value heads of equal, or of evenly rising, offset form one batch of attention
+problems whose rows are ``r`` apart in the sequence. A kernel that takes strides computes them where they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longnet_dist.attention.kernels.contract import Call
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One batch of equal problems: ``segments`` segments, the kv heads ``heads``, ``queries`` rows against ``keys``.
+
+    Attributes:
+        first_query: index ``j`` of the first query; a causal query ``j`` sees keys ``i <= j``.
+        slant: by how many rows the offset grows from one of the heads to the next.
+    """
+
+    call: Call
+    first_segment: int
+    segments: int
+    heads: slice
+    offset: int
+    queries: int
+    keys: int
+    first_query: int
+    slant: int = 0
+
+    def query_rows(self, x: Tensor) -> Tensor:
+        """The queries' rows of a ``(B, n, H, ...)`` buffer: a view ``(B, segments, queries, heads, H / Hkv, ...)``."""
+        piece = self.call.piece
+        row = piece.queries(self.first_segment, self.offset)[0]
+        return self._rows(_grouped(x, len(self.call.offsets)), row, self.queries, piece.dilation_rate, self.slant)
+
+    def key_rows(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Keys ``start … stop-1`` of a ``(B, rows, Hkv, D)`` buffer: a view ``(B, segments, keys, heads, D)``."""
+        row, _, step = self.call.piece.keys(self.first_segment, self.offset)
+        stop = self.keys if stop is None else stop
+        return self._rows(x, row + start * step, stop - start, step, self.slant)
+
+    def split(self, most_segments: int) -> Iterator[View]:
+        """The same rows in views of at most ``most_segments`` segments."""
+        for done in range(0, self.segments, most_segments):
+            count = min(most_segments, self.segments - done)
+            yield replace(self, first_segment=self.first_segment + done, segments=count)
+
+    def _rows(self, x: Tensor, row: int, count: int, step: int, slant: int) -> Tensor:
+        x = x[:, :, self.heads]
+        strides = list(x.stride())
+        width = self.call.piece.segment_length
+        return x.as_strided(
+            (x.shape[0], self.segments, count, *x.shape[2:]),
+            (strides[0], width * strides[1], step * strides[1], strides[2] + slant * strides[1], *strides[3:]),
+            x.storage_offset() + row * strides[1],
+        )
+
+
+def views(call: Call) -> Iterator[View]:
+    """The views of a piece, those without queries or keys left out."""
+    for first_segment, segments in call.piece.runs():
+        for heads, offset, slant in _head_groups(call, first_segment):
+            _, queries, first_query = call.piece.queries(first_segment, offset)
+            keys = call.piece.keys(first_segment, offset)[1]
+            if queries and keys:
+                yield View(call, first_segment, segments, heads, offset, queries, keys, first_query, slant)
+
+
+def _head_groups(call: Call, segment: int) -> Iterator[tuple[slice, int, int]]:
+    """``(heads, offset of the first, slant)`` of the fewest groups of heads that one stride reaches.
+
+    That is all heads of an offset or, where all offsets keep equally many rows, a run of heads with offsets 0, 1, 2, ….
+    """
+    offsets, rate = call.offsets, call.piece.dilation_rate
+    distinct = sorted(set(offsets))
+    runs = [head for head, offset in enumerate(offsets) if offset == 0]
+    rising = all(offset == head % rate for head, offset in enumerate(offsets))
+    kept = {(call.piece.queries(segment, x)[1:], call.piece.keys(segment, x)[1]) for x in distinct}
+    if rising and len(kept) == 1 and len(runs) < len(distinct) and not call.piece.compact:
+        for head in runs:
+            yield slice(head, min(head + rate, len(offsets))), 0, 1
+    else:
+        for offset in distinct:
+            yield _heads(offsets, offset), offset, 0
+
+
+def dense_problems(
+    view: View, query_buffers: tuple[Tensor, ...], key_buffers: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Tensor], list[Tensor], bool]]:
+    """The view as problems ``(segments, rows, heads, ...)`` of a kernel whose causal mask starts at index 0.
+
+    Queries that do not start at index 0 see all earlier keys, then a triangle: two problems. The query heads of a
+    key/value head are problems of their own, and batch elements too, unless one stride reaches all their segments.
+    """
+    batch, heads_per_kv = query_buffers[0].shape[0], query_buffers[0].shape[2] // len(view.call.offsets)
+    queries = [view.query_rows(x) for x in query_buffers]
+    first = view.first_query
+    if view.call.causal and view.queries == 1:  # a decoded row
+        spans = [(0, min(first + 1, view.keys), False)]
+    elif view.call.causal:
+        spans = [(0, min(first, view.keys), False), (first, min(first + view.queries, view.keys), True)]
+    else:
+        spans = [(0, view.keys, False)]
+    for start, stop, causal in spans:
+        if start >= stop:
+            continue
+        keys = [view.key_rows(x, start, stop) for x in key_buffers]
+        for element in range(batch):
+            for member in range(heads_per_kv):
+                yield (
+                    [x[element, :, :, :, member] for x in queries],
+                    [x[element] for x in keys],
+                    causal,
+                )
+
+
+def _heads(offsets: tuple[int, ...], offset: int) -> slice:
+    """The heads of one offset; under both rules of ``DilatedPattern`` they are evenly spaced."""
+    heads = [head for head, value in enumerate(offsets) if value == offset]
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    return slice(heads[0], heads[-1] + 1, step)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    return torch.unflatten(x, 2, (kv_heads, x.shape[2] // kv_heads))

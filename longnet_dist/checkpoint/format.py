@@ -1,0 +1,208 @@
+"""Checkpoints that do not depend on how the run that wrote them was laid out.
+
+A checkpoint is a folder, complete as soon as it has its name::
+
+    checkpoints/step_00000100/
+        model.safetensors        float32 master weights, whole tensors by the model's own names
+        exp_avg.safetensors      AdamW's running means, by the same names
+        exp_avg_sq.safetensors
+        state.json               step, tokens, model configuration, SHA-256 of the files, versions
+
+Any number of ranks, mesh and ZeRO stage can go on from it, and reading it runs no code (no pickle). Nothing in training
+is random but the initial weights, and the order of samples is a function of seed and step (there is no dropout): so
+there is no state of a random generator to keep. ``train/checkpoint_writer.py`` writes checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from longnet_dist.checkpoint.zero_tensors import (
+    OPTIMIZER_STATES,
+    link_optimizer_states,
+    set_full_tensor,
+    set_optimizer_steps,
+    whole_shape,
+)
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.errors import CheckpointError
+
+FORMAT = 1
+WEIGHTS = "model"
+TENSOR_FILES = tuple(f"{name}.safetensors" for name in (WEIGHTS, *OPTIMIZER_STATES))
+STATE_FILE = "state.json"
+MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk"}  # memory only, not mathematics
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what was written: torn by a crash, or changed since."""
+
+
+class CheckpointState(BaseModel):
+    """What ``state.json`` holds.
+
+    Attributes:
+        step: training steps done.
+        tokens: rows trained on, all ranks together.
+        skipped: steps among them whose gradient was not finite, so that they changed nothing.
+        model: the fields of the model's configuration.
+        sha256: of each tensor file.
+        versions: of the packages that wrote it, for the reader's information.
+        format: of the checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    step: PositiveInt
+    tokens: NonNegativeInt
+    skipped: NonNegativeInt = 0
+    model: dict[str, Any]
+    sha256: dict[str, str]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointState:
+    """Read ``state.json`` and compare the checksums of the tensor files.
+
+    Args:
+        folder: of the checkpoint.
+        model: if given, the model that is to go on from it.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or not what was written.
+        CheckpointError: of another format, or of another model.
+    """
+    state = _parse_state(folder)
+    for name in TENSOR_FILES:
+        try:
+            intact = sha256_of(folder / name) == state.sha256.get(name)
+        except OSError:
+            intact = False
+        if not intact:
+            raise DamagedCheckpointError(
+                f"{folder / name} is missing or damaged: its checksum is not that of {STATE_FILE}; "
+                f"remove {folder} to go on from the checkpoint before it"
+            )
+    if model is not None:
+        _check_same_model(folder, state.model, model)
+    return state
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put the checkpoint's weights into a model that is not sharded."""
+    parameters = dict(model.named_parameters())
+    tensors = read_tensors(folder / f"{WEIGHTS}.safetensors", {name: p.shape for name, p in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def restore(engine: Any, folder: Path, optimizer_steps: int) -> None:
+    """Put master weights and optimizer states into an engine that has done at least one step. Every rank must call.
+
+    The step makes DeepSpeed allocate the optimizer states; with learning rate 0 it changes no weight, so the model's
+    own (for bf16 rounded) weights still are those of :func:`load_weights`.
+    """
+    link_optimizer_states(engine)
+    parameters = dict(engine.module.named_parameters())
+    shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
+    for state in (None, *OPTIMIZER_STATES):
+        tensors = read_tensors(folder / f"{state or WEIGHTS}.safetensors", shapes)
+        for name, parameter in parameters.items():
+            set_full_tensor(engine, parameter, tensors[name].to(engine.device), state)
+    set_optimizer_steps(engine, optimizer_steps)
+
+
+def read_tensors(file: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must have these names and shapes.
+
+    Raises:
+        CheckpointError: another kind of file (a pickle, say, which is not read), or other tensors.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the tensors of {file}: {error}") from None
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(found.keys() | shapes.keys()):
+        if found.get(name) != shapes.get(name):
+            here, there = (list(part[name]) if name in part else "missing" for part in (shapes, found))
+            raise CheckpointError(
+                f"{file} does not fit the model: the shape of {name} is {there} there and {here} here; "
+                f"use the configuration and the checkpoint of one run"
+            )
+    return tensors
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of ``step``."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; −1 for another name."""
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` is, or the newest of the run whose folder it is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / STATE_FILE).is_file():
+        return path
+    if found := checkpoints(path):
+        return found[-1]
+    raise CheckpointError(f"{path} is neither a checkpoint nor a run's folder with checkpoints/step_* in it")
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _parse_state(folder: Path) -> CheckpointState:
+    try:
+        fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = CheckpointState.model_validate(fields)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{folder} is no checkpoint: {error.strerror} ({STATE_FILE})") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        message = f"{folder / STATE_FILE} is damaged or of another version: {where}: {fault['msg']}"
+        raise DamagedCheckpointError(message) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged or of another version: {error}") from None
+    if state.format != FORMAT:
+        raise CheckpointError(f"{folder} has format {state.format}, and this version reads {FORMAT}")
+    return state
+
+
+def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig) -> None:
+    ours = model.model_dump(mode="json")
+    for field in sorted((saved.keys() | ours.keys()) - MODEL_FIELDS_FREE_TO_CHANGE):
+        if saved.get(field) != ours.get(field):
+            raise CheckpointError(
+                f"{folder} is a checkpoint of another model: model.{field} is {saved.get(field)!r} there and "
+                f"{ours.get(field)!r} here; use the same value, or another train.output_dir"
+            )

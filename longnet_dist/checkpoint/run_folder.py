@@ -1,0 +1,192 @@
+"""The files of a run, all below ``train.output_dir``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longnet_dist.checkpoint.format import (
+    CheckpointState,
+    DamagedCheckpointError,
+    checkpoints,
+    newest_checkpoint,
+    read_state,
+)
+from longnet_dist.config.loading import parse_config, read_yaml
+from longnet_dist.config.model import LongNetConfig
+from longnet_dist.config.schema import Config
+from longnet_dist.data.tokenizers import Tokenizer, tokenizer_from_json
+from longnet_dist.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names and reading of a run's files.
+
+    ::
+
+        config.yaml          the configuration, defaults and mesh filled in
+        tokenizer.json       to read text in and write it out
+        metrics.jsonl        one object a step
+        validation.jsonl     one object a validation
+        tensorboard/         the same for TensorBoard
+        checkpoints/         see train/checkpoint.py
+        flight_recorder/     the last collectives of every rank, where ranks did not meet
+        loss.png sample.txt  at the end
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation_file(self) -> Path:
+        return self.path / "validation.jsonl"
+
+    @property
+    def flight_recorder(self) -> Path:
+        return self.path / "flight_recorder"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def curve_file(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def sample_file(self) -> Path:
+        return self.path / "sample.txt"
+
+    def check_writable(self) -> None:
+        """Refuse a place where nothing can be written, as far as can be known without writing.
+
+        Raises:
+            ConfigError: this folder, or the nearest one above it that exists, is none or cannot be written.
+        """
+        try:
+            place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        except OSError as error:
+            raise ConfigError(f"train.output_dir={self.path} cannot be used: {error.strerror}") from None
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            fault = "cannot be written" if place.is_dir() else "is no folder"
+            raise ConfigError(f"train.output_dir={self.path} cannot be used: {place} {fault}; use another folder")
+
+    def describe(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+        """Write what evaluation and generation need beside a checkpoint."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(self.tokenizer_file, json.dumps(tokenizer.to_json(), ensure_ascii=False))
+
+    def config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            ConfigError: this is no run's folder, or its file is damaged.
+        """
+        if not self.config_file.is_file():
+            raise ConfigError(f"{self.path} is no run's folder: it has no config.yaml; give a train.output_dir")
+        return parse_config(read_yaml(self.config_file))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run.
+
+        Raises:
+            CheckpointError: its file is missing or damaged.
+            DataError: it names a tokenizer that cannot be loaded.
+        """
+        try:
+            return tokenizer_from_json(json.loads(self.tokenizer_file.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"cannot read {self.tokenizer_file}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        checkpoint: its folder, None for a new run.
+        state: of that checkpoint.
+        damaged: newer checkpoints that cannot be used, and why.
+    """
+
+    checkpoint: Path | None = None
+    state: CheckpointState | None = None
+    damaged: dict[Path, str] = field(default_factory=dict)
+
+
+def resume_point(folder: RunFolder, resume: str, model: LongNetConfig) -> ResumePoint:
+    """Where a run goes on, or that it is new. Nothing is written.
+
+    With ``auto`` a damaged checkpoint is passed over for the one before.
+
+    Args:
+        folder: of the run.
+        resume: ``train.resume``.
+        model: of the run.
+
+    Raises:
+        ConfigError: the folder holds another run that would be overwritten.
+        CheckpointError: ``resume`` names no checkpoint, a damaged one, or one of another model; or all are damaged.
+    """
+    existing = checkpoints(folder.path)
+    if resume == "auto":
+        return _newest_intact(existing, model)
+    chosen = None if resume == "never" else newest_checkpoint(Path(resume))
+    is_ours = chosen is not None and existing and chosen.resolve() == existing[-1].resolve()
+    if not is_ours and (existing or folder.metrics_file.exists()):
+        raise ConfigError(
+            f"train.output_dir={folder.path} already holds a run, which train.resume={resume} would overwrite; "
+            f"use another train.output_dir, or train.resume=auto to go on with that run"
+        )
+    return ResumePoint(chosen, read_state(chosen, model)) if chosen else ResumePoint()
+
+
+def _newest_intact(existing: Sequence[Path], model: LongNetConfig) -> ResumePoint:
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(existing):
+        try:
+            return ResumePoint(checkpoint, read_state(checkpoint, model), damaged)
+        except DamagedCheckpointError as error:
+            damaged[checkpoint] = str(error)
+    if damaged:
+        raise CheckpointError(
+            f"all checkpoints of the run are damaged, the newest so: {next(iter(damaged.values()))}; use another "
+            f"train.output_dir to begin anew"
+        )
+    return ResumePoint()
+
+
+def set_aside(damaged: Mapping[Path, str]) -> None:
+    """Rename damaged checkpoints, so that they neither count as a run's nor are in the way of new ones, and say so."""
+    for folder, reason in damaged.items():
+        aside = next(path for n in count() if not (path := folder.with_name(f"damaged_{n}_{folder.name}")).exists())
+        folder.rename(aside)
+        print(f"passed over a checkpoint: {reason}; it is now {aside}", file=sys.stderr)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file that others see in its old or its new state only, whenever this process ends."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,30 @@
+"""How the programs under ``launch/`` end: one line for a mistake of the caller, a traceback for one of ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from longnet_dist.errors import INTERRUPTED_STATUS, LOST_RANK_STATUS, USER_ERROR_STATUS, LongNetError, LostRankError
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run ``main()`` and exit with status 2 and the bare message if it raises a ``LongNetError`` or an ``OSError``.
+
+    The status is 69 for a ``LostRankError``, which is no mistake of the caller's.
+
+    An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. Any
+    other exception is a fault of this package and keeps its traceback. An interrupt (Ctrl-C) exits with 130.
+    """
+    try:
+        main()
+    except LongNetError as error:
+        # One write, so that the messages of several ranks do not run into each other.
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(LOST_RANK_STATUS if isinstance(error, LostRankError) else USER_ERROR_STATUS)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+        sys.exit(USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED_STATUS)

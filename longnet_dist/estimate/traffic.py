@@ -1,0 +1,59 @@
+"""What the exchange of a layer moves, counted and not built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longnet_dist.estimate.activations import WIDE
+from longnet_dist.estimate.layout import RunLayout
+from longnet_dist.geometry.exchange_plan import held_segments
+from longnet_dist.geometry.overlap import first_halves
+from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
+from longnet_dist.geometry.window import Segment, needs_exchange
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One layer's exchange in the last chunk, on the rank that receives most.
+
+    Attributes:
+        received: records of other ranks and its own, a key and a value of one head each.
+        foreign: those of other ranks among them.
+        held_rows: rows of the compact buffers, of all heads.
+        bytes: from other ranks in forward, and gradients back to them in backward.
+        collectives: of a layer and chunk, forward and backward.
+    """
+
+    received: int
+    foreign: int
+    held_rows: int
+    bytes: int
+    collectives: int
+
+
+def exchange_of(layout: RunLayout) -> Exchange:
+    """The exchange of a layer; nothing where no segment crosses an edge."""
+    model, shards = layout.config.model, layout.last_chunk
+    pattern, kv_heads = model.pattern, model.kv_heads or model.heads
+    if not needs_exchange(pattern, shards):
+        return Exchange(0, 0, 0, 0, 0)
+    rank = shards.num_ranks - 1 if model.causal else shards.num_ranks // 2
+    halved = layout.merges_overlaps and model.causal and layout.num_chunks == 1  # as AttentionSpec.halves
+    segments = held_segments(pattern, shards, rank, model.causal, first_halves(pattern) if halved else ())
+    received = sum(_records(pattern, s, kv_heads, shards.start, shards.stop) for s in segments)
+    own = sum(_records(pattern, s, kv_heads, *shards.window(rank)) for s in segments)
+    numbers = (received - own) * 2 * model.head_dim * layout.micro_batch_size
+    return Exchange(
+        received,
+        received - own,
+        sum(segment.compact_rows for segment in segments),
+        numbers * (layout.itemsize + WIDE),
+        2 if shards.num_ranks > 1 else 0,
+    )
+
+
+def _records(pattern: DilatedPattern, segment: Segment, kv_heads: int, start: int, stop: int) -> int:
+    """(row, head) pairs that a segment keeps among rows ``[start, stop)``."""
+    first, last = max(segment.start, start) - segment.start, min(segment.stop, stop) - segment.start
+    rate, offsets = segment.dilation_rate, pattern.offsets(pattern.branches[segment.branch], kv_heads)
+    return sum(kept_rows(last, o, rate) - kept_rows(first, o, rate) for o in offsets) if last > first else 0

@@ -1,0 +1,191 @@
+"""What is done with a run that has been trained: measuring it, and letting it write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from longnet_dist.checkpoint.format import CheckpointState, load_weights, newest_checkpoint, read_state
+from longnet_dist.checkpoint.run_folder import RunFolder
+from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
+from longnet_dist.comm.mesh import Mesh, MeshShape
+from longnet_dist.config.schema import Config, Precision
+from longnet_dist.data.batches import Windows, objective
+from longnet_dist.data.token_file import SplitName, TokenFile
+from longnet_dist.errors import ConfigError, DataError
+from longnet_dist.inference.evaluation import Evaluation, evaluate
+from longnet_dist.inference.generation import Sampling, generate
+from longnet_dist.inference.stream_state import StreamTask
+from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
+from longnet_dist.model.checkpointing import Execution
+from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.pretrained import save_pretrained
+
+COMPILED_FROM = 2**28  # tokens
+COMPILED_TILE = 2**16  # rows
+_PLAIN = Execution()
+
+
+def evaluate_run(
+    path: Path, data: Path, contexts: Sequence[int], num_tokens: int, split: SplitName, launch: LaunchEnvironment
+) -> dict[int, Evaluation]:
+    """Evaluate a run at several context lengths. Every rank of the launch must call; all share each sequence.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        data: a token file of the run's tokenizer.
+        contexts: rows of the windows into which the text is cut.
+        num_tokens: rows to predict, the first of the split, the same at every context.
+        split: of the token file.
+        launch: this process.
+
+    Raises:
+        LongNetError: no such run, checkpoint or file, or one that does not fit; on all ranks before they meet.
+    """
+    if min(num_tokens, *contexts) < 1:
+        raise ConfigError(f"contexts and tokens must be at least 1, but are {list(contexts)} and {num_tokens}")
+    run = _Run.open(path)
+    windows = {context: run.windows(data, split, context) for context in contexts}
+    with run.model_on(launch) as (model, mesh, device):
+        return {context: evaluate(model, part, num_tokens, 1, mesh, device) for context, part in windows.items()}
+
+
+def evaluate_run_streamed(
+    path: Path,
+    data: Path,
+    chunk_length: int,
+    num_tokens: int | None,
+    split: SplitName,
+    launch: LaunchEnvironment,
+    state_path: Path | None = None,
+    resume: bool = False,
+) -> Evaluation:
+    """Evaluate a run on a text as one sequence of any length, chunk by chunk. Every rank of the launch must call.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        data: a token file of the run's tokenizer.
+        chunk_length: rows that all ranks hold together at once, a multiple of the number of ranks.
+        num_tokens: rows to predict, the first of the split; all if not given, or as many as ranks can share evenly.
+        split: of the token file.
+        launch: this process.
+        state_path: file that keeps the state meanwhile, in the run's folder if not given.
+        resume: whether to go on from that file.
+
+    Raises:
+        LongNetError: as :func:`evaluate_run`; a state of another evaluation.
+        KeyboardInterrupt: on an interrupt, after the state has been saved.
+    """
+    ranks = launch.world_size
+    if chunk_length < 1 or chunk_length % ranks:
+        raise ConfigError(f"the chunk must be a positive multiple of the {ranks} ranks, but is {chunk_length} rows")
+    run = _Run.open(path)
+    rows = run.windows(data, split, 1).num_rows
+    rows = rows if num_tokens is None else min(rows, num_tokens)
+    if rows < ranks:
+        raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
+    windows = run.windows(data, split, rows - rows % ranks)
+    # For a shorter text compiling takes longer than it saves.
+    compile = launch.device().type == "cuda" and rows >= COMPILED_FROM
+    execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
+    with run.model_on(launch, execution) as (model, _, device):
+        sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
+        task = StreamTask(*sha256, split, windows.rows_of(0), str(next(model.parameters()).dtype))
+        file = StateFile(state_path or run.folder.path / f"{data.stem}.stream.safetensors", task, resume)
+        return evaluate_stream(model, windows, chunk_length, device, file)
+
+
+def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling, samples: int = 1) -> list[str]:
+    """Texts of the prompt and ``num_tokens`` tokens that the model adds to it.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        prompt: the text to continue, of any length.
+        num_tokens: how many tokens to add.
+        sampling: how to draw them.
+        samples: how many texts, drawn independently.
+
+    Raises:
+        LongNetError: no such run, or one that cannot continue a text.
+    """
+    run = _Run.open(path)
+    tokenizer = run.folder.tokenizer()
+    model = run.model(None, LaunchEnvironment().device())
+    ids = [int(token) for token in tokenizer.encode(prompt.encode())]
+    steps = generate(model, [ids], num_tokens, sampling, samples=samples)
+    new = list(tqdm(steps, total=num_tokens, unit="token", disable=None, leave=False))
+    texts = [[*ids, *(step[sample] for step in new)] for sample in range(samples)]
+    return [tokenizer.decode(text).decode("utf-8", errors="replace") for text in texts]
+
+
+def export_run(path: Path, output: Path, precision: Precision) -> None:
+    """Write the trained model into a folder of its own, for :func:`longnet_dist.model.pretrained.from_pretrained`.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        output: new, or empty.
+        precision: of the weights.
+
+    Raises:
+        LongNetError: no such run, or the output cannot be written.
+    """
+    run = _Run.open(path)
+    tokenizer = run.folder.tokenizer().to_json()
+    model = LongNet(run.config.model)
+    load_weights(run.checkpoint, model)
+    save_pretrained(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), output, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's folder, its configuration, and one of its checkpoints."""
+
+    folder: RunFolder
+    config: Config
+    checkpoint: Path
+    state: CheckpointState
+
+    @classmethod
+    def open(cls, path: Path) -> _Run:
+        checkpoint = newest_checkpoint(path)
+        folder = RunFolder(checkpoint.parent.parent)
+        config = folder.config()
+        return cls(folder, config, checkpoint, read_state(checkpoint, config.model))
+
+    def windows(self, data: Path, split: SplitName, length: int) -> Windows:
+        """A text of the run's tokenizer, cut into windows."""
+        token_file = TokenFile.open(data)
+        tokenizer = self.folder.tokenizer()
+        if token_file.tokenizer.to_json() != tokenizer.to_json():
+            raise DataError(
+                f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
+                f"({tokenizer.name}); prepare it with the run's"
+            )
+        return Windows(token_file, split, length, **objective(self.config.model))
+
+    def model(self, group: dist.ProcessGroup | None, device: torch.device, execution: Execution = _PLAIN) -> LongNet:
+        """The trained model, in evaluation mode and the precision of its training."""
+        overlap = self.config.parallel.overlap
+        model = LongNet(self.config.model, group=group, overlap=overlap, execution=execution)
+        load_weights(self.checkpoint, model)
+        bf16 = self.config.precision(device.type) == "bf16"
+        return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+
+    @contextmanager
+    def model_on(
+        self, launch: LaunchEnvironment, execution: Execution = _PLAIN
+    ) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
+        """The model on all ranks of a launch, which share every sequence."""
+        device = launch.device()
+        launch.share_cores()
+        timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
+        with process_group(launch, device, timeout):
+            mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
+            yield self.model(mesh.sequence_group, device, execution), mesh, device

@@ -1,0 +1,31 @@
+"""Widths, block sizes and processors that kernels and hand-written gradients agree on."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype for sums over inputs of ``dtype``: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_dim(dim: int) -> int:
+    """The power of two that the kernels of a GPU pad a head dim to."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU, over which kernels that loop over rows are spread; elsewhere a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@lru_cache(maxsize=64)
+def log_once(message: str) -> None:
+    """A warning, the first time that it is given."""
+    _log.warning(message)

@@ -1,0 +1,203 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+# ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
+"""``LayerNorm(gelu(h))``, the middle of a feed-forward network, and its gradient, each in one pass over the rows.
+
+Rows of thousands of numbers are too long for Inductor's kernels, which read them twice forward and three times
+backward, or hold a quarter of them in vain; and its error function costs as much time as the memory. Here a row lies in
+registers, in pieces of a power of two, and one exponential gives both gelu and its derivative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longnet_dist.numerics import processors
+
+LONGEST = 10240
+"""Numbers of a row that fit in the registers of a program."""
+
+
+class _Form(NamedTuple):
+    """How a row is spread over the threads of a program; the fastest of those measured on an H100.
+
+    Attributes:
+        warps: of a program.
+        piece: most numbers of a piece.
+        programs: of the gradients, for each of the device's processors.
+    """
+
+    warps: int
+    piece: int = 1024
+    programs: int = 1
+
+    @classmethod
+    def of(cls, length: int) -> _Form:
+        return cls(4 if length <= 4096 else 8)
+
+    @classmethod
+    def of_gradients(cls, length: int) -> _Form:
+        return cls(4, 1024, 3) if length <= 4096 else cls(8, 2048, 2)
+
+    def split(self, length: int) -> int:
+        """Numbers of a piece: the largest power of two that divides the row."""
+        return min(length & -length, self.piece)
+
+
+@torch.library.custom_op(
+    "longnet_dist::gelu_norm",
+    mutates_args=(),
+    schema="(Tensor h, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+)
+def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``LayerNorm(gelu(h)) (rows, F)``, computed in float32.
+
+    Args:
+        h: ``(rows, F)``, contiguous, ``F`` at most ``LONGEST``.
+        weight, bias: of the norm, ``(F,)``; None for 1 and 0.
+        eps: of the norm.
+    """
+    rows, length = h.shape
+    y, form = torch.empty_like(h), _Form.of(length)
+    affine = weight is not None
+    _gelu_norm_kernel[(rows,)](
+        h,
+        weight if affine else h,
+        bias if affine else h,
+        y,
+        eps,
+        length,
+        form.split(length),
+        affine,
+        num_warps=form.warps,
+    )
+    return y
+
+
+def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``y``, ``dh (rows, F)`` and the float32 sum ``(F,)`` of the rows of ``dh``, for a norm without weights.
+
+    ``y`` stands where ``h`` stood, ``dh`` where ``dy`` did: no tensors of a backward are larger.
+
+    Args:
+        dy: gradient of ``y = LayerNorm(gelu(h))``, ``(rows, F)``, contiguous.
+        h, eps: as in :func:`gelu_norm`.
+    """
+    return h, dy, _gelu_norm_gradients(dy, h, eps)
+
+
+@torch.library.custom_op(
+    "longnet_dist::gelu_norm_gradients",
+    mutates_args=("dy", "h"),
+    schema="(Tensor(a!) dy, Tensor(b!) h, float eps) -> Tensor",
+)
+def _gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> Tensor:
+    rows, length = h.shape
+    form = _Form.of_gradients(length)
+    programs = min(rows, form.programs * processors(h.device))
+    sums = h.new_empty(programs, length, dtype=torch.float32)
+    _gelu_norm_gradients_kernel[(programs,)](dy, h, sums, rows, eps, length, form.split(length), num_warps=form.warps)
+    return sums.sum(0)
+
+
+@gelu_norm.register_fake
+def _(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(h)
+
+
+@_gelu_norm_gradients.register_fake
+def _(dy: Tensor, h: Tensor, eps: float) -> Tensor:
+    return h.new_empty(h.shape[1], dtype=torch.float32)
+
+
+def fits(length: int) -> bool:
+    """Whether rows of ``length`` numbers lie in registers, in not too many pieces."""
+    return length <= LONGEST and length <= 16 * _Form.of(length).split(length)
+
+
+@triton.jit
+def _gelu(h):
+    r"""``gelu(h) = h·Φ(h)`` and its derivative.
+
+    :math:`Φ(-|h|) = \tfrac12 t\,p(t)\,e^{-h^2/2}` with :math:`t = 1 / (1 + 0.3275911·|h|/\sqrt 2)`: Abramowitz and
+    Stegun, 7.1.26, within 7.5e-8, and better where it is small.
+    """
+    size = tl.abs(h)
+    root = tl.rsqrt(1.0 + 0.23164188 * size)
+    t = root * root  # a division takes nine instructions
+    bell = tl.exp2(-0.72134752 * h * h)
+    series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    tail = series * bell
+    slope = 0.39894228 * size * bell - tail
+    return tl.maximum(h, 0.0) - size * tail, tl.where(h > 0, 1.0 + slope, -slope)
+
+
+@triton.jit
+def _add(a, b, c, d, w, x, y, z):
+    return a + w, b + x, c + y, d + z
+
+
+@triton.jit
+def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr, AFFINE: tl.constexpr):
+    """A program a row of ``h`` and ``y (rows, LENGTH)``; ``weight, bias (LENGTH,)`` with ``AFFINE``."""
+    start = tl.program_id(0).to(tl.int64) * LENGTH
+    columns = tl.arange(0, PIECE)
+    values, sums = (), tl.zeros((PIECE,), tl.float32)
+    for first in tl.static_range(0, LENGTH, PIECE):
+        value, _ = _gelu(tl.load(h + start + first + columns).to(tl.float32))
+        values, sums = values + (value,), sums + value
+    mean = tl.sum(sums) / LENGTH
+    squares = tl.zeros((PIECE,), tl.float32)
+    for i in tl.static_range(LENGTH // PIECE):
+        squares += (values[i] - mean) * (values[i] - mean)
+    scale = tl.rsqrt(tl.sum(squares) / LENGTH + eps)
+    shift = -mean * scale
+    for i in tl.static_range(LENGTH // PIECE):
+        at = i * PIECE + columns
+        value = values[i] * scale + shift
+        if AFFINE:
+            value = value * tl.load(weight + at).to(tl.float32) + tl.load(bias + at).to(tl.float32)
+        tl.store(y + start + at, value)
+
+
+@triton.jit
+def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr):
+    """Program ``p`` of ``P`` takes rows ``p, p + P, …``, in place, and sums their ``dh`` in ``sums[p] (LENGTH,)``."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, PIECE)
+    column_sums = ()
+    for _ in tl.static_range(LENGTH // PIECE):
+        column_sums = column_sums + (tl.zeros((PIECE,), tl.float32),)
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=2):
+        start = tl.full((), LENGTH, tl.int64) * row
+        given, values, slopes = (), (), ()
+        value_sums = tl.zeros((PIECE,), tl.float32)
+        squares, given_sums, products = value_sums, value_sums, value_sums
+        for first in tl.static_range(0, LENGTH, PIECE):
+            gradient = tl.load(dy + start + first + columns).to(tl.float32)
+            value, slope = _gelu(tl.load(h + start + first + columns).to(tl.float32))
+            given, values, slopes = given + (gradient,), values + (value,), slopes + (slope,)
+            value_sums, squares = value_sums + value, squares + value * value
+            given_sums, products = given_sums + gradient, products + gradient * value
+        # All at once: a row waits for its program's threads once. gelu's mean is not large beside its deviation.
+        mean, square, given_mean, product = tl.reduce((value_sums, squares, given_sums, products), 0, _add)
+        mean, square, given_mean, product = mean / LENGTH, square / LENGTH, given_mean / LENGTH, product / LENGTH
+        scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+        along = (product - mean * given_mean) * scale * scale
+        shift, given_shift = -mean * scale, -given_mean * scale
+        new_sums = ()
+        for i in tl.static_range(LENGTH // PIECE):
+            value = values[i] * scale + shift
+            gradient = (given[i] * scale + given_shift - value * along) * slopes[i]
+            at = start + i * PIECE + columns
+            tl.store(h + at, value)
+            tl.store(dy + at, gradient)
+            new_sums = new_sums + (column_sums[i] + gradient,)
+        column_sums = new_sums
+    for i in tl.static_range(LENGTH // PIECE):
+        tl.store(sums + program.to(tl.int64) * LENGTH + i * PIECE + columns, column_sums[i])

@@ -1,0 +1,26 @@
+"""Gradients of queries, keys and values side by side, as one factor of the products behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longnet_dist.attention.kernels.registry import takes_triton
+from longnet_dist.attention.positions import Turn
+from longnet_dist.ops.join_gradients.reference import join_gradients
+
+JoinGradients = Callable[[Tensor, Tensor, Tensor, Turn | None, torch.dtype], tuple[Tensor, Tensor]]
+
+
+def join_gradients_of(
+    device: torch.device, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int
+) -> JoinGradients:
+    """The kernel of ``longnet_dist/ops/join_gradients/triton.py`` where it runs: on a GPU with Triton, most heads."""
+    if takes_triton(device, dtype):
+        from longnet_dist.ops.join_gradients import triton as kernels
+
+        if kernels.fits(head_dim, heads, kv_heads):
+            return kernels.join_gradients
+    return join_gradients

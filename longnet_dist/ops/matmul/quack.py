@@ -1,0 +1,142 @@
+# Epilogues: quack's compiler gives their values types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Products of rows and weights by quack (the package of flash-attn 4's authors), which takes what happens to each
+number of the result as a function: here a norm, a bias, a sum.
+
+The norm of the rows comes *behind* the product: with mean μ and scale s of a row,
+``LayerNorm(x) Wᵀ = s·(x Wᵀ) - s·μ·(row sums of W)``. So the normed rows are never written, only two numbers a row, and
+they are not rounded before they are multiplied.
+"""
+
+from __future__ import annotations
+
+import torch
+from quack.epilogue import gemm_epilogue, pack, unpack
+from quack.epilogue.ops import ColVecLoad, RowVecLoad
+from quack.epilogue.rotary import rotary_cos_sin_load
+from quack.gemm_config import GemmConfig
+from torch import Tensor
+
+CONFIG = GemmConfig(
+    tile_m=128,
+    tile_n=192,
+    pingpong=True,
+    cluster_m=2,
+    cluster_n=1,
+    is_dynamic_persistent=False,
+    device_capacity=9,
+)
+"""Two groups of warps take turns: one multiplies while the other finishes its tile."""
+_BIAS = {"bias": RowVecLoad("bias")}
+_NORM = _BIAS | {"scale": ColVecLoad("scale"), "shift": ColVecLoad("shift"), "sums": RowVecLoad("sums")}
+
+TURNED_DIMS = (64, 96)
+"""Head dims of which a tile of the result holds whole heads."""
+
+
+@gemm_epilogue()
+def _plain(acc):
+    return {"D": acc}
+
+
+@gemm_epilogue(ops=_BIAS)
+def _with_bias(acc, bias):
+    return {"D": acc + bias}
+
+
+@gemm_epilogue(ops=_BIAS)
+def _with_sum(acc, c, bias):
+    return {"D": acc + bias + c}
+
+
+@gemm_epilogue(ops=_NORM)
+def _with_norm(acc, scale, shift, sums, bias):
+    return {"D": acc * scale + shift * sums + bias}
+
+
+@gemm_epilogue(ops=_NORM)
+def _with_norm_and_sum(acc, c, scale, shift, sums, bias):
+    return {"D": acc * scale + shift * sums + bias + c}
+
+
+@gemm_epilogue(ops=_NORM | {"table": rotary_cos_sin_load("table")}, mode="acc_pair")
+def _with_norm_and_turn(acc, table, scale, shift, sums, bias):
+    even, odd = unpack(acc * scale + sums * shift + bias)
+    cos, sin = unpack(table)
+    return {"D": pack(even * cos - odd * sin, odd * cos + even * sin)}
+
+
+@torch.library.custom_op(
+    "longnet_dist::quack_linear",
+    mutates_args=("out",),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? added, Tensor(a!) out) -> ()",
+)
+def _quack_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    added: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write ``scale·(x weightᵀ) + shift·(row sums of weight) + bias + added``; without bias ``x weight``."""
+    if bias is None:
+        _plain(x, weight, out={"D": out}, config=CONFIG)
+        return
+    operands = {"bias": bias[None]}
+    if scale is not None and shift is not None:
+        operands |= _norm_operands(weight, scale, shift)
+        epilogue = _with_norm if added is None else _with_norm_and_sum
+    else:
+        epilogue = _with_bias if added is None else _with_sum
+    epilogue(x, weight.T, added, out={"D": out}, config=CONFIG, **operands)
+
+
+@_quack_linear.register_fake
+def _(*given: object) -> None:
+    """It gives nothing back."""
+
+
+def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows, and ``scale, shift (n,)`` in float32 of a norm without weights: it gives ``scale·x + shift``."""
+    assert weight is bias is None, "the norms' weights are folded"
+    wide = x.float()
+    mean = wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt((wide - mean).square().mean(-1) + eps)
+    return x, scale, -mean.squeeze(-1) * scale
+
+
+def linear(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
+    """As in ``longnet_dist/ops/matmul/choice.py``."""
+    out = rows[0].new_empty(len(rows[0]), len(weight))
+    write_linear(rows, weight, bias, added, out)
+    return out
+
+
+def write_linear(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, added: Tensor | None, out: Tensor) -> None:
+    """As there; rows that no norm comes before are alone."""
+    x, *moments = rows
+    scale, shift = moments or (None, None)
+    _quack_linear(x, weight, bias, scale, shift, added, out)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """As there."""
+    out = x.new_empty(len(x), weight.shape[1])
+    _quack_linear(x, weight, None, None, None, None, out)
+    return out
+
+
+def write_turned(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
+    """As there, behind a norm, for head dims of :data:`TURNED_DIMS`."""
+    x, scale, shift = rows
+    operands = _norm_operands(weight, scale, shift) | {"bias": bias[None], "table": table.flatten(1)}
+    _with_norm_and_turn(x, weight.T, out={"D": out}, config=CONFIG, **operands)
+
+
+def _norm_operands(weight: Tensor, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    return {"scale": scale[None], "shift": shift[None], "sums": weight.sum(1, dtype=torch.float32)[None]}
+
+
+FUNCTIONS = normed, linear, write_linear, product, write_turned, TURNED_DIMS

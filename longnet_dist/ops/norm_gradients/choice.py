@@ -1,0 +1,34 @@
+"""The gradient of a LayerNorm without weights, with what is added to it and the sums that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longnet_dist.attention.kernels.registry import takes_triton
+from longnet_dist.ops.norm_gradients.reference import norm_gradients
+
+NormGradients = Callable[
+    [Tensor, Tensor, Tensor | None, float, bool, bool, Tensor, Tensor | None], tuple[Tensor, Tensor]
+]
+
+
+def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> NormGradients:
+    """The kernel of ``longnet_dist/ops/norm_gradients/triton.py`` where it runs: on a GPU with Triton, most lengths."""
+    if takes_triton(device, dtype):
+        from longnet_dist.ops.norm_gradients import triton as kernels
+
+        if kernels.fits(length):
+            return kernels.norm_gradients
+    return norm_gradients
+
+
+def gives_dots(device: torch.device, dtype: torch.dtype, length: int, heads: int) -> bool:
+    """Whether that kernel runs, and has the products of heads at hand."""
+    if not takes_triton(device, dtype):
+        return False
+    from longnet_dist.ops.norm_gradients import triton as kernels
+
+    return kernels.fits_heads(length, heads)

@@ -1,0 +1,174 @@
+# Device code: Triton's compiler gives its values their types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+# ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
+"""Gradient of a LayerNorm of the model's width, added to what comes beside it, with the sums of rows, in one pass.
+
+Inductor sums the rows in kernels of their own, or holds a row and its sums less well.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longnet_dist.numerics import processors
+
+THREADS = 128
+"""Of a program, each of which takes eight numbers of every piece of a row."""
+PROGRAMS = 3
+"""For each of the device's processors."""
+PIECES = 5
+"""Most pieces of a row whose numbers, with two sums each, fit in registers."""
+
+
+@torch.library.custom_op(
+    "longnet_dist::norm_gradients",
+    mutates_args=("dx", "dots"),
+    schema="(Tensor dy, Tensor x, Tensor? beside, float eps, bool sums, bool normed, Tensor(a!) dx, "
+    "Tensor(b!)? dots) -> (Tensor, Tensor)",
+)
+def norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    beside: Tensor | None,
+    eps: float,
+    sums: bool,
+    normed: bool,
+    dx: Tensor,
+    dots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As in ``longnet_dist/ops/norm_gradients/choice.py``, for contiguous rows of a length that :func:`fits` knows.
+
+    ``dots`` for heads that :func:`fits_heads` knows.
+    """
+    rows, length = x.shape
+    piece = _piece(length)
+    at_once = 8 * THREADS // piece
+    programs = min(triton.cdiv(rows, at_once), PROGRAMS * processors(x.device))
+    parts = x.new_empty(programs, 2, length, dtype=torch.float32) if sums else x.new_empty(0)
+    y = torch.empty_like(x) if normed else x.new_empty(0)
+    _norm_gradients_kernel[(programs,)](
+        dy,
+        x,
+        x if beside is None else beside,
+        dx,
+        parts,
+        x if dots is None else dots,
+        y,
+        rows,
+        eps,
+        length,
+        piece,
+        at_once,
+        0 if dots is None else dots.shape[1],
+        beside is not None,
+        sums,
+        normed,
+        num_warps=THREADS // 32,
+    )
+    return parts.sum(0) if sums else parts, y
+
+
+@norm_gradients.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    beside: Tensor | None,
+    eps: float,
+    sums: bool,
+    normed: bool,
+    dx: Tensor,
+    dots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(2, x.shape[1], dtype=torch.float32) if sums else x.new_empty(0)
+    return total, torch.empty_like(x) if normed else x.new_empty(0)
+
+
+def fits(length: int) -> bool:
+    """Whether rows of ``length`` numbers lie in registers, with their sums."""
+    return _piece(length) >= 64 and length <= PIECES * _piece(length)
+
+
+def fits_heads(length: int, heads: int) -> bool:
+    """Whether a piece of a row holds whole heads."""
+    return fits(length) and _piece(length) * heads % length == 0
+
+
+def _piece(length: int) -> int:
+    """Numbers of a piece: a power of two that divides the row, for one warp a row where that is enough."""
+    return min(length & -length, 256 if length <= 1024 else 512 if length <= 2560 else 1024)
+
+
+@triton.jit
+def _add(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
+def _norm_gradients_kernel(
+    dy, x, beside, dx, sums, dots, normed, rows, eps,
+    LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    BESIDE: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …, and sums them in ``sums[p]``.
+
+    ``dy, x, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``;
+    ``dots (rows, HEADS)``, unless there are no heads; ``normed (rows, LENGTH)``, if ``NORMED``.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, PIECE)[None, :]
+    nothing = tl.zeros((ROWS, PIECE), tl.float32)
+    WHOLE: tl.constexpr = HEADS * PIECE // LENGTH  # heads of a piece
+    gradient_sums, beside_sums = (), ()
+    for _ in tl.static_range(LENGTH // PIECE):
+        gradient_sums, beside_sums = gradient_sums + (nothing,), beside_sums + (nothing,)
+    for row in tl.range(program * ROWS, rows, programs * ROWS, num_stages=2):
+        index = row + tl.arange(0, ROWS)[:, None]
+        valid = index < rows
+        start = index.to(tl.int64) * LENGTH + columns
+        values, given = (), ()
+        value_sum, given_sum = nothing, nothing
+        for first in tl.static_range(0, LENGTH, PIECE):
+            value = tl.load(x + start + first, mask=valid, other=0.0).to(tl.float32)
+            gradient = tl.load(dy + start + first, mask=valid, other=0.0).to(tl.float32)
+            values, given = values + (value,), given + (gradient,)
+            value_sum, given_sum = value_sum + value, given_sum + gradient
+        mean, given_mean = tl.reduce((value_sum, given_sum), 1, _add)
+        mean, given_mean = (mean / LENGTH)[:, None], (given_mean / LENGTH)[:, None]
+        squares, products = nothing, nothing
+        for i in tl.static_range(LENGTH // PIECE):
+            value = values[i] - mean
+            squares, products = squares + value * value, products + value * given[i]
+        variance, along = tl.reduce((squares, products), 1, _add)
+        scale = tl.rsqrt(variance / LENGTH + eps)[:, None]
+        along = (along / LENGTH)[:, None] * scale * scale * scale
+        new_gradient_sums, new_beside_sums = (), ()
+        for i in tl.static_range(LENGTH // PIECE):
+            gradient = (given[i] - given_mean) * scale - (values[i] - mean) * along
+            at = start + i * PIECE
+            if BESIDE:
+                other = tl.load(beside + at, mask=valid, other=0.0).to(tl.float32)
+                gradient += other
+                if SUMS:
+                    new_beside_sums = new_beside_sums + (beside_sums[i] + other,)
+            if NORMED:
+                tl.store(normed + at, (values[i] - mean) * scale, mask=valid)
+            rounded = gradient.to(dx.dtype.element_ty)
+            tl.store(dx + at, rounded, mask=valid)
+            if HEADS:
+                products = tl.reshape(rounded.to(tl.float32) * values[i], (ROWS, WHOLE, PIECE // WHOLE))
+                place = index.to(tl.int64) * HEADS + i * WHOLE + tl.arange(0, WHOLE)[None, :]
+                tl.store(dots + place, tl.sum(products, 2), mask=valid)
+            if SUMS:
+                new_gradient_sums = new_gradient_sums + (gradient_sums[i] + gradient,)
+        if SUMS:
+            gradient_sums = new_gradient_sums
+            if BESIDE:
+                beside_sums = new_beside_sums
+    if SUMS:
+        place = sums + program.to(tl.int64) * 2 * LENGTH + tl.arange(0, PIECE)
+        for i in tl.static_range(LENGTH // PIECE):
+            tl.store(place + i * PIECE, tl.sum(gradient_sums[i], 0))
+            tl.store(place + LENGTH + i * PIECE, tl.sum(beside_sums[i], 0))

@@ -1,0 +1,157 @@
+"""DeepSpeed set up around a model: the only module that knows how DeepSpeed is started and where it keeps things."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longnet_dist.comm.launch_env import LaunchEnvironment
+from longnet_dist.config.deepspeed import deepspeed_config
+from longnet_dist.config.schema import Config, Precision, TrainConfig
+from longnet_dist.model.block import Block
+
+# What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
+_FOREIGN_WARNINGS = (
+    (r".?torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).? is deprecated", FutureWarning),
+    (r".?torch\.jit\.script_method.? is deprecated", DeprecationWarning),
+)
+
+
+def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
+    """Set what DeepSpeed reads from the process around it; call before anything else imports ``deepspeed``.
+
+    On a CPU its choice of accelerator must be made for it, and it would compile a C++ extension for a minute.
+    """
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # one left over would contradict what MPI says
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for message, category in _FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def build_engine(
+    model: nn.Module, config: Config, precision: Precision, micro_batch_size: int, accumulation: int
+) -> Any:
+    """A ``DeepSpeedEngine`` that trains ``model`` with AdamW. Every rank must call; torch.distributed must be up.
+
+    Args:
+        model: with the same weights on every rank.
+        config: the run.
+        precision: ``bf16`` converts the model's weights and keeps float32 master weights.
+        micro_batch_size: sequences that a data rank holds at once.
+        accumulation: micro-batches of a step.
+    """
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if config.deepspeed.zero_stage == 3:
+        # A block uses the weights of all its parts, in backward too: they are gathered around it, not around each part.
+        set_z3_leaf_modules(model, [Block])
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config.train),
+        config=deepspeed_config(config, precision, micro_batch_size, accumulation),
+        dist_init_required=False,
+    )
+    _spare_launches(engine.optimizer)
+    return engine
+
+
+def _spare_launches(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 do for all parameters of a group at once what DeepSpeed does for each.
+
+    A GPU is idle meanwhile: it is done with the backward by which its host was ahead.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return
+    # Seven launches a parameter look for numbers that are not finite; the norm, next, shows them as well.
+    optimizer.check_overflow = lambda partition_gradients: None
+    optimizer.get_grad_norm_direct = partial(_norm_over_ranks, optimizer.dp_process_group)
+    # After an update every parameter is made the view of its group's weights that it is already, unless these moved.
+    make_views = optimizer._update_model_bit16_weights
+
+    def make_views_if_moved(group: int) -> None:
+        parameter, weights = optimizer.round_robin_bit16_groups[group][0], optimizer.bit16_groups_flat[group]
+        if parameter.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
+            make_views(group)
+
+    optimizer._update_model_bit16_weights = make_views_if_moved
+
+
+def _norm_over_ranks(ranks: Any, gradients: Any, _parameters: Any, norm_type: float = 2.0) -> Tensor:
+    """Norm of a group's gradients, of which every rank has a share: in bf16 views of one flat tensor."""
+    assert norm_type == 2
+    flat = getattr(gradients, "flat_partition", None)
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (gradients if flat is None else [flat])]
+    total = torch.stack(norms).square().sum()
+    dist.all_reduce(total, group=ranks)
+    return total.sqrt().float()
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, embeddings and vectors (norms, biases) do not. The schedule sets the learning rate."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        vector = parameter.dim() < 2 or id(parameter) in embeddings
+        (others if vector else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=train.learning_rate,
+        betas=train.adam_betas,
+        eps=train.adam_eps,
+        fused=torch.cuda.is_available(),
+    )
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use ``learning_rate`` in the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def optimizer_step(engine: Any) -> float | None:
+    """Tell DeepSpeed that a micro-batch is done; after the last one of a step it updates the weights.
+
+    A gradient that is not finite changes nothing: neither weights nor the optimizer's states and its count of steps.
+
+    Returns:
+        After the last micro-batch the norm of the whole gradient, averaged over ranks and before clipping, not finite
+        if nothing was changed; else None.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    if engine.zero_optimization_stage() > 0:
+        engine.step()  # which discards a gradient that is not finite, and then gives inf as its norm
+        return float(engine.get_global_grad_norm())
+    # Without ZeRO DeepSpeed keeps no norm, but every rank holds the averaged gradient until the step.
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        engine.module.zero_grad()
+        engine.set_gradient_accumulation_boundary(False)  # count the micro-batch, but do not update
+        engine.step()
+        engine.set_gradient_accumulation_boundary(None)  # from its count again
+    return norm

@@ -1,0 +1,49 @@
+"""How programs end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.errors import ConfigError, DataError, LostRankError
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DataError("no such file"), 2), (ConfigError("no such key"), 2), (LostRankError("rank 3"), 69)],
+)
+def test_what_is_no_fault_of_ours_is_one_line(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_cli(raising(error))
+    assert ended.value.code == status
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", f"error: {error}\n")
+
+
+def test_an_interrupt_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_cli(raising(KeyboardInterrupt()))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_cli(raising(ZeroDivisionError()))
+
+
+def test_success_returns() -> None:
+    calls: list[int] = []
+    run_cli(lambda: calls.append(1))
+    assert calls == [1]

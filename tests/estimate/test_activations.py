@@ -1,0 +1,103 @@
+"""The formulas against counted bytes: on the CPU with its kernel, and with buffers as the GPU's kernel has them."""
+
+import pytest
+import torch
+
+from longnet_dist.attention import functional
+from longnet_dist.estimate.activations import held_by_block, kept_by_block, projections_kept
+from longnet_dist.estimate.model_cost import inner_dim
+from longnet_dist.model.block import Block
+from longnet_dist.model.checkpointing import Execution
+from longnet_dist.model.longnet import LongNet, positions_of
+from tests.estimate.layouts import small_layout
+from tests.estimate.live_bytes import LiveBytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODELS = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True})
+
+
+class BuffersOfTriton:
+    """A kernel with the buffers of kernels/triton_kernel.py, which runs on GPUs alone, and none of its work."""
+
+    starts_fresh = True
+    merges_overlaps = False
+
+    def accumulator_dtype(self, dtype):
+        return dtype
+
+    def gradient_dtypes(self, dtype):
+        return torch.float32, dtype
+
+    def forward(self, call, q, k, v, out, lse):
+        out.zero_()
+        lse.zero_()
+
+    def start_backward(self, dout, out, lse, dq, room=None, delta=None):
+        dq.zero_()
+        return (torch.cat([lse, lse]) if room is None else room,)
+
+    def backward(self, call, given, sums):
+        sums.dk.zero_()
+        sums.dv.zero_()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_what_autograd_keeps_of_a_block(precision, model):
+    """Every storage that is saved for backward, once; parameters and tables are not the block's."""
+    layout = small_layout(rows=512, device_type="cpu", model=model, train={"precision": precision})
+    config, saved = layout.config.model, {}
+    block = Block(config, positions_of(config), None).to(DTYPES[precision])
+    x = torch.randn(1, 512, config.dim, dtype=DTYPES[precision], requires_grad=True)
+    block(x, None, None)  # which makes the tables
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, None, None)
+    others = [*block.parameters(), *(block.self_attn.positions._cached[1] if config.positions != "none" else [])]
+    known = {tensor.untyped_storage()._cdata for tensor in others}
+    counted = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
+    assert kept_by_block(layout) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tile", "model", "kept"),
+    [
+        ("none", None, {}, 0),
+        ("none", 256, {"kv_heads": 1}, 0),
+        ("selective", None, {}, 0),
+        ("selective", 256, {"kv_heads": 1}, 0),
+        ("selective", 256, {}, 2),
+        ("full", None, {"kv_heads": 1}, 0),
+        ("full", 256, {}, 0),
+    ],
+)
+def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
+    """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
+    monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
+    train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "keep_projections": kept, "compile": False}
+    layout = small_layout(rows=2048, model=model, train=train)
+    network = LongNet(layout.config.model, execution=Execution.of(layout.config.train, "cpu")).to(torch.bfloat16)
+    tokens = torch.randint(0, 256, (1, 2048))
+    network(tokens, tokens).loss.backward()  # so that tables and gradients exist
+    with LiveBytes() as live:
+        tables = network.positions._cached[1] if network.positions else []
+        live.add([*network.parameters(), *(p.grad for p in network.parameters()), tokens, *tables])
+        before = live.now
+        network(tokens, tokens).loss.backward()
+    planned = layout.config.model.layers * kept_by_block(layout) + held_by_block(layout)
+    planned += kept * projections_kept(layout)
+    assert planned == pytest.approx(live.peak - before, rel=0.05)
+
+
+def test_compiled_blocks_make_the_gelu_again():
+    sizes = {
+        compiled: kept_by_block(small_layout(rows=512, train={"compile": compiled, "activation_checkpointing": "none"}))
+        for compiled in (True, False, "auto")
+    }
+    assert sizes["auto"] == sizes[True]
+    layout = small_layout(rows=512)
+    assert sizes[False] - sizes[True] == 512 * inner_dim(layout.config.model) * layout.itemsize

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from longnet_dist.config.model import MODEL_NAMES, named_model
+from longnet_dist.estimate.model_cost import flops_per_token, forward_flops, matrix_weights, num_parameters
+from longnet_dist.model.longnet import LongNet
+
+VARIANTS = (
+    {"kv_heads": 1},
+    {"qk_norm": True, "ffn_dim": 100},
+    {"tie_embeddings": True, "vocab_size": 1000},
+    {"causal": False},
+    {"causal": False, "tie_embeddings": True},
+)
+
+
+def built(config):
+    with torch.device("meta"):
+        return LongNet(config)
+
+
+@pytest.mark.parametrize(("name", "fields"), [*((n, {}) for n in MODEL_NAMES), *(("tiny", v) for v in VARIANTS)])
+def test_parameters_are_those_of_the_built_model(name, fields):
+    config = named_model(name, **fields)
+    model = built(config)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head = config.vocab_size * config.dim
+    assert matrix_weights(config) == sum(matrix.numel() for matrix in matrices) + head
+
+
+def test_flops_are_six_a_weight_and_twelve_a_pair_and_channel():
+    config = named_model("tiny", layers=3, segment_lengths=[8], dilation_rates=[1])
+    pairs = 8 * 9 // 2 * 4  # of each of the 2 segments, for 4 heads
+    assert forward_flops(config, 16) == 2 * 16 * matrix_weights(config) + 3 * 4 * 16 * 2 * pairs
+    assert flops_per_token(config, 16) == 6 * matrix_weights(config) + 12 * 3 * 16 * 2 * pairs / 16
+
+
+def test_flops_of_a_row_do_not_grow_with_the_sequence():
+    config = named_model("paper")
+    assert flops_per_token(config, 2**20) == flops_per_token(config, 2**30)

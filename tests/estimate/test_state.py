@@ -1,0 +1,52 @@
+"""Bytes of DeepSpeed's state against those of a real engine."""
+
+import gc
+
+import pytest
+
+from longnet_dist.config import deepspeed
+from longnet_dist.estimate import state
+from longnet_dist.estimate.layout import RunLayout
+from longnet_dist.estimate.memory import memory_of
+from tests.distributed import run_distributed
+from tests.estimate.live_bytes import LiveBytes
+from tests.train.runs import import_deepspeed, make_trainer, tiny_config, write_corpus
+
+MODEL = ("model.dim=384", "model.heads=4", "data.sequence_length=16", "train.batch_size=2")
+BUCKET = 100_000  # so that it is not all there is to see; matrices larger than what stage 3 leaves whole
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    import_deepspeed()
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "source.tokens")
+
+
+def bytes_of_a_run(config):
+    """Bytes alive after a step, and at most in the next."""
+    with LiveBytes() as live:
+        trainer = make_trainer(config)
+        live.add([parameter.data for parameter in trainer.engine.module.parameters()])
+        trainer._train_step(0, 1e-3)
+        gc.collect()
+        live.add([])
+        after = live.peak = live.now
+        trainer._train_step(1, 1e-3)
+        return after, live.peak
+
+
+@pytest.mark.parametrize(
+    ("ranks", "precision", "stage"),
+    [(1, "fp32", 0), (2, "fp32", 1), (2, "bf16", 1), (2, "bf16", 2), (2, "bf16", 3)],
+)
+def test_what_stays_and_the_peak(tmp_path, corpus, monkeypatch, ranks, precision, stage):
+    for module in (deepspeed, state):
+        monkeypatch.setattr(module, "REDUCE_BUCKET_NUMBERS", BUCKET)
+    settings = f"train.precision={precision}", f"deepspeed.zero_stage={stage}", f"parallel.data={ranks}"
+    config = tiny_config(tmp_path / "run", corpus, *MODEL, *settings)
+    (after, peak), *_ = run_distributed(bytes_of_a_run, ranks, config)
+    layout = RunLayout.of(config, ranks, "cpu")
+    planned = state.state_of(layout)
+    stays = planned.parameters + planned.optimizer + planned.gradients_before
+    assert stays == pytest.approx(after, rel=0.02)
+    assert memory_of(layout).device_bytes == pytest.approx(peak, rel=0.1)

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from longnet_dist.config.model import LongNetConfig, named_model
+from longnet_dist.errors import ConfigError
+from longnet_dist.inference.generation import Sampling, generate
+from longnet_dist.model.longnet import LongNet
+
+PROMPT = [10, 20, 30]
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LongNet(named_model("tiny")).eval()
+
+
+def continued(model, prompt, num_tokens, sampling, **options):
+    """The one text that continues one prompt."""
+    return [ids[0] for ids in generate(model, [prompt], num_tokens, sampling, **options)]
+
+
+def unaligned_model(**fields):
+    """In float64, with segments that no prompt or chunk is aligned with; many end and begin in a few hundred rows."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "dim": 16, "layers": 2, "heads": 4}
+    pattern = {"segment_lengths": (8, 30, 100, 300), "dilation_rates": (1, 3, 7, 20)}
+    return LongNet(LongNetConfig(**(sizes | pattern | fields))).double().eval()
+
+
+@pytest.mark.parametrize("fields", [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}])
+@pytest.mark.parametrize(("length", "chunk"), [(1, 16), (2, 1), (67, 16), (101, 1000), (150, 40)])
+def test_every_step_equals_the_forward_of_the_whole_text(fields, length, chunk):
+    """Greedy, over hundreds of tokens: logits to 1e-9, hence the same tokens."""
+    model, num_tokens = unaligned_model(**fields), 250
+    prompts = torch.randint(97, (2, length), generator=torch.Generator().manual_seed(length)).tolist()
+    seen = []
+    handle = model.head.register_forward_hook(lambda _, __, logits: seen.append(logits[:, -1]))
+    new = list(generate(model, prompts, num_tokens, GREEDY, chunk_length=chunk))
+    handle.remove()
+    assert len(seen) == len(new) == num_tokens
+    texts = torch.tensor([[*prompt, *(ids[row] for ids in new)] for row, prompt in enumerate(prompts)])
+    with torch.no_grad():
+        logits = model(texts[:, :-1]).logits[:, length - 1 :]
+    torch.testing.assert_close(torch.stack(seen, 1), logits, rtol=0, atol=1e-9)
+    assert torch.equal(logits.argmax(-1), texts[:, length:])
+
+
+def test_samples_of_several_prompts_stand_next_to_each_other():
+    model, prompts = unaligned_model(), [[1] * 40, [2] * 40]
+    each = list(zip(*generate(model, prompts, 9, GREEDY, samples=3), strict=True))
+    assert each[0] == each[1] == each[2] != each[3] == each[4] == each[5]
+    assert list(zip(*generate(model, prompts, 9, GREEDY), strict=True)) == [each[0], each[3]]
+    drawn = list(zip(*generate(model, [[1] * 40], 9, Sampling(1.0, 0), samples=3), strict=True))
+    assert len(set(drawn)) == 3
+
+
+def test_a_text_may_be_longer_than_xpos_spans_only_if_its_segments_are_not():
+    model = LongNet(LongNetConfig(dim=4, layers=1, heads=1, segment_lengths=(64,), dilation_rates=(1,), xpos_base=1))
+    assert len(continued(model, PROMPT, 100, GREEDY)) == 100
+    model = LongNet(LongNetConfig(dim=4, layers=1, heads=1, segment_lengths=(512,), dilation_rates=(1,), xpos_base=1))
+    with pytest.raises(ConfigError, match="xpos with base 1"):
+        continued(model, PROMPT, 100, GREEDY)
+
+
+def test_draws_follow_the_seed(model):
+    draws = [continued(model, PROMPT, 20, Sampling(1.0, 0, seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_top_k_leaves_the_k_likeliest(model):
+    likeliest = set(model(torch.tensor([PROMPT])).logits[0, -1].topk(3).indices.tolist())
+    drawn = {continued(model, PROMPT, 1, Sampling(5.0, 3, seed))[0] for seed in range(60)}
+    assert drawn == likeliest
+
+
+def test_a_low_temperature_is_nearly_greedy(model):
+    assert continued(model, PROMPT, 5, Sampling(1e-4, 0)) == continued(model, PROMPT, 5, GREEDY)
+
+
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it(model):
+    assert continued(model, PROMPT, 5, Sampling(1.0, 9999)) == continued(model, PROMPT, 5, Sampling(1.0, 0))
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[], []]])
+def test_a_prompt_must_hold_something(model, prompts):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        next(generate(model, prompts, 1, GREEDY))
+
+
+def test_prompts_and_samples_that_cannot_be(model):
+    with pytest.raises(ConfigError, match=r"equally many tokens, but have \[1, 2\]"):
+        next(generate(model, [[1], [1, 2]], 1, GREEDY))
+    with pytest.raises(ConfigError, match="at least 1 sample, not 0"):
+        next(generate(model, [PROMPT], 1, GREEDY, samples=0))
+
+
+def test_an_encoder_cannot_continue():
+    encoder = LongNet(named_model("tiny", causal=False))
+    with pytest.raises(ConfigError, match=r"model\.causal=false"):
+        next(generate(encoder, [PROMPT], 1, GREEDY))
+
+
+@pytest.mark.parametrize("fields", [{"temperature": -1}, {"top_k": -1}, {"seed": -1}])
+def test_negative_settings_are_refused(fields):
+    with pytest.raises(ConfigError, match="must not be negative"):
+        Sampling(**fields)

@@ -1,0 +1,76 @@
+import os
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from longnet_dist.checkpoint.zero_tensors import full_tensor, link_optimizer_states, set_full_tensor
+from longnet_dist.config.model import named_model
+from longnet_dist.config.schema import TrainConfig
+from longnet_dist.model.longnet import LongNet
+from longnet_dist.train.deepspeed_engine import build_optimizer
+from tests.distributed import run_distributed
+from tests.train.runs import make_trainer, tiny_config
+
+TRAIN = TrainConfig(output_dir="run", steps=1, weight_decay=0.3)
+
+
+def test_only_matrices_decay():
+    model = LongNet(named_model("tiny"))
+    decayed, others = build_optimizer(model, TRAIN).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {name for name in names.values() if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight"))}
+    assert {names[id(parameter)] for parameter in decayed["params"]} == matrices | {"head.weight"}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_a_model_without_vectors_has_one_group():
+    assert len(build_optimizer(nn.Linear(2, 3, bias=False), TRAIN).param_groups) == 1
+
+
+def write_and_read_back(config):
+    trainer = make_trainer(config)
+    trainer._train_step(0, learning_rate=0.0)
+    link_optimizer_states(trainer.engine)
+    for state in (None, "exp_avg", "exp_avg_sq"):
+        for number, parameter in enumerate(trainer.engine.module.parameters()):
+            shape = full_tensor(trainer.engine, parameter, state).shape
+            value = torch.arange(shape.numel(), dtype=torch.float32).reshape(shape) + number
+            set_full_tensor(trainer.engine, parameter, value, state)
+            assert torch.equal(full_tensor(trainer.engine, parameter, state), value)
+    return True
+
+
+def test_tensors_written_whole_are_read_back_whole(tmp_path, corpus):
+    for stage in range(4):
+        # 3 ranks: the shards of most tensors need padding
+        config = tiny_config(tmp_path / f"stage{stage}", corpus, f"deepspeed.zero_stage={stage}")
+        assert all(run_distributed(write_and_read_back, 3, config))
+
+
+def test_importing_the_package_neither_imports_deepspeed_nor_sets_variables():
+    program = (
+        "import os, sys; before = dict(os.environ); import longnet_dist.train.loop; "
+        "assert 'deepspeed' not in sys.modules; assert dict(os.environ) == before"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
+
+
+def move_weights_and_view_again(config):
+    trainer = make_trainer(config)
+    optimizer = trainer.engine.optimizer
+    for group, weights in enumerate(optimizer.bit16_groups_flat):
+        before = [parameter.clone() for parameter in optimizer.bit16_groups[group]]
+        weights.data = weights.data.clone()
+        optimizer._update_model_bit16_weights(group)
+        for parameter, value in zip(optimizer.bit16_groups[group], before, strict=True):
+            assert parameter.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr()
+            assert torch.equal(parameter, value)
+    return True
+
+
+def test_parameters_follow_weights_that_move(tmp_path, corpus):
+    config = tiny_config(tmp_path / "run", corpus, "deepspeed.zero_stage=2")
+    assert all(run_distributed(move_weights_and_view_again, 2, config))
