@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from longnet_dist.attention.kernels import registry as choice
-from longnet_dist.attention.kernels.registry import choose_kernel
+from longnet_dist.attention.kernels.hopper import support
+from longnet_dist.attention.kernels.registry import choose_kernel, describe_kernels
 from longnet_dist.errors import ConfigError
 
 
@@ -32,3 +33,58 @@ def test_refuses_with_the_rule(backend, device, rule):
 def test_flash_refuses_determinism():
     with pytest.raises(ConfigError, match="deterministic"):
         choose_kernel("flash", torch.device("cuda"), torch.bfloat16, deterministic=True)
+
+
+HALF, CUDA = torch.bfloat16, torch.device("cuda")
+
+
+@pytest.fixture
+def tried_triton(monkeypatch):
+    """The installed Triton counts as the last that the kernels for Hopper were tried on."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", ".".join(map(str, (*support.LAST_RELEASE, 0))))
+    return triton
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "deterministic", "kernels", "reason"),
+    [
+        (64, HALF, False, ("portable", "hopper"), ""),
+        (128, torch.float16, False, ("hopper", "hopper"), ""),
+        (128, HALF, True, ("hopper", "portable"), "cannot promise deterministic gradients"),
+        (96, HALF, False, ("portable", "portable"), "take head dims (64, 128), not 96"),
+        (64, torch.float32, False, ("portable", "portable"), "take bfloat16 and float16, not torch.float32"),
+    ],
+)
+def test_describes_the_kernels_of_a_hopper_gpu(tried_triton, head_dim, dtype, deterministic, kernels, reason):
+    found = describe_kernels(CUDA, dtype, head_dim, deterministic=deterministic, capability=(9, 0))
+    assert (found.backend, found.forward, found.backward) == ("triton", *kernels)
+    assert reason in found.reason
+    assert bool(reason) == bool(found.reason)
+
+
+def test_another_gpu_gets_the_portable_kernels(tried_triton):
+    found = describe_kernels(CUDA, HALF, 64, capability=(8, 6))
+    assert (found.forward, found.backward, found.remedy) == ("portable", "portable", "")
+    assert "compute capability 9.x, not 8.6" in found.reason
+
+
+def test_an_unknown_triton_gets_the_portable_kernels_and_a_remedy(tried_triton, monkeypatch):
+    monkeypatch.setattr(tried_triton, "__version__", "9.9.1")
+    found = describe_kernels(CUDA, HALF, 64, capability=(9, 0))
+    assert (found.forward, found.backward, found.remedy) == ("portable", "portable", support.REMEDY)
+    assert "9.9.1 is installed" in found.reason
+
+
+def test_without_triton_a_gpu_is_told_to_install_it(monkeypatch):
+    monkeypatch.setattr(choice, "has_triton", lambda: False)
+    found = describe_kernels(CUDA, HALF, 64)
+    assert (found.backend, found.forward, found.remedy) == ("flash", "flash", "install triton")
+    assert "needs the package triton" in found.reason
+
+
+def test_describes_a_cpu_and_refuses_what_a_call_would():
+    found = describe_kernels(torch.device("cpu"), torch.float64, 64)
+    assert (found.backend, found.forward, found.backward, found.reason) == ("sdpa", "sdpa", "sdpa", "")
+    with pytest.raises(ConfigError, match="runs on a GPU"):
+        describe_kernels(torch.device("cpu"), torch.bfloat16, 64, backend="flash")

@@ -8,6 +8,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.hopper.backward.kernel import hopper_backward_kernel
 from longnet_dist.attention.kernels.hopper.forward.kernel import hopper_forward_kernel
 from longnet_dist.attention.kernels.triton.launch import BACKWARD_SIDES, FORWARD_SIDES, Geometry, Launch, Problem, View
@@ -40,7 +41,7 @@ ENOUGH = 4 * 132  # programs: with fewer, some multiprocessors have more to do t
 def takes_forward(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
     """Whether the forward kernel computes this: Hopper, its head dims, half precision, plain matrices."""
     q, k, v, out, _ = buffers
-    return problem.dim in FORWARD_TILES and _takes(problem, (q, out), (k, v))
+    return problem.dim in support.FORWARD_DIMS and _takes(problem, (q, out), (k, v))
 
 
 def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
@@ -76,7 +77,11 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
 def takes_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
     """Whether the kernel computes this: Hopper, D 64 or 128, half precision, buffers that are plain matrices."""
     dout, q, k, v, _, dq, _, _ = buffers
-    return problem.dim in TILES and not problem.call.deterministic and _takes(problem, (dout, q, dq), (k, v))
+    return (
+        problem.dim in support.BACKWARD_DIMS
+        and not problem.call.deterministic
+        and _takes(problem, (dout, q, dq), (k, v))
+    )
 
 
 def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
@@ -118,7 +123,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
 def _takes(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
     return (
         problem.fits
-        and torch.cuda.get_device_capability(problem.q.device)[0] == 9
+        and torch.cuda.get_device_capability(problem.q.device)[0] == support.COMPUTE_CAPABILITY
         and not problem.wide
         and all(_flat(x, problem.piece.dilation_rate) for x in queries)
         and all(_flat(x, problem.key_rate) for x in keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -13,6 +12,7 @@ import triton
 from torch import Tensor
 
 from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Statistics
+from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.triton.backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.attention.kernels.triton.forward import forward_kernel
 from longnet_dist.attention.kernels.triton.launch import (
@@ -24,10 +24,7 @@ from longnet_dist.attention.kernels.triton.launch import (
     View,
     block_view,
 )
-from longnet_dist.numerics import block_dim, wide_dtype
-
-_log = logging.getLogger(__name__)
-HOPPER_TRITON = "3.6."
+from longnet_dist.numerics import block_dim, log_once, wide_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,7 @@ class TritonKernel:
 def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> tuple[Launch, ...]:
     """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
     whole = (q, k, v, out, lse)
-    hopper, launches = _hopper() if q.device.type == "cuda" else None, []
+    hopper, launches = _hopper(q.device), []
     for part in Problem(call, q, k).parts():
         buffers = part.seen(whole, FORWARD_SIDES[:5])
         if hopper and hopper.takes_forward(part, buffers):
@@ -182,7 +179,7 @@ def _backward(
 ) -> tuple[Launch, ...]:
     """On ``dout, q, k, v, statistics, dq, dk, dv``."""
     whole = (dout, q, k, v, statistics, dq, dk, dv)
-    hopper = _hopper() if q.device.type == "cuda" else None
+    hopper = _hopper(q.device)
     launches: list[Launch] = []
     for part in Problem(call, q, k).parts():
         buffers = part.seen(whole, BACKWARD_SIDES)
@@ -232,14 +229,11 @@ def _portable_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> list[
     return [key_gradients, query_gradient]
 
 
-@lru_cache(maxsize=1)
-def _hopper() -> ModuleType | None:
-    """The kernels in Gluon, an experimental part of Triton that changes with every release."""
-    if triton.__version__.startswith(HOPPER_TRITON):
-        return importlib.import_module("longnet_dist.attention.kernels.hopper.launches")
-    _log.warning(
-        "dilated attention runs its portable backward kernel: the one for Hopper needs Triton %s, not %s",
-        HOPPER_TRITON,
-        triton.__version__,
-    )
-    return None
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The launches of the kernels for Hopper; None where the GPU or the installed Triton has no use for them."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != support.COMPUTE_CAPABILITY:
+        return None
+    if obstacle := support.release_obstacle(triton.__version__):
+        log_once(f"dilated attention runs its portable kernels: {obstacle}; {support.REMEDY}")
+        return None
+    return importlib.import_module("longnet_dist.attention.kernels.hopper.launches")

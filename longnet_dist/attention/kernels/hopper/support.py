@@ -1,0 +1,23 @@
+"""Which calls the kernels for Hopper are written for, and which releases of Triton compile them."""
+
+from __future__ import annotations
+
+import re
+
+FORWARD_DIMS = (128,)
+"""Head dims of the forward kernel. At 64 the portable kernel is as fast (benchmarks/results/attention_kernels.md)."""
+BACKWARD_DIMS = (64, 128)
+"""Head dims of the backward kernel."""
+COMPUTE_CAPABILITY = 9
+FIRST_RELEASE, LAST_RELEASE = (3, 6), (3, 6)
+"""Releases of Triton that ``tests/attention/kernels/test_compile.py`` was run on. Gluon changes with each."""
+REMEDY = "install torch 2.11, which brings Triton 3.6"
+
+
+def release_obstacle(version: str) -> str:
+    """Say why the Triton of ``version`` cannot compile the kernels; an empty string where it can."""
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if FIRST_RELEASE <= release <= LAST_RELEASE:
+        return ""
+    known = " to ".join(dict.fromkeys(f"{major}.{minor}" for major, minor in (FIRST_RELEASE, LAST_RELEASE)))
+    return f"the kernels for Hopper need Triton {known}, but {version} is installed"
