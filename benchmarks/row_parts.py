@@ -66,14 +66,14 @@ def measure(
     with device:
         block = Block(config, None, None).to(dtype)
     head_dim = dim // heads
-    turn = Positions().turn(DilatedPattern([2048], [1]), 0, rows, rows, head_dim, dtype, device)
+    table = Positions().table(DilatedPattern([2048], [1]), 0, rows, rows, head_dim, dtype, device)
     x, dz, dx = (torch.randn(rows, dim, device=device, dtype=dtype) for _ in range(3))
     out, dk, dv = (torch.randn(rows, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
     dq = torch.randn(rows, heads, head_dim, device=device)
     weights = dict(block.named_parameters())
     products = products_of("auto", device, dtype, rows, (dim, 4 * dim))
-    kernels = RowParts(weights, turn, head_dim, 1e-5, compile=True, products=products)
-    plain = WithTorch(weights, turn, head_dim, 1e-5, compile=True)
+    kernels = RowParts(weights, table, head_dim, 1e-5, compile=True, products=products)
+    plain = WithTorch(weights, table, head_dim, 1e-5, compile=True)
     moments = [part.output(x, out)[1] for part in (plain, kernels)]
     parts: dict[str, Callable[[RowParts], Any]] = {
         "projections": lambda part: part.projections(x),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longnet_dist.attention.functional import AttentionSpec, attend
-from longnet_dist.attention.positions import Positions, Turn, turned
+from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
@@ -63,7 +63,7 @@ class DilatedAttention(nn.Module):
         self.head_dim, self.norm_eps = dim // heads, norm_eps
         if positions is not None and self.head_dim % 2:
             raise ConfigError(
-                f"positions turn pairs of channels, so dim/heads must be even, but dim={dim} and heads={heads} give "
+                f"positions rotate pairs of channels, so dim/heads must be even, but dim={dim} and heads={heads} give "
                 f"{self.head_dim}; use another number of heads, or positions=None"
             )
         self.pattern, self.causal, self.positions, self.group = pattern, causal, positions, group
@@ -108,9 +108,9 @@ class DilatedAttention(nn.Module):
             ConfigError: xPos cannot span the pattern.
         """
         batch, rows, _ = x.shape
-        spec, turn = self.prepare(x, start, total_rows, cache)
+        spec, table = self.prepare(x, start, total_rows, cache)
         weights = dict(self.named_parameters())
-        projected = project(x.flatten(0, 1), turn, weights, self.head_dim, self.norm_eps)
+        projected = project(x.flatten(0, 1), table, weights, self.head_dim, self.norm_eps)
         q, k, v = (torch.unflatten(part, 0, (batch, rows)) for part in projected)
         out, _ = attend(q, k, v, spec)
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
@@ -118,7 +118,7 @@ class DilatedAttention(nn.Module):
 
     def prepare(
         self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
-    ) -> tuple[AttentionSpec, Turn | None]:
+    ) -> tuple[AttentionSpec, RotaryTable | None]:
         """The attention of these rows, checked, and their turn; arguments and errors of :meth:`forward`."""
         heads = rearrange(x, "b n (h d) -> b n h d", d=self.head_dim)
         keys = heads[:, :, : len(self.k_proj.bias) // self.head_dim]
@@ -143,32 +143,32 @@ class DilatedAttention(nn.Module):
             return spec, None
         batch, rows, _, dim = heads.shape
         place = first_row, rows, spec.shards.total_rows
-        return spec, self.positions.turn(self.pattern, *place, dim, x.dtype, x.device, batch)
+        return spec, self.positions.table(self.pattern, *place, dim, x.dtype, x.device, batch)
 
 
 def project(
-    x: Tensor, turn: Turn | None, weights: Mapping[str, Tensor], head_dim: int, norm_eps: float
+    x: Tensor, table: RotaryTable | None, weights: Mapping[str, Tensor], head_dim: int, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries ``(n, H, D)``, keys and values ``(n, Hkv, D)`` of ``x (n, E)``, row by row.
 
     Args:
         x: rows.
-        turn: of these rows; None without positions.
+        table: of these rows; None without positions.
         weights: parameters of a :class:`DilatedAttention`, by name.
         head_dim: ``D``.
         norm_eps: epsilon of the norms of queries and keys.
     """
     q, k, v = (_heads(x, weights, name, head_dim) for name in ("q_proj", "k_proj", "v_proj"))
-    return *placed(q, k, turn, weights, norm_eps), v
+    return *placed(q, k, table, weights, norm_eps), v
 
 
 def placed(
-    q: Tensor, k: Tensor, turn: Turn | None, weights: Mapping[str, Tensor], norm_eps: float
+    q: Tensor, k: Tensor, table: RotaryTable | None, weights: Mapping[str, Tensor], norm_eps: float
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys ``(n, heads, D)`` as they leave their maps, normed, if the weights have norms, and turned."""
     if "q_norm.weight" in weights:
         q, k = normed_heads(q, k, weights["q_norm.weight"], weights["k_norm.weight"], norm_eps)
-    return (q, k) if turn is None else turned(q, k, turn)
+    return (q, k) if table is None else rotate(q, k, table)
 
 
 def normed_heads(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:

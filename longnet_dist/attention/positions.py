@@ -1,6 +1,6 @@
 r"""Rotary positions (RoPE) and extrapolatable positions (xPos), right at row :math:`2^{30}` and beyond.
 
-Row :math:`n` turns channel pair :math:`i` of queries and keys by :math:`n\theta_i`, :math:`\theta_i = \theta^{-2i/D}`
+Row :math:`n` rotates channel pair :math:`i` of queries and keys by :math:`n\theta_i`, :math:`\theta_i = \theta^{-2i/D}`
 (RoPE, arXiv 2104.09864). xPos (arXiv 2212.10554) also scales queries by :math:`\zeta_i^{n/\mathrm{base}}` and keys by
 :math:`\zeta_i^{-n/\mathrm{base}}`, :math:`\zeta_i = (2i/D + 0.4) / 1.4`, so that scores decay with the distance. Only
 differences of rows matter to a score, and neither product survives floating point at large :math:`n`, so
@@ -32,7 +32,7 @@ _TABLE_ROWS = 65536
 """Rows of the tables that are computed at once: on the way there an angle takes 60 bytes, in the tables 8 to 16."""
 
 
-class Turn(NamedTuple):
+class RotaryTable(NamedTuple):
     """What rows do to their queries and keys: cosine and sine of each pair of channels, times its scale.
 
     Each ``(n, 1, D/2, 2)``; with RoPE both are one tensor.
@@ -41,14 +41,14 @@ class Turn(NamedTuple):
     query: Tensor
     key: Tensor
 
-    def rows(self, rows: slice) -> Turn:
-        """The turn of some of the rows."""
-        return Turn(self.query[rows], self.key[rows])
+    def rows(self, rows: slice) -> RotaryTable:
+        """Return the tables of some of the rows."""
+        return RotaryTable(self.query[rows], self.key[rows])
 
-    def back(self) -> Turn:
-        """What takes the gradients of turned queries and keys to those of the others."""
+    def inverse(self) -> RotaryTable:
+        """Return the opposite rotation, which gradients of queries and keys take on their way back."""
         signs = 1 - 2 * torch.arange(2, device=self.query.device)
-        return Turn(self.query * signs, self.key * signs)
+        return RotaryTable(self.query * signs, self.key * signs)
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class Positions:
 
     theta: float = 10000.0
     xpos_base: int | None = None
-    _cached: tuple[tuple[object, ...], Turn] | None = field(default=None, init=False, repr=False)
+    _cached: tuple[tuple[object, ...], RotaryTable] | None = field(default=None, init=False, repr=False)
 
     def __call__(
         self, q: Tensor, k: Tensor, pattern: DilatedPattern, start: int, total_rows: int
@@ -78,9 +78,9 @@ class Positions:
             ConfigError: ``D`` is odd, or xPos leaves the range of the dtype (see :meth:`check`).
         """
         _, rows, _, head_dim = q.shape
-        return turned(q, k, self.turn(pattern, start, rows, total_rows, head_dim, q.dtype, q.device))
+        return rotate(q, k, self.table(pattern, start, rows, total_rows, head_dim, q.dtype, q.device))
 
-    def turn(
+    def table(
         self,
         pattern: DilatedPattern,
         start: int,
@@ -90,7 +90,7 @@ class Positions:
         dtype: torch.dtype,
         device: torch.device,
         batch: int = 1,
-    ) -> Turn:
+    ) -> RotaryTable:
         """Tables for rows ``start … start+rows-1`` of ``batch`` sequences, one behind the other.
 
         They are float32, or float64 for queries and keys of that ``dtype``.
@@ -115,7 +115,7 @@ class Positions:
         bfloat16.
         """
         if head_dim < 2 or head_dim % 2:
-            raise ConfigError(f"positions turn pairs of channels, but head_dim is {head_dim}; use an even head_dim")
+            raise ConfigError(f"positions rotate pairs of channels, but head_dim is {head_dim}; use an even head_dim")
         if self.xpos_base is None:
             return
         span = attending_span(pattern, total_rows)
@@ -129,7 +129,7 @@ class Positions:
 
     def _tables(
         self, start: int, rows: int, span: int, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int
-    ) -> Turn:
+    ) -> RotaryTable:
         turns = torch.tensor(_turns(self.theta, head_dim), device=device)
         zeta = (torch.arange(0, head_dim, 2, device=device).double() / head_dim + 0.4) / 1.4
         number = 1 if self.xpos_base is None else 2
@@ -146,7 +146,7 @@ class Positions:
                 part[0], part[1] = factors * scale, factors / scale
         if batch > 1:
             tables = tables.repeat(1, batch, 1, 1, 1)
-        return Turn(tables[0], tables[-1])
+        return RotaryTable(tables[0], tables[-1])
 
 
 def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
@@ -166,9 +166,9 @@ def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
         return tuple(round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2))
 
 
-def turned(q: Tensor, k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
     """``q (…, n, H, D)`` and ``k (…, n, Hkv, D)`` at their rows; their dtype is kept."""
-    return _rotated(q, turn.query), _rotated(k, turn.key)
+    return _rotated(q, table.query), _rotated(k, table.key)
 
 
 def _rotated(x: Tensor, table: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class LongNetConfig(BaseModel):
             )
         if self.positions != "none" and self.head_dim % 2:
             raise ConfigError(
-                f"positions turn pairs of channels, so dim/heads must be even, but dim={self.dim} and "
+                f"positions rotate pairs of channels, so dim/heads must be even, but dim={self.dim} and "
                 f"heads={self.heads} give {self.head_dim}; use another number of heads, or positions=none"
             )
         if self.positions == "xpos" and not self.causal:

@@ -72,11 +72,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None) -> Tensor:
         """``x (B, n, E)`` to ``(B, n, E)``; rows as in :meth:`DilatedAttention.forward`."""
         execution, attention = self.execution, self.self_attn
-        spec, turn = attention.prepare(x, start, total_rows, cache)
+        spec, table = attention.prepare(x, start, total_rows, cache)
         weights = dict(self.named_parameters())
         compile = execution.compiles(self.training, cache is not None)
         products = self._products(x) if compile else TORCH
-        parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, compile, products)
+        parts = RowParts(weights, table, attention.head_dim, attention.norm_eps, execution.tile, compile, products)
         stay, shape = not execution.offload_projections, (x.shape[0], x.shape[1])
         passage = Passage(parts, spec, execution.checkpointing, shape, self._shelf(), stay)
         return passage.run(x.flatten(0, 1)).view_as(x)

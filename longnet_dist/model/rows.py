@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longnet_dist.attention.module import normed_heads, placed, project
-from longnet_dist.attention.positions import Turn, turned
+from longnet_dist.attention.positions import RotaryTable, rotate
 from longnet_dist.model.feed_forward import feed_forward
 from longnet_dist.model.folded import folded, unfolded_gradients
 from longnet_dist.numerics import wide_dtype
@@ -36,11 +36,11 @@ _BEFORE += ("self_attn.q_norm.", "self_attn.k_norm.")
 
 
 def before_attention(
-    x: Tensor, turn: Turn | None, weights: Weights, head_dim: int, eps: float
+    x: Tensor, table: RotaryTable | None, weights: Weights, head_dim: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries ``(n, H, D)``, keys and values ``(n, Hkv, D)``."""
     x = _norm(x, weights, "self_attn_layer_norm", eps)
-    return project(x, turn, _part(weights, "self_attn."), head_dim, eps)
+    return project(x, table, _part(weights, "self_attn."), head_dim, eps)
 
 
 def after_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor:
@@ -57,7 +57,7 @@ def normed_before(x: Tensor, weights: Weights, eps: float, products: Products) -
 
 def write_queries_and_keys(
     x: Tensor,
-    turn: Turn | None,
+    table: RotaryTable | None,
     weights: Weights,
     head_dim: int,
     eps: float,
@@ -71,7 +71,7 @@ def write_queries_and_keys(
         torch.unflatten(products.linear(normed, *_map(weights, name), None), -1, (-1, head_dim))
         for name in _PROJECTIONS[:2]
     )
-    queries, keys = placed(queries, keys, turn, _part(weights, "self_attn."), eps)
+    queries, keys = placed(queries, keys, table, _part(weights, "self_attn."), eps)
     q.copy_(queries)
     k.copy_(keys)
     return normed
@@ -143,7 +143,7 @@ def write_output_gradients(
 def add_projection_gradients(
     x: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
-    turn: Turn | None,
+    table: RotaryTable | None,
     weights: Weights,
     head_dim: int,
     eps: float,
@@ -167,11 +167,11 @@ def add_projection_gradients(
         again = products.linear(normed, weight, bias, None)
         projected = torch.split(torch.unflatten(again, -1, (-1, head_dim)), heads, 1)
         _, backward, *_ = torch.func.vjp(partial(normed_heads, norm_eps=eps), *projected, *gains.values())
-        if turn is not None:
-            dq, dk = turned(dq, dk, turn.back())
+        if table is not None:
+            dq, dk = rotate(dq, dk, table.inverse())
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
-    joined, bias_gradient = join(dq, dk, dv, None if gains else turn, x.dtype)
+    joined, bias_gradient = join(dq, dk, dv, None if gains else table, x.dtype)
     dnormed = products.product(joined, weights[_STACKED + "weight"])
     _, again = norm_gradients(dnormed, x, dx, eps, False, True, dx, None)
     _add(sums, {_STACKED + "weight": joined.T @ again, _STACKED + "bias": bias_gradient})
@@ -183,7 +183,7 @@ class RowParts:
 
     Attributes:
         weights: the block's parameters by name.
-        turn: positions of the rows; None without.
+        table: positions of the rows; None without.
         head_dim: ``D``.
         eps: epsilon of the norms.
         tile: rows at once; None for all.
@@ -192,7 +192,7 @@ class RowParts:
     """
 
     weights: Weights
-    turn: Turn | None
+    table: RotaryTable | None
     head_dim: int
     eps: float
     tile: int | None = None
@@ -244,10 +244,10 @@ class RowParts:
         x, weights = x.detach(), self._for_products(self.before)
         q, k, v = (x.new_empty(len(x), number, self.head_dim) for number in self._heads)
         for rows in self._tiles(x):
-            if self.turn and self._products_turn:
+            if self.table and self._matmul_rotates:
                 normed = self._run(normed_before, x[rows], weights, self.eps, self.products)
-                for name, table, part in zip(_PROJECTIONS[:2], self.turn.rows(rows), (q, k), strict=True):
-                    self.products.write_turned(normed, *_map(weights, name), table, part[rows].flatten(1))
+                for name, table, part in zip(_PROJECTIONS[:2], self.table.rows(rows), (q, k), strict=True):
+                    self.products.write_rotated(normed, *_map(weights, name), table, part[rows].flatten(1))
             else:
                 given = x[rows], *self._before(rows, weights), self.products
                 normed = self._run(write_queries_and_keys, *given, q[rows], k[rows])
@@ -300,9 +300,9 @@ class RowParts:
         return [len(self.weights[f"{name}.bias"]) // self.head_dim for name in _PROJECTIONS]
 
     @property
-    def _products_turn(self) -> bool:
+    def _matmul_rotates(self) -> bool:
         """Whether the products of queries and keys can turn them."""
-        return self.head_dim in self.products.turned_dims and "self_attn.q_norm.weight" not in self.weights
+        return self.head_dim in self.products.rotated_dims and "self_attn.q_norm.weight" not in self.weights
 
     def _for_products(self, weights: Weights) -> dict[str, Tensor]:
         """Without graph, in the form that the products take."""
@@ -314,8 +314,8 @@ class RowParts:
         found: list[Tensor] = self._run(_of_weights, sums, _detached(weights))
         return found
 
-    def _before(self, rows: slice, weights: Weights) -> tuple[Turn | None, Weights, int, float]:
-        return self.turn and self.turn.rows(rows), weights, self.head_dim, self.eps
+    def _before(self, rows: slice, weights: Weights) -> tuple[RotaryTable | None, Weights, int, float]:
+        return self.table and self.table.rows(rows), weights, self.head_dim, self.eps
 
     def _tiles(self, x: Tensor) -> Iterator[slice]:
         tile = self.tile or len(x)

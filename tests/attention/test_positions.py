@@ -36,7 +36,7 @@ def test_scores_near_a_billion_are_those_near_zero(xpos_base, dtype, tolerance):
 @pytest.mark.parametrize("row", [1, BILLION - 1, BILLION + 12345, 2**40 + 1])
 def test_angles_are_right_to_the_last_bits(row):
     theta, dim = 10000.0, 16
-    table, _ = Positions(theta).turn(PATTERN, row, 1, row + 1, dim, torch.float64, torch.device("cpu"))
+    table, _ = Positions(theta).table(PATTERN, row, 1, row + 1, dim, torch.float64, torch.device("cpu"))
     cos, sin = table.unbind(-1)
     with localcontext() as context:
         context.prec = 60
@@ -54,12 +54,12 @@ def test_scores_follow_the_definition(xpos_base):
     q, k = heads(rows), heads(rows, seed=1)
     n = torch.arange(rows, dtype=torch.float64).view(-1, 1, 1)
     i = torch.arange(dim // 2, dtype=torch.float64)
-    turn = torch.exp(1j * n * 10000 ** (-2 * i / dim))
+    rotation = torch.exp(1j * n * 10000 ** (-2 * i / dim))
     scale = ((2 * i / dim + 0.4) / 1.4) ** (n / xpos_base) if xpos_base else 1.0
     expected = torch.einsum(
         "bnhd,bmhd->bhnm",
-        torch.view_as_complex(q.unflatten(-1, (-1, 2))) * turn * scale,
-        (torch.view_as_complex(k.unflatten(-1, (-1, 2))) * turn / scale).conj(),
+        torch.view_as_complex(q.unflatten(-1, (-1, 2))) * rotation * scale,
+        (torch.view_as_complex(k.unflatten(-1, (-1, 2))) * rotation / scale).conj(),
     ).real
     torch.testing.assert_close(scores(*Positions(xpos_base=xpos_base)(q, k, PATTERN, 0, rows)), expected)
 

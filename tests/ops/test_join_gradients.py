@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longnet_dist import DilatedPattern
-from longnet_dist.attention.positions import Positions, Turn, turned
+from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.model import rows
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.rows import RowParts
@@ -29,17 +29,17 @@ def gradients(count, heads, kv_heads, head_dim, device="cpu", dtype=torch.float3
     return dq.to(device), dk.to(device, dtype), dv.to(device, dtype)
 
 
-def turn_of(positions, count, head_dim, device="cpu"):
+def table_of(positions, count, head_dim, device="cpu"):
     if positions is None:
         return None
-    return positions.turn(DilatedPattern([64], [1]), 3, count, 10**5, head_dim, torch.float32, torch.device(device))
+    return positions.table(DilatedPattern([64], [1]), 3, count, 10**5, head_dim, torch.float32, torch.device(device))
 
 
-def exact(dq, dk, dv, turn):
+def exact(dq, dk, dv, table):
     """The gradients of what was turned, by autograd in float64."""
     q, k = (torch.zeros_like(gradient, dtype=torch.float64, requires_grad=True) for gradient in (dq, dk))
-    if turn is not None:
-        products = zip(turned(q, k, Turn(*(table.double() for table in turn))), (dq, dk), strict=True)
+    if table is not None:
+        products = zip(rotate(q, k, RotaryTable(*(table.double() for table in table))), (dq, dk), strict=True)
         dq, dk = torch.autograd.grad(sum((x * dx.double()).sum() for x, dx in products), (q, k))
     joined = torch.cat([gradient.double().flatten(1) for gradient in (dq, dk, dv)], 1)
     return joined, joined.sum(0)
@@ -50,8 +50,8 @@ def exact(dq, dk, dv, turn):
 @pytest.mark.parametrize("positions", POSITIONS, ids=["none", "rope", "xpos"])
 @pytest.mark.parametrize("function", [kernels.join_gradients, join_gradients], ids=["kernel", "torch"])
 def test_agrees_with_float64(function, positions, shape):
-    given, turn = gradients(*shape), turn_of(positions, shape[0], shape[-1])
-    for actual, expected in zip(function(*given, turn, torch.float32), exact(*given, turn), strict=True):
+    given, table = gradients(*shape), table_of(positions, shape[0], shape[-1])
+    for actual, expected in zip(function(*given, table, torch.float32), exact(*given, table), strict=True):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -85,11 +85,11 @@ def test_a_block_computes_the_same_with_it(monkeypatch, compile, qk_norm):
     width, heads = block.self_attn.q_proj.weight.shape[1], len(block.self_attn.q_proj.bias) // head_dim
     kv_heads = len(block.self_attn.k_proj.bias) // head_dim
     given = gradients(20, heads, kv_heads, head_dim)
-    turn, x, dx = turn_of(Positions(), 20, head_dim), torch.randn(20, width), torch.randn(20, width)
+    table, x, dx = table_of(Positions(), 20, head_dim), torch.randn(20, width), torch.randn(20, width)
 
     def results(*execution):
         total = dx.clone()
-        return [*RowParts(weights, turn, head_dim, 1e-5, *execution).add_projection_gradients(x, given, total), total]
+        return [*RowParts(weights, table, head_dim, 1e-5, *execution).add_projection_gradients(x, given, total), total]
 
     expected = results()
     calls = []
@@ -113,8 +113,8 @@ def test_a_block_computes_the_same_with_it(monkeypatch, compile, qk_norm):
 @pytest.mark.parametrize("positions", POSITIONS, ids=["none", "rope", "xpos"])
 def test_agrees_with_float64_on_a_gpu(positions, heads):
     given = gradients(5001, *heads, device="cuda", dtype=torch.bfloat16)
-    turn = turn_of(positions, 5001, heads[-1], "cuda")
+    table = table_of(positions, 5001, heads[-1], "cuda")
     function = join_gradients_of(torch.device("cuda"), torch.bfloat16, heads[-1], *heads[:2])
     assert function is kernels.join_gradients
-    for actual, expected in zip(function(*given, turn, torch.bfloat16), exact(*given, turn), strict=True):
+    for actual, expected in zip(function(*given, table, torch.bfloat16), exact(*given, table), strict=True):
         assert (actual - expected).norm() < 0.003 * expected.norm()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from longnet_dist import numerics
-from longnet_dist.attention.positions import Positions, turned
+from longnet_dist.attention.positions import Positions, rotate
 from longnet_dist.config.loading import load_config
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -24,9 +24,9 @@ CUDA = torch.device("cuda")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def turn_of(rows, head_dim, dtype=torch.float64, device="cpu"):
+def table_of(rows, head_dim, dtype=torch.float64, device="cpu"):
     place = DilatedPattern([64], [1]), 3, rows, 10**5, head_dim
-    return Positions(xpos_base=10**5).turn(*place, dtype, torch.device(device))
+    return Positions(xpos_base=10**5).table(*place, dtype, torch.device(device))
 
 
 # On a GPU the tests with the real one say more.
@@ -41,12 +41,12 @@ def test_a_norm_behind_a_product_computes_the_same(monkeypatch, compile, fields)
     with torch.no_grad():
         for vector in (parameter for parameter in block.parameters() if parameter.dim() == 1):
             vector += torch.randn_like(vector) / 4
-    weights, turn = dict(block.named_parameters()), turn_of(20, 64, torch.float32)
+    weights, table = dict(block.named_parameters()), table_of(20, 64, torch.float32)
     x, dz, dx = torch.randn(3, 20, 128) + 1
     out, dq, dk, dv = (torch.randn(20, number, 64) for number in (2, 2, 1, 1))
 
     def results(*execution, kept=True):
-        parts, total = RowParts(weights, turn, 64, 1e-5, *execution), dx.clone()
+        parts, total = RowParts(weights, table, 64, 1e-5, *execution), dx.clone()
         z, moments = parts.output(x, out)
         first, dout, _, gradients = parts.output_gradients(x, out, dz, moments if kept else [])
         before = parts.add_projection_gradients(x, (dq, dk, dv), total)
@@ -158,14 +158,14 @@ def test_quack_turns_heads(head_dim):
     pytest.importorskip("quack")
     torch.manual_seed(0)
     rows, numbers, outputs = 4101, 768, 6 * head_dim
-    functions, turn = products_of("quack", CUDA, torch.bfloat16, rows, (768,)), turn_of(rows, head_dim, device="cuda")
-    assert head_dim in functions.turned_dims
+    functions, table = products_of("quack", CUDA, torch.bfloat16, rows, (768,)), table_of(rows, head_dim, device="cuda")
+    assert head_dim in functions.rotated_dims
     x = torch.randn(rows, numbers, device="cuda").bfloat16() + 1
     weight = (torch.randn(outputs, numbers, device="cuda") / numbers**0.5).bfloat16()
     bias, out = torch.randn(outputs, device="cuda").bfloat16(), torch.empty(rows, outputs, device="cuda").bfloat16()
-    functions.write_turned(functions.normed(x, None, None, 1e-5), weight, bias, turn.key.float(), out)
+    functions.write_rotated(functions.normed(x, None, None, 1e-5), weight, bias, table.key.float(), out)
     heads = F.layer_norm(x.double(), (numbers,), eps=1e-5) @ weight.double().T + bias.double()
-    _, expected = turned(*(2 * [heads.unflatten(1, (-1, head_dim))]), turn)
+    _, expected = rotate(*(2 * [heads.unflatten(1, (-1, head_dim))]), table)
     assert (out - expected.flatten(1)).norm() < 0.003 * expected.norm()
 
 
@@ -179,13 +179,13 @@ def test_a_block_computes_the_same_with_quack():
     with CUDA:
         block = LongNet(model_config(dim=256, ffn_dim=1024, layers=1)).blocks[0].bfloat16()
     weights, rows = dict(block.named_parameters()), 5000
-    turn = turn_of(rows, 64, torch.float32, "cuda")
+    table = table_of(rows, 64, torch.float32, "cuda")
     x, dz, dx = torch.randn(3, rows, 256, device="cuda", dtype=torch.bfloat16)
     out, dq, dk, dv = (torch.randn(rows, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 2, 2))
 
     def results(given, products, compile):
         weights, x, out, dz, dx, *gradients = given
-        parts, total = RowParts(weights, turn, 64, 1e-5, 3000, compile, products), dx.clone()
+        parts, total = RowParts(weights, table, 64, 1e-5, 3000, compile, products), dx.clone()
         z, moments = parts.output(x, out)
         first, dout, _, after = parts.output_gradients(x, out, dz, moments)
         before = parts.add_projection_gradients(x, tuple(gradients), total)

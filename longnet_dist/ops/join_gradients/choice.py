@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.kernels.registry import takes_triton
-from longnet_dist.attention.positions import Turn
+from longnet_dist.attention.positions import RotaryTable
 from longnet_dist.ops.join_gradients.reference import join_gradients
 
-JoinGradients = Callable[[Tensor, Tensor, Tensor, Turn | None, torch.dtype], tuple[Tensor, Tensor]]
+JoinGradients = Callable[[Tensor, Tensor, Tensor, RotaryTable | None, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def join_gradients_of(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.positions import Turn, turned
+from longnet_dist.attention.positions import RotaryTable, rotate
 from longnet_dist.numerics import wide_dtype
 
 
-def join_gradients(dq: Tensor, dk: Tensor, dv: Tensor, turn: Turn | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def join_gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, table: RotaryTable | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """``dq (n, H, D)``, ``dk`` and ``dv (n, Hkv, D)`` as ``(n, (H + 2·Hkv)·D)`` in ``dtype``, and the sum of its rows.
 
-    With a turn dq and dk, of turned queries and keys, are turned back. The sum is float32, or float64 with ``dtype``.
+    With a table, dq and dk are rotated back. The sum is float32, or float64 with ``dtype``.
     """
-    if turn is not None:
-        dq, dk = turned(dq, dk, turn.back())
+    if table is not None:
+        dq, dk = rotate(dq, dk, table.inverse())
     joined = torch.cat([gradient.to(dtype).flatten(1) for gradient in (dq, dk, dv)], 1)
     return joined, joined.sum(0, dtype=wide_dtype(dtype))

@@ -1,9 +1,9 @@
 # Device code: Triton's compiler gives its values their types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 # ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
-"""Gradients of queries, keys and values turned back, rounded, put side by side and summed, in one pass over them.
+"""Gradients of queries, keys and values rotated back, rounded, put side by side and summed, in one pass over them.
 
-Inductor turns, copies and sums in kernels of their own, each of which reads the gradients again.
+Inductor rotates, copies and sums in kernels of their own, each of which reads the gradients again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PROGRAMS = 4
 
 
 def join_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, turn: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As in ``longnet_dist/ops/join_gradients/choice.py``, for heads that :func:`fits` knows."""
     gradients = (gradient.contiguous() for gradient in (dq, dk, dv))
-    joined, sums = _join_gradients(*gradients, [table.contiguous() for table in turn or ()], dtype)
+    joined, sums = _join_gradients(*gradients, [table.contiguous() for table in table or ()], dtype)
     return joined, sums
 
 
@@ -46,10 +46,10 @@ def _piece(head_dim: int, heads: int, kv_heads: int) -> int:
 @torch.library.custom_op(
     "longnet_dist::join_gradients",
     mutates_args=(),
-    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor[] turn, ScalarType dtype) -> (Tensor, Tensor)",
+    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor[] table, ScalarType dtype) -> (Tensor, Tensor)",
 )
 def _join_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, turn: list[Tensor], dtype: torch.dtype
+    dq: Tensor, dk: Tensor, dv: Tensor, table: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     rows, heads, head_dim = dq.shape
     numbers, key_numbers = heads * head_dim, dk.shape[1] * head_dim
@@ -63,7 +63,7 @@ def _join_gradients(
         dq,
         dk,
         dv,
-        *(turn or [dq] * 2),
+        *(table or [dq] * 2),
         joined,
         sums,
         rows,
@@ -72,14 +72,14 @@ def _join_gradients(
         head_dim // 2,
         _piece(head_dim, heads, dk.shape[1]) // 2,
         rows_at_once,
-        bool(turn),
+        bool(table),
         num_warps=warps,
     )
     return joined, sums.sum(0)
 
 
 @_join_gradients.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, turn: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(dq: Tensor, dk: Tensor, dv: Tensor, table: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     width = dq.shape[1] * dq.shape[2] + 2 * dk.shape[1] * dk.shape[2]
     return dq.new_empty(dq.shape[0], width, dtype=dtype), dq.new_empty(width, dtype=torch.float32)
 

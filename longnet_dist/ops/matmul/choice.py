@@ -29,9 +29,9 @@ class Products(NamedTuple):
         linear: ``(rows, weight, bias, added)`` to ``rows weightᵀ + bias + added (n, N)``, or without the last.
         write_linear: the same into ``out``, which may be ``added``: ``(rows, weight, bias, added, out)``.
         product: ``(x, weight (K, N))`` to ``x weight (n, N)``.
-        write_turned: ``rows weightᵀ + bias``, as heads that are turned by a table ``(n, 1, D/2, 2)`` of
-            :class:`~longnet_dist.attention.positions.Turn`, into ``out``: ``(rows, weight, bias, table, out)``.
-        turned_dims: the head dims that it knows.
+        write_rotated: ``rows weightᵀ + bias``, as heads that are rotated by a table ``(n, 1, D/2, 2)`` of
+            :class:`~longnet_dist.attention.positions.RotaryTable`, into ``out``: ``(rows, weight, bias, table, out)``.
+        rotated_dims: the head dims that it knows.
         folded: whether the norms' own weights must have been folded into the maps behind them.
     """
 
@@ -39,8 +39,8 @@ class Products(NamedTuple):
     linear: Callable[[Normed, Tensor, Tensor, Tensor | None], Tensor]
     write_linear: Callable[[Normed, Tensor, Tensor, Tensor | None, Tensor], None]
     product: Callable[[Tensor, Tensor], Tensor]
-    write_turned: Callable[[Normed, Tensor, Tensor, Tensor, Tensor], None]
-    turned_dims: tuple[int, ...]
+    write_rotated: Callable[[Normed, Tensor, Tensor, Tensor, Tensor], None]
+    rotated_dims: tuple[int, ...]
     folded: bool
 
 
@@ -63,7 +63,7 @@ def _write_linear(rows: Normed, weight: Tensor, bias: Tensor, added: Tensor | No
 
 
 def _write_turned(rows: Normed, weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
-    raise NotImplementedError("turned_dims has none")
+    raise NotImplementedError("rotated_dims has none")
 
 
 TORCH = Products(_normed, _linear, _write_linear, torch.matmul, _write_turned, (), folded=False)

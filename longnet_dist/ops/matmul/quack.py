@@ -30,7 +30,7 @@ CONFIG = GemmConfig(
 _BIAS = {"bias": RowVecLoad("bias")}
 _NORM = _BIAS | {"scale": ColVecLoad("scale"), "shift": ColVecLoad("shift"), "sums": RowVecLoad("sums")}
 
-TURNED_DIMS = (64, 96)
+ROTATED_DIMS = (64, 96)
 """Head dims of which a tile of the result holds whole heads."""
 
 
@@ -60,7 +60,7 @@ def _with_norm_and_sum(acc, c, scale, shift, sums, bias):
 
 
 @gemm_epilogue(ops=_NORM | {"table": rotary_cos_sin_load("table")}, mode="acc_pair")
-def _with_norm_and_turn(acc, table, scale, shift, sums, bias):
+def _with_norm_and_rotation(acc, table, scale, shift, sums, bias):
     even, odd = unpack(acc * scale + sums * shift + bias)
     cos, sin = unpack(table)
     return {"D": pack(even * cos - odd * sin, odd * cos + even * sin)}
@@ -128,15 +128,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def write_turned(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
-    """As there, behind a norm, for head dims of :data:`TURNED_DIMS`."""
+def write_rotated(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
+    """As there, behind a norm, for head dims of :data:`ROTATED_DIMS`."""
     x, scale, shift = rows
     operands = _norm_operands(weight, scale, shift) | {"bias": bias[None], "table": table.flatten(1)}
-    _with_norm_and_turn(x, weight.T, out={"D": out}, config=CONFIG, **operands)
+    _with_norm_and_rotation(x, weight.T, out={"D": out}, config=CONFIG, **operands)
 
 
 def _norm_operands(weight: Tensor, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
     return {"scale": scale[None], "shift": shift[None], "sums": weight.sum(1, dtype=torch.float32)[None]}
 
 
-FUNCTIONS = normed, linear, write_linear, product, write_turned, TURNED_DIMS
+FUNCTIONS = normed, linear, write_linear, product, write_rotated, ROTATED_DIMS

@@ -40,7 +40,7 @@ def compile_only(self, *args, grid, warmup, **options):
 JITFunction.run = compile_only
 torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
 
-from longnet_dist.attention.positions import Turn
+from longnet_dist.attention.positions import RotaryTable
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import compact_piece, dense_pieces, shared_segments
 from longnet_dist.ops.join_gradients import triton as join_gradients
@@ -86,7 +86,7 @@ join_gradients.processors = lambda device: 132
 for heads, kv_heads, width in ((12, 12, 64), (12, 4, 64), (16, 16, 96), (32, 32, 64), (32, 32, 80)):
     dq, table = torch.empty(64, heads, width), torch.empty(64, 1, width // 2, 2)
     dk = torch.empty(64, kv_heads, width, dtype=torch.bfloat16)
-    join_gradients.join_gradients(dq, dk, dk, Turn(table, table), torch.bfloat16)
+    join_gradients.join_gradients(dq, dk, dk, RotaryTable(table, table), torch.bfloat16)
 norm_gradients.processors = lambda device: 132
 for length in (768, 1536, 2048, 2560, 4096):
     x, y, dx = torch.empty(3, 4000, length, dtype=torch.bfloat16)
