@@ -30,8 +30,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
+from benchmarks import pictures
 from benchmarks.attention_accuracy import compare
 from benchmarks.attention_peers import Attend, dense_kernels, torchscale_attention
+from benchmarks.pictures import save_picture
 from benchmarks.record import clocks, environment
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.geometry.overlap import computed_share
@@ -193,26 +195,6 @@ def compile_kernels(case: Case, backend: str) -> None:
     torch.autograd.grad(out, (q, k, v), dout)
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """The rate of each case as bars, the dense rate as a line on each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(results) + 1.5))
-    names = [result["case"]["name"] for result in results]
-    axes.barh(names, [result["both_tflops"] for result in results], color="tab:blue", label="dilated attention")
-    axes.plot(
-        [r["dense_tflops"] for r in results], names, "k|", markersize=18, label="fastest dense kernel, 2,048 rows"
-    )
-    axes.set_xlabel("TFLOP/s, forward + backward")
-    axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncol=2, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def speed(cases: list[Case], backend: str, save: Callable[[str, Any], None]) -> None:
     """The table of cases."""
     with multiprocessing.get_context("spawn").Pool(8) as pool:
@@ -298,7 +280,7 @@ def main() -> None:
     if "accuracy" in options.sections:
         accuracy(options.shapes, options.backend, save)
     if "results" in document:
-        draw(document["results"], options.output / "attention.png")
+        save_picture(pictures.attention(document), options.output / "attention.png")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
+from benchmarks import pictures
 from benchmarks.jobs import Job, model_flops
-from benchmarks.pictures import draw_over_length, new_figure
+from benchmarks.pictures import save_picture
 from benchmarks.record import environment
 from benchmarks.text import DEFAULT_FOLDERS, write_text
 from longnet_dist import DilatedPattern, LongNetConfig
@@ -62,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure as the command line says; every rank runs this."""
     options = _parser().parse_args(arguments)
     if options.draw:
-        draw([json.loads(path.read_text()) for path in options.draw], options.output.with_suffix(".png"))
+        results = [json.loads(path.read_text()) for path in options.draw]
+        save_picture(pictures.billion(results), options.output.with_suffix(".png"))
         return
     launch = LaunchEnvironment.read(os.environ)
     device = launch.device()
@@ -225,26 +227,8 @@ class Benchmark:
             output: Path = self.options.output
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, json.dumps(self.result, indent=2) + "\n")
-            draw([self.result], output.with_suffix(".png"))
+            save_picture(pictures.billion([self.result]), output.with_suffix(".png"))
             print(_line(point), flush=True)
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Seconds, and nanoseconds a token, against tokens: Figure 5 of the paper; a line for each mode and machine."""
-    labels = dict(zip(MODES, ("forward", "training step", "dense, forward", "dense, training step"), strict=True))
-    seconds, a_token = {}, {}
-    for result in results:
-        machine = f", {result['ranks']} × {result['gpu'] or 'CPU'}" if len(results) > 1 else ""
-        for mode, label in labels.items():
-            points = [p for p in result["points"] if p["mode"] == mode and "seconds" in p]
-            if points:
-                line = [(p["tokens"], statistics.median(p["seconds"])) for p in points]
-                seconds[label + machine] = line
-                a_token[label + machine] = [(tokens, 1e9 * time / tokens) for tokens, time in line]
-    figure = new_figure(12, 5)
-    draw_over_length(figure.add_subplot(1, 2, 1), seconds, "tokens in one sequence", "seconds")
-    draw_over_length(figure.add_subplot(1, 2, 2), a_token, "tokens in one sequence", "nanoseconds a token")
-    figure.savefig(path, dpi=130)
 
 
 def _line(point: dict[str, Any]) -> str:

@@ -36,10 +36,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
+from benchmarks import pictures
 from benchmarks.exact_peers import PEERS
+from benchmarks.pictures import save_picture
 from benchmarks.record import environment
 from benchmarks.scaling_jobs import Problem, difference_from_one_rank, profile_exchange, stubbed_exchange
-from benchmarks.scaling_report import summary, table, write_picture
+from benchmarks.scaling_report import summary, table
 from longnet_dist.checkpoint.run_folder import write_text
 from longnet_dist.cli.exit_status import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
@@ -106,7 +108,7 @@ class Benchmark:
         if self.rank == 0:
             self.options.output.with_suffix(".md").write_text(table(self.result))
             print(table(self.result), flush=True)
-            write_picture(self.result, self.options.output.with_suffix(".png"))
+            save_picture(pictures.scaling(self.result), self.options.output.with_suffix(".png"))
 
     def _check(self) -> None:
         problem = self._problem(self.options.check_rows, self.ranks)

@@ -1,11 +1,8 @@
-"""The figures that follow from the times of ``benchmarks/scaling.py``, as numbers, a table and a picture."""
+"""The figures that follow from the times of ``benchmarks/scaling.py``, as numbers and a table."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from benchmarks.pictures import draw_over_length, new_figure
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -75,22 +72,6 @@ def table(result: dict[str, Any]) -> str:
         if part in result:
             lines += ["", f"{part}: {result[part]}"]
     return "\n".join(lines) + "\n"
-
-
-def write_picture(result: dict[str, Any], path: Path) -> None:
-    """Time against rows, both logarithmic: a line for each number of GPUs, and the exact peers."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for case in result.get("cases", []):
-        if "ms" in case["overlapped"]:
-            point = (case["rows"], case["overlapped"]["ms"])
-            lines.setdefault(f"dilated attention, {case['gpus']} GPUs", []).append(point)
-    for peer in result.get("peers", []):
-        if "ms" in peer["exact"]:
-            point = (peer["rows"], peer["exact"]["ms"])
-            lines.setdefault(f"exact, {peer['name']}, {peer['gpus']} GPUs", []).append(point)
-    figure = new_figure(7, 5)
-    draw_over_length(figure.add_subplot(), lines, "rows of the sequence", "ms, forward + backward")
-    figure.savefig(path, dpi=150)
 
 
 def _ms(times: dict[str, Any] | None) -> str:

@@ -22,7 +22,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -30,7 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.pictures import draw_over_length, new_figure
+from benchmarks import pictures
+from benchmarks.pictures import save_picture
 from benchmarks.record import environment
 from benchmarks.trials import Trial, isolated
 from longnet_dist.checkpoint.run_folder import write_text
@@ -220,7 +220,7 @@ class Benchmark:
         output: Path = self.options.output
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(self.result, indent=1) + "\n")
-        draw(self.result["points"], output.with_suffix(".png"))
+        save_picture(pictures.training(self.result), output.with_suffix(".png"))
 
 
 def gains_table(points: list[dict[str, Any]]) -> str:
@@ -238,29 +238,6 @@ def gains_table(points: list[dict[str, Any]]) -> str:
             cells += [f"{seconds:.3f}", ratio, f"{memory:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of a step over its length, and the curves."""
-    figure = new_figure(11, 4.5)
-    lengths, curves = figure.subplots(1, 2)
-    draw_over_length(lengths, dict(_lines(points)), "tokens in one sequence", "seconds a training step")
-    for point in points:
-        if point["part"] == "curves" and "losses" in point:
-            curves.plot(point["losses"], lw=1, label=f"{point['name']}, {point['precision']}")
-    curves.set(xlabel="step", ylabel="loss, nats a token")
-    curves.grid(alpha=0.3)
-    if curves.lines:
-        curves.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
-
-
-def _lines(points: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Length and seconds of each name that was measured at several lengths."""
-    for name in ("dilated", "dense", "paper", "vocabulary", "8b"):
-        line = sorted((p["rows"], p["median_seconds"]) for p in points if p["name"] == name and "median_seconds" in p)
-        if line:
-            yield name, line
 
 
 def _line(point: dict[str, Any]) -> str:
