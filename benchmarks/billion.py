@@ -40,7 +40,7 @@ from benchmarks.record import environment
 from benchmarks.text import DEFAULT_FOLDERS, write_text
 from longnet_dist import DilatedPattern, LongNetConfig
 from longnet_dist.checkpoint.run_folder import write_text as write_file
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import TokenFile

@@ -27,7 +27,7 @@ from benchmarks.record import clocks, environment
 from longnet_dist import DilatedPattern, LongNetConfig
 from longnet_dist.attention.positions import Positions
 from longnet_dist.checkpoint.run_folder import write_text
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.model.block import Block
 from longnet_dist.model.rows import RowParts
 from longnet_dist.ops.gelu_norm.choice import PLAIN, GeluNorm

@@ -43,7 +43,7 @@ from benchmarks.record import environment
 from benchmarks.scaling_jobs import Problem, difference_from_one_rank, profile_exchange, stubbed_exchange
 from benchmarks.scaling_report import summary, table
 from longnet_dist.checkpoint.run_folder import write_text
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
 from longnet_dist.errors import ConfigError

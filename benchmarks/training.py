@@ -34,7 +34,7 @@ from benchmarks.pictures import save_picture
 from benchmarks.record import environment
 from benchmarks.trials import Trial, isolated
 from longnet_dist.checkpoint.run_folder import write_text
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.data.prepare import default_token_file
 
 PARTS = ("throughput", "gains", "longest", "baseline", "curves")

@@ -24,6 +24,7 @@ LAYERS = [
     "resilience",
     "train",
     "cli",
+    "__main__",
 ]
 
 

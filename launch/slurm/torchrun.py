@@ -16,12 +16,11 @@ import signal
 import sys
 import time
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import parse_args
 
-KILLED = 128  # plus the number of the signal, as shells count
-USER_ERROR_STATUS = 2
+from longnet_dist.cli.program.ranks import exit_status
+from longnet_dist.errors import USER_ERROR_STATUS
+
 LAST_QUESTIONS_SECONDS = 2.0
 
 
@@ -36,18 +35,11 @@ def main() -> int:
     if options.log_dir:
         options.log_dir = os.path.join(options.log_dir, f"node{node}")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    try:
-        run(options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"rank {rank} was the first to end, with status {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else KILLED - failure.exitcode
-    except SignalException as error:
-        return KILLED + int(error.sigval)
-    if node == "0" and nodes != "1":
+    status = exit_status(options)
+    if status == 0 and node == "0" and nodes != "1":
         # This process keeps the store, which the others still ask whether all have finished; or they log tracebacks.
         time.sleep(LAST_QUESTIONS_SECONDS)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

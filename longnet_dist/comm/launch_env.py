@@ -65,9 +65,9 @@ class LaunchEnvironment:
         Raises:
             ConfigError: a launcher left less than it should have, or nonsense; or mpi4py is missing or of another MPI.
         """
-        if "RANK" in environ or "WORLD_SIZE" in environ:
+        if _has_variables(environ):
             return _from_variables(environ)
-        if OPEN_MPI_SIZE in environ or HYDRA_ONLY in environ:
+        if _has_mpi(environ):
             return _from_mpi(environ)
         if SRUN_SIZE in environ:
             return _from_srun(environ)
@@ -94,6 +94,19 @@ class LaunchEnvironment:
     def share_cores(self) -> None:
         """Let the ranks of a machine share its cores evenly; each would else start a thread on every core."""
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+
+
+def launcher_of(environ: Mapping[str, str]) -> str:
+    """Return the name of the launcher that started this process as one of several ranks, or an empty string.
+
+    The order is that of :meth:`LaunchEnvironment.read`. A single task of srun counts as no launcher: it is also the
+    shell of ``srun --pty bash``, whose commands may start ranks of their own.
+    """
+    if _has_variables(environ):
+        return "torchrun or DeepSpeed's launcher"
+    if _has_mpi(environ):
+        return "mpirun"
+    return "srun" if environ.get(SRUN_SIZE, "1") != "1" else ""
 
 
 @contextmanager
@@ -145,6 +158,14 @@ def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
     meeting_point = launch.meeting_point or "env://"  # the latter only for a launch environment that a caller made
     store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
     return dist.PrefixStore(f"attempt_{launch.attempt}", store)  # type: ignore[attr-defined]
+
+
+def _has_variables(environ: Mapping[str, str]) -> bool:
+    return "RANK" in environ or "WORLD_SIZE" in environ
+
+
+def _has_mpi(environ: Mapping[str, str]) -> bool:
+    return OPEN_MPI_SIZE in environ or HYDRA_ONLY in environ
 
 
 def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def run_names() -> list[str]:
+    """Return the names of the configurations that this package brings, in ``config/runs``."""
+    runs = (files("longnet_dist.config") / "runs").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in runs if file.name.endswith(".yaml"))
+
+
+def find_config(word: str) -> Path | Traversable:
+    """Return the file that a command line means: a packaged configuration, by its name, or a path.
+
+    A name wins over a file or folder of the same name here, which is ``./name``.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if word in (names := run_names()):
+        return files("longnet_dist.config") / "runs" / f"{word}.yaml"
+    path = Path(word)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    near = difflib.get_close_matches(word, names, n=1)
+    raise ConfigError(
+        f"there is no configuration {word!r}: give a YAML file or one of {', '.join(names)}"
+        + (f"; the nearest is {near[0]}" if near else "")
+    )
+
+
+def load_config(path: Path | Traversable, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, as from :func:`find_config`.
         overrides: ``section.key=value`` words, each with a YAML value, which replace the file's.
 
     Raises:
@@ -48,7 +77,7 @@ def parse_config(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(_faults(error))) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path | Traversable) -> dict[str, Any]:
     """Read a YAML mapping with the safe loader, which makes no objects, and refuse a key given twice.
 
     Raises:
@@ -129,9 +158,13 @@ def _known_part(location: tuple[int | str, ...]) -> str:
 def known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted names of all keys below a section."""
     for name, field in section.model_fields.items():
-        classes = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
-        nested = next((kind for kind in classes if issubclass(kind, BaseModel)), None)
-        if nested is None:
-            yield prefix + name
-        else:
+        if nested := section_of(field):
             yield from known_keys(nested, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the class of a field that is a section of its own, None for a key."""
+    classes = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+    return next((kind for kind in classes if issubclass(kind, BaseModel)), None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from launch import train
 from longnet_dist.checkpoint.format import TENSOR_FILES, checkpoints
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli import train
+from longnet_dist.cli.program.exit_status import run_cli
 
 DEADLINE_SECONDS = 240.0  # of waiting for something that ought to come; nothing is measured by it
 
@@ -24,7 +24,7 @@ FORK.set_forkserver_preload(["tests.faults.imported"])
 
 
 class Ranks:
-    """``launch/train.py`` with these arguments on some ranks of this machine.
+    """``longnet train`` with these arguments on some ranks of this machine.
 
     ``status`` has the exit status of each rank after ``wait``, negative for a signal; ``output(rank)`` what it wrote.
     """

@@ -4,7 +4,7 @@ import hashlib
 import signal
 from contextlib import contextmanager
 
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli.program.exit_status import run_cli
 
 SECONDS = 60
 

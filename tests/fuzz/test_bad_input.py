@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import evaluate, export, generate, plan, prepare_data, train
+from longnet_dist.cli import evaluate, export, generate, plan, prepare, train
 from longnet_dist.config.loading import known_keys
 from longnet_dist.config.schema import Config
 from longnet_dist.data.token_file import PREAMBLE, TokenFile
@@ -214,13 +214,13 @@ WORDS += ["/dev/null", "run/checkpoints", "run/config.yaml", "bytes", "tiktoken:
 def test_command_lines(capsys, inputs, outcomes, monkeypatch, data):
     folder = inputs()
     monkeypatch.chdir(folder)
-    program = data.draw(st.sampled_from([evaluate, generate, export, train, prepare_data]), "program")
+    program = data.draw(st.sampled_from([evaluate, generate, export, train, prepare]), "program")
     starts = {
         evaluate: ["run", "--data", "source.tokens", "--tokens", "64"],
         generate: ["run", "--tokens", "2"],
         export: ["run"],
         train: ["run/config.yaml"],
-        prepare_data: ["run/config.yaml"],
+        prepare: ["run/config.yaml"],
     }
     start = data.draw(st.sampled_from([starts[program], []]), "start")
     words = st.lists(st.one_of(st.sampled_from(FLAGS), st.sampled_from(WORDS), st.text(max_size=6)), max_size=5)
@@ -249,7 +249,7 @@ def test_texts_to_prepare(capsys, tmp_path_factory, outcomes, data):
     )
     share = data.draw(st.one_of(st.just(0.1), st.sampled_from([0, 0.5, 1]), st.floats()), "share")
     arguments = [folder / "in", "--output", folder / "out.tokens", "--tokenizer", tokenizer, f"--validation={share}"]
-    status = check(capsys, prepare_data, arguments, folder / "in")
+    status = check(capsys, prepare, arguments, folder / "in")
     outcomes[status] += 1
     assert (folder / "out.tokens").exists() == (status == 0)
     assert {path.name for path in folder.iterdir()} <= {"in", "out.tokens"}

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from launch.evaluate import main
+from longnet_dist.cli.evaluate import main
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
 from tests.train.runs import run, tiny_config, write_corpus

@@ -18,7 +18,7 @@ TEXT = b"To be, or not to be\n" * 5000
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "prepare_data.py"), *arguments],
+        [sys.executable, "-m", "longnet_dist", "prepare", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -81,4 +81,4 @@ def test_mistakes_end_with_one_line_and_status_2(tmp_path: Path, arguments: list
 def test_help_has_examples(tmp_path: Path) -> None:
     done = run(tmp_path, "--help")
     assert done.returncode == 0
-    assert "python launch/prepare_data.py enwik8.zip --output enwik8.tokens" in done.stdout
+    assert "longnet prepare enwik8.zip --output enwik8.tokens" in done.stdout

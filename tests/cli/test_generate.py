@@ -1,6 +1,6 @@
 import pytest
 
-from launch.generate import SEPARATOR, main
+from longnet_dist.cli.generate import SEPARATOR, main
 from longnet_dist.errors import ConfigError, DataError
 from tests.train.runs import run, tiny_config, write_corpus
 

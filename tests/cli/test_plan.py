@@ -9,12 +9,12 @@ KEYS = {"parameters", "flops_per_token", "peak_gpu_bytes", "peak_host_bytes", "s
 
 
 def run(*words):
-    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *words]
+    command = [sys.executable, "-m", "longnet_dist", "plan", *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_json_and_table_say_the_same():
-    words = (str(ROOT / "configs" / "paper.yaml"), "parallel.sequence=4", "--device", "h100")
+    words = ("paper", "parallel.sequence=4", "--device", "h100")
     printed = run(*words, "--json")
     assert printed.returncode == 0, printed.stderr
     values = json.loads(printed.stdout)
@@ -27,7 +27,7 @@ def test_json_and_table_say_the_same():
 
 
 def test_mistakes_end_with_one_message_and_status_2():
-    result = run(str(ROOT / "configs" / "paper.yaml"), "--device", "abacus")
+    result = run("paper", "--device", "abacus")
     assert result.returncode == 2
     assert result.stderr.startswith("error: device must be cpu or one of h100-nvl,")
     assert len(result.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""How the programs under ``launch/`` end: one line for a mistake of the caller, a traceback for one of ours."""
+"""How a command ends: one line for a mistake of the caller, a traceback for a fault of this package."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ def run_cli(main: Callable[[], None]) -> None:
 
     The status is 69 for a ``LostRankError``, which is no mistake of the caller's.
 
-    An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. Any
-    other exception is a fault of this package and keeps its traceback. An interrupt (Ctrl-C) exits with 130.
+    An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. A
+    missing package of others ends with the line that installs it. Any other exception is a fault of this package and
+    keeps its traceback. An interrupt (Ctrl-C) exits with 130.
     """
     try:
         main()
@@ -24,6 +25,15 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(LOST_RANK_STATUS if isinstance(error, LostRankError) else USER_ERROR_STATUS)
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+        sys.exit(USER_ERROR_STATUS)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "longnet_dist"):
+            raise
+        sys.stderr.write(
+            f"error: this command needs the package {package}, which is not installed; "
+            "install it with: pip install 'longnet-dist[train]'\n"
+        )
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from longnet_dist.cli.exit_status import run_cli
+from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.errors import ConfigError, DataError, LostRankError
 
 

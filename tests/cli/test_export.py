@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch import evaluate, export, generate
 from longnet_dist.checkpoint.format import newest_checkpoint
+from longnet_dist.cli import evaluate, export, generate
 from longnet_dist.data.tokenizers import tokenizer_from_json
 from longnet_dist.errors import CheckpointError, LongNetError
 from longnet_dist.model.pretrained import from_pretrained

@@ -1,0 +1,49 @@
+"""``longnet export``: a trained model in a folder of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from longnet_dist.cli.program.parser import CommandParser
+
+SUMMARY = "write a trained model into a folder of its own: weights, configuration, tokenizer"
+EXAMPLES = """\
+examples:
+  longnet export runs/quickstart exported
+  longnet export runs/paper/checkpoints/step_00250000 exported --precision bf16
+
+OUTPUT_DIR gets model.safetensors, config.json and tokenizer.json. To use it:
+
+  from longnet_dist.model.pretrained import from_pretrained
+  model = from_pretrained("exported")
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export as the command line says.
+
+    Args:
+        arguments: the words behind ``longnet export``.
+
+    Raises:
+        LongNetError: no such run, or the output cannot be written.
+    """
+    from longnet_dist.inference.runs import export_run
+
+    options = parser().parse_args(arguments)
+    export_run(options.run, options.output, options.precision)
+    print(f"exported to {options.output}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``longnet export``."""
+    what = "Write a trained model into a folder of its own: weights, configuration and tokenizer."
+    result = CommandParser("export", what, EXAMPLES)
+    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
+    result.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="new, or empty")
+    result.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default %(default)s)"
+    )
+    return result

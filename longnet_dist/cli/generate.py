@@ -1,0 +1,61 @@
+"""``longnet generate``: text that a trained model adds to a prompt."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from longnet_dist.cli.program.parser import CommandParser
+
+SUMMARY = "let a trained model continue a text"
+SEPARATOR = "-" * 40  # between samples
+EXAMPLES = """\
+examples:
+  longnet generate runs/quickstart --prompt "def "
+  longnet generate runs/quickstart --prompt-file story.txt --tokens 500 --samples 3 --seed 7
+  longnet generate runs/quickstart --prompt "import " --temperature 0
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Generate as the command line says.
+
+    Args:
+        arguments: the words behind ``longnet generate``.
+
+    Raises:
+        LongNetError: no such run or prompt file, or a model that cannot continue a text.
+    """
+    from longnet_dist.inference.generation import Sampling
+    from longnet_dist.inference.runs import continue_text
+
+    options = parser().parse_args(arguments)
+    sampling = Sampling(options.temperature, options.top_k, options.seed)
+    prompt = options.prompt if options.prompt_file is None else _read(options.prompt_file)
+    texts = continue_text(options.run, prompt, options.tokens, sampling, options.samples)
+    print(f"\n{SEPARATOR}\n".join(texts))
+
+
+def _read(path: Path) -> str:
+    from longnet_dist.errors import DataError
+
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"cannot read the prompt file {path}: {error.strerror}") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``longnet generate``."""
+    result = CommandParser("generate", "Let a trained model continue a text.", EXAMPLES)
+    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
+    prompt = result.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with that text, of any length")
+    result.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default %(default)s)")
+    result.add_argument("--samples", type=int, default=1, metavar="n", help="texts to write (default %(default)s)")
+    result.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
+    result.add_argument("--top-k", type=int, default=40, help="of the likeliest tokens; 0: all (default %(default)s)")
+    result.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    return result

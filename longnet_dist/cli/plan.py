@@ -1,0 +1,90 @@
+"""``longnet plan``: what a run will need, by arithmetic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from longnet_dist.cli.program.parser import CommandParser, positive
+
+if TYPE_CHECKING:
+    from longnet_dist.config.schema import Config
+    from longnet_dist.estimate.devices import Device
+
+SUMMARY = "predict the memory, time and longest sequence of a training run"
+DEFAULT_DEVICE = "h100"
+GPUS_OF_A_MACHINE = 8
+EXAMPLES = """\
+CONFIG is a YAML file or the name of a packaged configuration: {names}.
+
+examples:
+  longnet plan paper --device h100
+  longnet plan paper data.sequence_length=1048576 train.activation_checkpointing=selective
+  longnet plan my.yaml --gpus 8 parallel.sequence=4 --json
+
+Everything is a prediction by arithmetic: nothing is allocated and no GPU is needed.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a plan as the command line says.
+
+    Args:
+        arguments: the words behind ``longnet plan``.
+
+    Raises:
+        ConfigError: a mistake in the command line or the configuration.
+    """
+    from longnet_dist.config.loading import find_config, load_config
+    from longnet_dist.estimate.devices import host_memory_bytes
+    from longnet_dist.estimate.layout import RunLayout
+    from longnet_dist.estimate.run_estimate import Estimate
+    from longnet_dist.estimate.table import remedy_lines, table
+
+    options = parser().parse_intermixed_args(arguments)
+    config = load_config(find_config(options.config), options.settings)
+    device, here = _device(options.device)
+    layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
+    local_ranks = min(layout.num_ranks, GPUS_OF_A_MACHINE)
+    plan = Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
+    if options.json:
+        print(json.dumps(plan.to_json()))
+    else:
+        print(table(plan) + (f"\n{remedy_lines(plan)}" if not plan.fits() else ""))
+
+
+def _device(name: str | None) -> tuple[Device, bool]:
+    """The device, and whether it is of this machine."""
+    import torch
+
+    from longnet_dist.estimate.devices import device_of, named_device
+
+    if name is not None:
+        return named_device(name), name == "cpu"
+    if torch.cuda.is_available():
+        return device_of(torch.device("cuda", 0)), True
+    return named_device(DEFAULT_DEVICE), False
+
+
+def _ranks(config: Config) -> int:
+    """As many as the mesh asks for; what is left open is 1."""
+    data, sequence = config.parallel.data, config.parallel.sequence
+    return (data if isinstance(data, int) else 1) * (sequence if isinstance(sequence, int) else 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``longnet plan``."""
+    from longnet_dist.config.loading import run_names
+    from longnet_dist.estimate.devices import GPUS
+
+    what = "Parameters, FLOPs, memory, step time and the longest sequence of a training run."
+    result = CommandParser("plan", what, EXAMPLES.format(names=", ".join(run_names())))
+    result.add_argument("config", metavar="CONFIG", help="a configuration")
+    result.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace its own")
+    result.add_argument("--gpus", type=positive, metavar="n", help="ranks (default parallel.data × parallel.sequence)")
+    names = ", ".join(device.name for device in GPUS)
+    result.add_argument("--device", metavar="NAME", help=f"cpu or one of {names} (default: this machine's, else h100)")
+    result.add_argument("--json", action="store_true", help="print a JSON object")
+    return result

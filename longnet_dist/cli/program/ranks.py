@@ -1,0 +1,145 @@
+"""The ranks of a command: those that a launcher has started, or those that the command starts itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import longnet_dist
+from longnet_dist.cli.program.processes import Processes
+from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
+from longnet_dist.errors import ConfigError
+
+KILLED = 128  # plus the number of the signal, as shells count
+
+
+def run_on_ranks(
+    processes: Processes,
+    work: Callable[[LaunchEnvironment], None],
+    check: Callable[[int], object] = lambda num_ranks: None,
+) -> None:
+    """Do ``work`` on this rank of a launcher; if there is no launcher, start the ranks and wait for them.
+
+    Where only one rank is wanted this process is that rank.
+
+    Args:
+        processes: the ranks to start.
+        work: what a rank does.
+        check: refuses what cannot run on so many ranks, before they start, so that its message comes once.
+
+    Raises:
+        ConfigError: a number of ranks was asked for in a rank of a launcher, or is more than there are GPUs.
+        SystemExit: with the ranks' exit status, after these were started here.
+    """
+    if launcher := launcher_of(os.environ) or not processes.starts:
+        launch = LaunchEnvironment.read(os.environ)
+        if processes.asked not in (None, launch.world_size):
+            raise ConfigError(
+                f"--processes={processes.asked} would start ranks, but {launcher} has started {launch.world_size}; "
+                "leave --processes out"
+            )
+        return work(launch)
+    num_ranks = _num_ranks(processes)
+    if num_ranks == 1:
+        return work(LaunchEnvironment())
+    check(num_ranks)
+    raise SystemExit(start_ranks(processes.command, num_ranks))
+
+
+def _num_ranks(processes: Processes) -> int:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes.asked and 0 < num_gpus < processes.asked:
+        raise ConfigError(
+            f"every rank needs a GPU of its own, but --processes={processes.asked} and there are {num_gpus}; use at "
+            f"most {num_gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+        )
+    return processes.asked or (num_gpus if processes.each_gpu else min(num_gpus, 1)) or processes.on_cpus
+
+
+def start_ranks(command: Sequence[str], num_ranks: int) -> int:
+    """Run ``longnet`` with these words on ranks of this machine, by torch's launcher, and wait for them.
+
+    SIGTERM and SIGUSR1 are handed on to the ranks, which write a checkpoint; so their status comes through.
+
+    Returns:
+        The exit status of the first rank that failed, or 0.
+    """
+    from torch.distributed.run import parse_args
+
+    options = parse_args(  # type: ignore[no-untyped-call]
+        [
+            f"--nproc-per-node={num_ranks}",
+            "--max-restarts=0",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+            "--local-addr=127.0.0.1",
+            "--no-python",
+            sys.executable,
+            *_python_options(),
+            *command,
+        ]
+    )
+    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    # Else torch's launcher takes 1 and says so in a banner.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    for name in ("SIGTERM", "SIGUSR1"):  # the latter is no signal of Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _hand_on)
+    return exit_status(options)
+
+
+def exit_status(options: Any) -> int:
+    """Run torch's launcher, and return the exit status of the first rank that failed where the launcher says 1.
+
+    Args:
+        options: of torchrun, from ``torch.distributed.run.parse_args``.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import run
+
+    try:
+        run(options)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} was the first to end, with status {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else KILLED - failure.exitcode
+    except SignalException as error:
+        return KILLED + int(error.sigval)
+    return 0
+
+
+def _python_options() -> list[str]:
+    """How a rank's Python finds this package: not in the current folder, unless it was found there."""
+    here = Path(longnet_dist.__file__).resolve().parent.parent == Path.cwd().resolve()
+    return ["-u", *([] if here else ["-P"]), "-m", "longnet_dist"]
+
+
+def _hand_on(number: int, _frame: FrameType | None) -> None:
+    """Send a signal to the ranks, which torch's launcher keeps in sessions of their own."""
+    for process in _children():
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _children() -> list[int]:
+    """The processes that this one started: from /proc where there is one, else from ``ps``."""
+    parents: dict[int, int] = {}
+    if Path("/proc/self/stat").exists():
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    elif shutil.which("ps"):
+        answer = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False).stdout
+        parents = {int(words[0]): int(words[1]) for words in map(str.split, answer.splitlines()) if len(words) == 2}
+    return [process for process, parent in parents.items() if parent == os.getpid()]
