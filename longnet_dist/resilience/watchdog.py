@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ BEATS_IN_TIMEOUT = 40
 SILENT_SHARE = 0.5
 FAILURE = "watchdog/failure"
 INFORMED = "watchdog/informed"  # number of ranks that know of the failure
+TIMED_OUT = re.compile(r"\btime[ds]?[ -]?out\b", re.IGNORECASE)  # "runtime" and "timestamp" are no time-outs
 REMEDY = "look for a process that is stopped or a machine that is lost, and go on with train.resume=auto"
 
 
@@ -36,6 +38,8 @@ class Beat(BaseModel):
     Attributes:
         number: of the beat; a frozen process stops counting.
         host, pid, parent: where the rank runs, and the process that launched it there.
+        started: when the process was started, in the host's own units; None where the host does not tell. The host may
+            give the number of a process that has ended to another one, which started later.
         at: the line of this package that its main thread is in.
     """
 
@@ -44,6 +48,7 @@ class Beat(BaseModel):
     pid: int
     parent: int
     at: str
+    started: int | None = None
 
 
 class Failure(BaseModel):
@@ -188,7 +193,8 @@ class Watchdog:
     def _beat(self) -> None:
         self._number += 1
         at = _line_of(self._main)
-        beat = Beat(number=self._number, host=socket.gethostname(), pid=os.getpid(), parent=os.getppid(), at=at)
+        place = {"host": socket.gethostname(), "pid": os.getpid(), "parent": os.getppid()}
+        beat = Beat(number=self._number, **place, at=at, started=_start_time(os.getpid()))
         self._store.set(_key(self._rank), beat.model_dump_json())
 
     def _read(self, rank: int) -> str:
@@ -242,7 +248,7 @@ class Watchdog:
             if not self._told and not self._store_answers():
                 return Failure(message=f"ends the run: {self._keeper}, which keeps the store, is silent {reason}")
             failure = self._failure()
-            if not failure and "time" in reason.lower():
+            if not failure and TIMED_OUT.search(reason):
                 failure = self._report(self._name_places())
             if failure:
                 return failure.model_copy(update={"message": f"ends the run: {failure.message}"})
@@ -258,11 +264,26 @@ class Watchdog:
 
 
 def _kill_siblings(silent: tuple[Beat, ...]) -> None:
-    """Kill those that the same launcher started beside this process: a frozen one does not hear when asked to end."""
+    """Kill the silent ranks that the launcher of this process started on this host.
+
+    A frozen process does not react when it is asked to end. A process that has the number of such a rank but another
+    start time is a stranger: the rank has ended and the host has given its number away.
+    """
     for beat in silent:
-        if (beat.host, beat.parent) == (socket.gethostname(), os.getppid()):
+        is_sibling = (beat.host, beat.parent) == (socket.gethostname(), os.getppid())
+        if is_sibling and beat.started is not None and beat.started == _start_time(beat.pid):
             with suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGKILL)
+
+
+def _start_time(pid: int) -> int | None:
+    """When a process of this host was started, in clock ticks since boot; None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may hold spaces; the start time is field 22 of proc(5), the 20th behind the name.
+    return int(stat.rpartition(")")[2].split()[19])
 
 
 def _key(rank: int) -> str:

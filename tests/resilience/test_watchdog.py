@@ -126,14 +126,35 @@ def test_a_silent_sibling_is_killed(ends, capfd):
     """A process that the launcher of this one has started, but no other."""
     launcher = os.getppid()
     with subprocess.Popen(["sleep", "60"]) as frozen:
+        started = watchdog._start_time(frozen.pid)
         for parent, status in ((launcher + 1, None), (launcher, -signal.SIGKILL)):
             store = dist.HashStore()
-            beat_once(store, 1, host=socket.gethostname(), pid=frozen.pid, parent=parent)
+            beat_once(store, 1, host=socket.gethostname(), pid=frozen.pid, parent=parent, started=started)
             with make(store, 0):
                 errors_of((0,), capfd)
             if status is None:
                 assert frozen.poll() is None
         assert frozen.wait(60) == status
+
+
+def test_a_stranger_with_the_number_of_a_silent_sibling_is_left_alone(ends, capfd):
+    """The sibling has ended, and the host has given its number to a process that started later."""
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        for started in (watchdog._start_time(stranger.pid) - 1, None):
+            store = dist.HashStore()
+            place = {"host": socket.gethostname(), "pid": stranger.pid, "parent": os.getppid()}
+            beat_once(store, 1, **place, started=started)
+            with make(store, 0):
+                errors_of((0,), capfd)
+            assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_a_rank_says_when_it_was_started():
+    store = dist.HashStore()
+    dog = make(store, 0)
+    dog._beat()
+    assert dog._read_all()[0].started == watchdog._start_time(os.getpid()) is not None
 
 
 def test_a_lost_rank():
@@ -147,6 +168,20 @@ def test_ranks_that_answer_but_do_not_meet_are_placed():
     make(store, 0)._beat()
     with pytest.raises(LostRankError, match=r"did not meet within .*: rank 0 at .*, rank 1 at "), make(store, 1):
         raise RuntimeError("[gloo/context.cc:1] Timed out waiting 2000ms for recv")
+
+
+def test_a_runtime_error_is_no_time_out():
+    """The word "runtime" names no time-out, so the places of the ranks explain nothing."""
+    make(store := dist.HashStore(), 0)._beat()
+    with pytest.raises(LostRankError, match="lost another rank"), make(store, 1):
+        raise RuntimeError("NCCL error: the CUDA runtime reports an unhandled error")
+
+
+@pytest.mark.parametrize("words", ["Timed out waiting 2000ms", "collective operation timeout", "a time-out came"])
+def test_time_outs_are_known_by_their_words(words):
+    make(store := dist.HashStore(), 0)._beat()
+    with pytest.raises(LostRankError, match="did not meet"), make(store, 1):
+        raise RuntimeError(f"NCCL {words}")
 
 
 def test_an_error_of_ours_stays_what_it_is():
