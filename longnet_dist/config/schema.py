@@ -26,6 +26,16 @@ DEEPSPEED_KEYS_OF_OURS = {
     "sequence_parallel_size": "parallel.sequence",
     "mesh_param": "parallel.sequence",
 }
+# Training is exact because gradients are summed in float32 over micro-batches and ranks and divided once.
+DEEPSPEED_KEYS_OF_SUMS = (
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "gradient_allreduce_op",
+    "managed_gradient_accumulation",
+    "torch_autocast",
+)
 
 
 class Section(BaseModel):
@@ -247,7 +257,8 @@ class DeepSpeedConfig(Section):
         zero_stage: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters, over all ranks.
         offload_optimizer: keep the optimizer's state and the master weights in the memory of the host, and update them
             there; needs a stage that shards them.
-        extra: further keys of DeepSpeed's own configuration, as they are.
+        extra: further keys of DeepSpeed's own configuration, as they are. Keys that another section sets, and those
+            that change how gradients are summed, are refused.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -262,6 +273,11 @@ class DeepSpeedConfig(Section):
             if key in DEEPSPEED_KEYS_OF_OURS:
                 raise ConfigError(
                     f"deepspeed.extra.{key} would bypass this configuration; use {DEEPSPEED_KEYS_OF_OURS[key]}"
+                )
+            if key in DEEPSPEED_KEYS_OF_SUMS:
+                raise ConfigError(
+                    f"deepspeed.extra.{key}={self.extra[key]!r} would change how gradients are summed, but exact "
+                    f"training needs float32 sums that are divided once; leave deepspeed.extra.{key} out"
                 )
         return self
 

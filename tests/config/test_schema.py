@@ -35,6 +35,8 @@ def test_a_configuration_is_immutable():
         ({"parallel": {"sequence": 0}}, "parallel.sequence=0 should be greater than 0, or should be 'auto'"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage=4 should be 0, 1, 2 or 3"),
         ({"deepspeed": {"extra": {"gradient_clipping": 1}}}, "use train.clip_norm"),
+        ({"deepspeed": {"extra": {"communication_data_type": "bf16"}}}, "leave deepspeed.extra.communication_data_type"),
+        ({"deepspeed": {"extra": {"prescale_gradients": True}}}, "float32 sums that are divided once"),
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
         (
             {"train": {"activation_checkpointing": "selective", "keep_projections": 2, "offload_projections": 1}},
