@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -101,6 +103,40 @@ def _norm_over_ranks(ranks: Any, gradients: Any, _parameters: Any, norm_type: fl
     total = torch.stack(norms).square().sum()
     dist.all_reduce(total, group=ranks)
     return total.sqrt().float()
+
+
+def release(engine: Any) -> None:
+    """Give back the memory of an engine that is not needed any more; neither it nor its model can be used again.
+
+    DeepSpeed 0.19 keeps references to a model and its weights in modules and classes of its own, so dropping the engine
+    frees little. Hence the storages themselves are emptied.
+    """
+    for tensor in _tensors_of([*engine.module.parameters(), *engine.module.buffers(), engine.optimizer]):
+        storage = tensor.untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tensors_of(values: list[Any]) -> Iterator[Tensor]:
+    """The tensors among some values, in their containers, and in the attributes of optimizers and of tensors."""
+    seen: set[int] = set()
+    while values:
+        value = values.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+            values += [value.grad] if value.is_leaf else []
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list | tuple | set):
+            values += value
+        elif isinstance(value, Tensor | torch.optim.Optimizer) or type(value).__module__.startswith("deepspeed."):
+            values += getattr(value, "__dict__", {}).values()
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:

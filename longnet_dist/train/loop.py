@@ -41,7 +41,7 @@ from longnet_dist.telemetry.profiler import StepProfiler
 from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import Rows, RowsAhead
-from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed
+from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.setup import RunSetup
 from longnet_dist.train.step import ReadRows, StepResult, train_step
@@ -260,7 +260,21 @@ class Trainer:
             print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
         print(f"loss curve: {folder.curve_file}")
         if train.sample_tokens and train.checkpoint_every and self.config.model.causal:
-            last = checkpoint_folder(folder.path, self.step)
+            self._write_sample()
+
+    def _write_sample(self) -> None:
+        """Let the trained model write a sample. The run is complete, so what prevents the sample is only said.
+
+        The model is loaded anew, on one device and with whole weights, into the memory that training gives back.
+        """
+        train, folder = self.config.train, self.plan.folder
+        last = checkpoint_folder(folder.path, self.step)
+        release(self.engine)
+        try:
             (text,) = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
             folder.sample_file.write_text(text, encoding="utf-8")
-            print(f"sample ({folder.sample_file}):\n\n{text}")
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"no sample could be written ({reason}); the run is complete, and its last checkpoint is in {last}")
+            return
+        print(f"sample ({folder.sample_file}):\n\n{text}")

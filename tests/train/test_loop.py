@@ -1,4 +1,7 @@
+import gc
 import math
+from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,11 +11,14 @@ from safetensors.torch import load_file
 from longnet_dist.checkpoint.format import newest_checkpoint
 from longnet_dist.data.batches import Batches, objective
 from longnet_dist.data.token_file import TokenFile
+from longnet_dist.estimate.model_cost import num_parameters
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.train import loop
 from longnet_dist.train.deepspeed_engine import build_optimizer
 from longnet_dist.train.schedule import learning_rate
-from tests.train.runs import run, tiny_config
+from tests.distributed import run_distributed
+from tests.train.runs import make_trainer, run, tiny_config
 
 MASKED = ("model.causal=false", "model.positions=rope")
 UNEVEN = ("data.sequence_length=61", "model.segment_lengths=[16,40,64]")
@@ -165,6 +171,52 @@ def test_what_a_run_leaves(tmp_path, corpus, capfd):
     assert "bits per byte after 5 steps" in out
     assert "5/5" in err
     assert "DeepSpeed" not in out + err
+
+
+def fail_at_sample(config, error):
+    """Train, with a sample that fails; whether the run was complete."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "continue_text", Mock(side_effect=error))
+        return make_trainer(config).run()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no kernel")], ids=str)
+def test_a_sample_that_fails_is_a_message_and_no_failed_run(tmp_path, corpus, capfd, error):
+    config = tiny_config(tmp_path / "run", corpus, "train.steps=1", "train.sample_tokens=3")
+    assert run_distributed(fail_at_sample, 2, config, error) == [True, True]
+    out, _ = capfd.readouterr()
+    assert f"no sample could be written ({error}); the run is complete" in out
+    assert not (config.train.output_dir / "sample.txt").exists()
+
+
+def bytes_at_sample(config):
+    """Bytes of tensors that are alive when the sample is begun, less those before training, over the weights'."""
+
+    def alive():
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
+
+    def measure(*_):
+        gc.collect()
+        found.append(alive() - before)
+        return ["text"]
+
+    found, before = [], alive()
+    trainer = make_trainer(config)
+    weights = 4 * num_parameters(config.model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "continue_text", measure)
+        trainer.run()
+    return found[0] / weights
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), *product((1, 2, 3), ("fp32", "bf16"))])
+def test_a_sample_finds_the_memory_of_training_free(tmp_path, corpus, stage, precision):
+    settings = (f"deepspeed.zero_stage={stage}", f"train.precision={precision}")
+    config = tiny_config(tmp_path / "run", corpus, "train.steps=1", "train.sample_tokens=3", *settings)
+    (share,) = run_distributed(bytes_at_sample, 1, config)
+    assert share < 0.5  # the rows of a batch and the tables of positions, which are small; an engine has 3 and more
 
 
 def test_training_learns(tmp_path, corpus):
