@@ -193,8 +193,8 @@ class Watchdog:
     def _beat(self) -> None:
         self._number += 1
         at = _line_of(self._main)
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "parent": os.getppid()}
-        beat = Beat(number=self._number, **place, at=at, started=_start_time(os.getpid()))
+        host, pid, parent = socket.gethostname(), os.getpid(), os.getppid()
+        beat = Beat(number=self._number, host=host, pid=pid, parent=parent, at=at, started=_start_time(pid))
         self._store.set(_key(self._rank), beat.model_dump_json())
 
     def _read(self, rank: int) -> str:

@@ -35,7 +35,7 @@ def test_a_configuration_is_immutable():
         ({"parallel": {"sequence": 0}}, "parallel.sequence=0 should be greater than 0, or should be 'auto'"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage=4 should be 0, 1, 2 or 3"),
         ({"deepspeed": {"extra": {"gradient_clipping": 1}}}, "use train.clip_norm"),
-        ({"deepspeed": {"extra": {"communication_data_type": "bf16"}}}, "leave deepspeed.extra.communication_data_type"),
+        ({"deepspeed": {"extra": {"communication_data_type": "bf16"}}}, "would change how gradients are summed"),
         ({"deepspeed": {"extra": {"prescale_gradients": True}}}, "float32 sums that are divided once"),
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
         (
