@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from longnet_dist.geometry.pattern import DilatedPattern
     from longnet_dist.model.longnet import LongNet
 
+__version__ = "0.2.0"
+
 __all__ = [
     "DilatedAttention",
     "DilatedPattern",
