@@ -173,8 +173,9 @@ def measure(each: Case) -> dict[str, Any]:
     import torch
 
     from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
-    from longnet_dist.estimate.devices import device_of, host_memory_bytes
+    from longnet_dist.estimate.devices import device_of
     from longnet_dist.estimate.run_estimate import Estimate
+    from longnet_dist.machine import host_memory_bytes
     from longnet_dist.telemetry.throughput import Throughput
     from longnet_dist.train.allocator import prepare_allocator
     from longnet_dist.train.deepspeed_engine import prepare_deepspeed

@@ -22,6 +22,10 @@ class ConfigError(LongNetError, ValueError):
     """A configuration, a dilated pattern or a mesh that cannot work."""
 
 
+class MissingExtraError(LongNetError, ImportError):
+    """A package that only an extra of the distribution brings, and that is not installed."""
+
+
 class ShapeError(LongNetError, ValueError):
     """Tensors whose shape, dtype or device do not fit together."""
 

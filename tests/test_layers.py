@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "longnet_dist"
 LAYERS = [
     "errors",
+    "extras",
+    "machine",
     "numerics",
     "geometry",
     "config",

@@ -6,7 +6,8 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longnet_dist import __version__
 from longnet_dist.checkpoint.format import (
     STATE_FILE,
     WEIGHTS,
@@ -139,14 +141,22 @@ def write_checkpoint(
         save_file(dict(tensors), partial / name)
         _flush(partial / name)
         sha256[name] = sha256_of(partial / name)
-    versions = {name: version(name) for name in ("torch", "deepspeed")}
-    fields = model.model_dump(mode="json")
+    fields, versions = model.model_dump(mode="json"), _versions()
     state = CheckpointState(step=step, tokens=tokens, skipped=skipped, model=fields, sha256=sha256, versions=versions)
     (partial / STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _flush(partial / STATE_FILE)
     _flush(partial)
     partial.rename(folder)
     _flush(folder.parent)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of this package and of those that a result depends on, where they are installed."""
+    versions = {"longnet-dist": __version__}
+    for name in ("torch", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def delete_old(run: Path, keep_last: int, keep_every: int = 0) -> None:
@@ -171,8 +181,10 @@ def _partial(folder: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Let a file's or folder's content reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Let a file's or folder's content reach the disk; Windows flushes no folders, and only files opened to write."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

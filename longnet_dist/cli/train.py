@@ -83,13 +83,16 @@ def train(
         conclude: is called on rank 0 when training is done.
 
     Raises:
-        LongNetError: a mistake in the configuration, the data or a checkpoint.
+        LongNetError: a package of the extra ``train`` is absent; a mistake in the configuration, the data or a
+            checkpoint.
         SystemExit: with status 75 after a request to stop, or with that of the ranks that were started here.
     """
     from longnet_dist.cli.program.ranks import run_on_ranks
     from longnet_dist.config.loading import find_config, load_config
     from longnet_dist.errors import REQUEUE_STATUS
+    from longnet_dist.extras import require_extra
 
+    require_extra("train", "training")
     config = load_config(find_config(config_word), overrides)
 
     def work(launch: LaunchEnvironment) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.machine import usable_cores
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How many ranks mpirun started: Open MPI's name, and that of MPICH's and Intel's process manager together with a name
@@ -93,7 +93,7 @@ class LaunchEnvironment:
 
     def share_cores(self) -> None:
         """Let the ranks of a machine share its cores evenly; each would else start a thread on every core."""
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+        torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:

@@ -6,14 +6,13 @@ fits, and prints to be put there, stands in :class:`Rates`.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.machine import host_memory_bytes, usable_cores
 
 GIB = 2**30
 
@@ -166,13 +165,5 @@ def device_of(device: torch.device) -> Device:
 
 def this_machine() -> Device:
     """This machine's processors and memory."""
-    tflops = len(os.sched_getaffinity(0)) * CPU_CORE_TFLOPS
+    tflops = usable_cores() * CPU_CORE_TFLOPS
     return Device("cpu", None, host_memory_bytes(), tflops, tflops, 20e9, 10e9, 10e9, CPU_RATES)
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine, or what its control group leaves of it."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return memory if text == "max" else min(memory, int(text))

@@ -59,9 +59,9 @@ def save_stream_state(path: Path, task: StreamTask, state: StreamState) -> None:
     partial = path.with_name(f".{path.name}.partial")
     tensors = {f"{layer:06d}": records.cpu().contiguous() for layer, records in enumerate(state.carried)}
     save_file(tensors, partial, {"stream": json.dumps(metadata)})
-    with partial.open("rb") as file:
+    with partial.open("r+b") as file:
         os.fsync(file.fileno())
-    partial.rename(path)
+    partial.replace(path)
 
 
 def load_stream_state(path: Path, task: StreamTask) -> StreamState:

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from longnet_dist.errors import LOST_RANK_STATUS, USER_ERROR_STATUS, LongNetError, LostRankError
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has SIGTERM alone, which kills there
 PACKAGE = Path(__file__).parents[1]  # as in the frames of its code: a link is not followed there
 MAX_INTERVAL_SECONDS = 5.0
 BEATS_IN_TIMEOUT = 40
@@ -273,7 +274,7 @@ def _kill_siblings(silent: tuple[Beat, ...]) -> None:
         is_sibling = (beat.host, beat.parent) == (socket.gethostname(), os.getppid())
         if is_sibling and beat.started is not None and beat.started == _start_time(beat.pid):
             with suppress(ProcessLookupError):
-                os.kill(beat.pid, signal.SIGKILL)
+                os.kill(beat.pid, KILL)
 
 
 def _start_time(pid: int) -> int | None:

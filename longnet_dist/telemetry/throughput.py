@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 from typing import NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ import torch
 from longnet_dist.estimate.devices import device_of
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.model_cost import flops_per_token
+from longnet_dist.machine import peak_resident_bytes
 
 _log = logging.getLogger(__name__)
-_RESIDENT_UNIT = 1024  # of ru_maxrss on Linux
 
 
 class Speed(NamedTuple):
@@ -23,19 +22,21 @@ class Speed(NamedTuple):
         tokens_per_second: all ranks.
         tflops_per_gpu: model TFLOP/s of one rank, see ``planner/model_cost.py``: nothing that is computed again counts.
         mfu: their share of the peak, ``train.peak_tflops`` or the data sheet's dense bf16; None without a peak.
-        peak_memory_allocated: bytes of tensors on rank 0's GPU at most until now; on a CPU its largest resident set.
+        peak_memory_allocated: bytes of tensors on rank 0's GPU at most until now; on a CPU its largest resident set,
+            None where the system does not say.
         peak_memory_reserved: bytes that torch's allocator took for them; None on a CPU.
     """
 
     tokens_per_second: float
     tflops_per_gpu: float
     mfu: float | None
-    peak_memory_allocated: int
+    peak_memory_allocated: int | None
     peak_memory_reserved: int | None
 
     def __str__(self) -> str:
         share = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
-        return f"{self.tokens_per_second:,.0f} tokens/s{share}, {self.peak_memory_allocated / 2**30:.2f} GiB"
+        memory = "" if self.peak_memory_allocated is None else f", {self.peak_memory_allocated / 2**30:.2f} GiB"
+        return f"{self.tokens_per_second:,.0f} tokens/s{share}{memory}"
 
 
 class Throughput:
@@ -64,7 +65,7 @@ class Throughput:
         mfu = None if self._peak_tflops is None else tflops / self._peak_tflops
         return Speed(self._tokens / seconds, tflops, mfu, *self._memory())
 
-    def _memory(self) -> tuple[int, int | None]:
+    def _memory(self) -> tuple[int | None, int | None]:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RESIDENT_UNIT, None
+        return peak_resident_bytes(), None

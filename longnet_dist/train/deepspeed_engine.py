@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.deepspeed import deepspeed_config
 from longnet_dist.config.schema import Config, Precision, TrainConfig
+from longnet_dist.errors import ConfigError
+from longnet_dist.extras import install_command
 from longnet_dist.model.block import Block
 
 # What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
@@ -27,11 +30,19 @@ _FOREIGN_WARNINGS = (
 )
 
 
+# One gradient that is not finite makes every weight NaN in these, while the step counts as skipped.
+DESTRUCTIVE_VERSIONS = ("0.19.5", "0.19.6", "0.19.7")
+
+
 def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
     """Set what DeepSpeed reads from the process around it; call before anything else imports ``deepspeed``.
 
     On a CPU its choice of accelerator must be made for it, and it would compile a C++ extension for a minute.
+
+    Raises:
+        ConfigError: the installed version of DeepSpeed destroys models.
     """
+    _refuse_destructive(version("deepspeed"))
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # one left over would contradict what MPI says
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,6 +53,14 @@ def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _refuse_destructive(installed: str) -> None:
+    if installed in DESTRUCTIVE_VERSIONS:
+        raise ConfigError(
+            f"DeepSpeed {installed} makes every weight NaN after one gradient that is not finite; install 0.19.8 or "
+            f"newer: {install_command('train')}"
+        )
 
 
 def build_engine(

@@ -25,12 +25,14 @@ from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.errors import CheckpointError, LongNetError
-from longnet_dist.estimate.devices import device_of, host_memory_bytes
+from longnet_dist.estimate.devices import device_of
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import check_fits
+from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.inference.generation import Sampling
 from longnet_dist.inference.runs import continue_text
+from longnet_dist.machine import host_memory_bytes
 from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.resilience.out_of_memory import explained
@@ -54,9 +56,10 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
         True after the last step, False if the run was asked to stop (SIGTERM, SIGUSR1) and has left a checkpoint.
 
     Raises:
-        LongNetError: a mistake in configuration, data or checkpoint, on all ranks before they meet; divergence; a full
-            disk or memory; another rank that failed or does not answer.
+        LongNetError: a package of the extra ``train`` is absent; a mistake in configuration, data or checkpoint, on
+            all ranks before they meet; divergence; a full disk or memory; another rank that failed or does not answer.
     """
+    require_extra("train", "training")
     prepare_allocator(os.environ)
     device = launch.device()
     plan = RunSetup.make(config, launch.world_size, device.type)

@@ -102,7 +102,7 @@ def test_the_choice_of_products(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "quack", None)  # so that its import fails
     monkeypatch.delitem(sys.modules, "longnet_dist.ops.matmul.quack", raising=False)
     monkeypatch.delattr(matmul, "quack", raising=False)
-    with pytest.raises(ConfigError, match=r"needs the package quack-kernels, pip install .*flash"):
+    with pytest.raises(ConfigError, match=r"needs the package quack-kernels, pip install .*cuda"):
         products_of("quack", CUDA, bf16, 2**20, widths)
     with caplog.at_level("WARNING"):
         numerics.log_once.cache_clear()

@@ -2,14 +2,18 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
 from longnet_dist.checkpoint.zero_tensors import full_tensor, link_optimizer_states, set_full_tensor
+from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.model import named_model
 from longnet_dist.config.schema import TrainConfig
+from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.train.deepspeed_engine import build_optimizer
+from longnet_dist.train import deepspeed_engine
+from longnet_dist.train.deepspeed_engine import build_optimizer, prepare_deepspeed
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
 
@@ -28,6 +32,13 @@ def test_only_matrices_decay():
 
 def test_a_model_without_vectors_has_one_group():
     assert len(build_optimizer(nn.Linear(2, 3, bias=False), TRAIN).param_groups) == 1
+
+
+@pytest.mark.parametrize("version", ["0.19.5", "0.19.6", "0.19.7"])
+def test_versions_that_destroy_a_model_are_refused(monkeypatch, version):
+    monkeypatch.setattr(deepspeed_engine, "version", lambda name: version)
+    with pytest.raises(ConfigError, match=rf"DeepSpeed {version} makes every weight NaN .*install 0\.19\.8 or newer"):
+        prepare_deepspeed(LaunchEnvironment(), torch.device("cpu"))
 
 
 def write_and_read_back(config):

@@ -7,10 +7,9 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from longnet_dist import cli
+from longnet_dist import __version__, cli
 from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.errors import ConfigError
 
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help", "help"):
         print(_help())
     elif name == "--version":
-        print(f"longnet {_version()}")
+        print(f"longnet {__version__}")
     else:
         run_command(name, rest)
 
@@ -79,10 +78,3 @@ def _help() -> str:
     head = "usage: longnet COMMAND ...\n\nTrain language models with dilated attention (LongNet) on long sequences."
     options = "options:\n  -h, --help  show this text\n  --version   show the version"
     return "\n".join([head, "", "commands:", *lines, "", options, "", EXAMPLES.rstrip()])
-
-
-def _version() -> str:
-    try:
-        return version("longnet-dist")
-    except PackageNotFoundError:
-        return "(a checkout that is not installed)"

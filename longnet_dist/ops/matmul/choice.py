@@ -101,7 +101,7 @@ def _quack() -> Products | str:
     try:
         from longnet_dist.ops.matmul import quack as quack_products
     except ImportError as error:
-        return f"needs the package quack-kernels, pip install 'longnet-dist[flash]' ({error})"
+        return f"needs the package quack-kernels, pip install 'longnet-dist[cuda]' ({error})"
     return Products(*quack_products.FUNCTIONS, folded=True)
 
 

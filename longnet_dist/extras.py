@@ -1,0 +1,41 @@
+"""Extras of the distribution: which packages each one brings, and the message where they are absent."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from longnet_dist.errors import MissingExtraError
+
+# Extra to the names under which its packages are imported; setup.cfg has their distributions and versions.
+MODULES = {
+    "train": ("deepspeed", "matplotlib", "tensorboard"),
+    "cuda": ("flash_attn", "quack"),
+    "tokenizers": ("tokenizers", "tiktoken"),
+    "mpi": ("mpi4py",),
+    "hf": ("accelerate", "peft", "transformers"),
+}
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Check that the packages of an extra are installed, without importing them.
+
+    Call it before any other work, on every rank: then all ranks end alike, and nothing has been written.
+
+    Args:
+        extra: a key of ``MODULES``.
+        purpose: who needs the packages; the message begins with it.
+
+    Raises:
+        MissingExtraError: at least one of them is absent.
+    """
+    missing = [name for name in MODULES[extra] if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{purpose} needs {', '.join(missing)}, which this Python does not have; install the extra: "
+            f"{install_command(extra)}"
+        )
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install 'longnet-dist[{extra}]'"
