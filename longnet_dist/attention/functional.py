@@ -16,6 +16,7 @@ from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import agree_on_shards
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
+from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.exchange_plan import ExchangePlan, plan_exchange
 from longnet_dist.geometry.overlap import first_halves, overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -66,13 +67,14 @@ def dilated_attention(
         causal: whether a row sees only itself and earlier rows.
         scale: factor of the scores, ``D ** -0.5`` if not given.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device. All its ranks
-            must call. All hold the same ``n``, the last may hold fewer. With ``total_rows`` the call makes one
-            collective, or none where no segment crosses ranks; without, one more that compares all ranks' arguments.
+            must call. All hold the same ``n``, the last may hold fewer. A call makes one small collective that compares
+            the arguments of all ranks, and one that carries rows where segments cross ranks. In a stream, whose rows
+            every rank knows, only the latter.
         backend: ``"auto"``, ``"reference"``, ``"sdpa"`` (CPU), ``"triton"`` or ``"flash"`` (GPU).
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients bitwise equal from run to run.
         overlap: compute the segments inside the slice while rows travel; else wait for them first. Same result.
-        total_rows: ``N``, rows of all ranks together, if the caller vouches for them.
+        total_rows: ``N``, rows of all ranks together, if the caller wants them checked.
         cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk.
 
     Returns:
@@ -82,7 +84,7 @@ def dilated_attention(
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
-        ConfigError: an unknown backend, or one that cannot run here.
+        ConfigError: an unknown backend, or one that cannot run here; the other ranks of the group raise a ShapeError.
     """
     spec = AttentionSpec.of(q, k, v, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache)
     out, lse = attend(q, k, v, spec)
@@ -132,9 +134,15 @@ class AttentionSpec:
         cache: LayerCache | None,
     ) -> AttentionSpec:
         """Of a call with the arguments of :func:`dilated_attention`; of q, k, v only shape, dtype and device count."""
-        kernel = choose_kernel(backend, q.device, q.dtype, deterministic)
-        merges = kernel.merges_overlaps and (scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE)
-        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache, merges)
+        kernel, refusal = None, None
+        try:
+            kernel = choose_kernel(backend, q.device, q.dtype, deterministic)
+        except ConfigError as error:
+            refusal = error
+        exact_in_float16 = scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE
+        merges = kernel is not None and kernel.merges_overlaps and exact_in_float16
+        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache, merges, refusal)
+        assert kernel is not None, "a rank without a kernel has raised why"
         return cls(
             pattern,
             shards,

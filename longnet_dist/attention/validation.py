@@ -1,13 +1,18 @@
-"""The checks before a call, made so that all ranks raise or none does."""
+"""The checks before a call, made so that all ranks raise an error or none does."""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longnet_dist.attention.stream import LayerCache
-from longnet_dist.errors import ShapeError
+from longnet_dist.errors import ConfigError, LongNetError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards
 
@@ -45,29 +50,34 @@ def agree_on_shards(
     total_rows: int | None,
     cache: LayerCache | None = None,
     merges: bool = False,
+    refusal: ConfigError | None = None,
 ) -> tuple[Shards, int]:
-    """The slices of the sequence and this rank's number; checks the inputs.
+    """Check the inputs; return the slices of the sequence and this rank's number.
 
-    With a group and no ``total_rows``, one all-gather of a few integers lets every rank see what the others were given,
-    so that a fault on one rank is raised on all; ``merges``: whether its kernel merges overlaps, as all must.
+    With a group, one all-gather of a few integers lets every rank see what the others were given. So a fault on one
+    rank is raised on all, also where ``total_rows`` is known: a rank that raised alone would leave the others waiting
+    for it. Only the chunk of a stream takes no all-gather, because every rank knows its rows.
+
+    Args:
+        q, k, v, pattern, causal, group, total_rows, cache: as in :func:`~longnet_dist.dilated_attention`.
+        merges: whether the kernel of this rank merges overlaps; all ranks must do the same.
+        refusal: why this rank has no kernel, to be raised once the other ranks know.
+
+    Raises:
+        ShapeError: shapes, dtypes, devices or rows that do not fit, on all ranks of the group alike.
+        ConfigError: the ``refusal``; the other ranks of the group raise a ShapeError.
     """
+    alone = group is None or dist.get_world_size(group) == 1
+    if refusal is not None and (alone or cache is not None):
+        raise refusal
     if cache is not None:
         return _chunk_of(cache, q, k, v, pattern, causal)
-    if group is None or dist.get_world_size(group) == 1:
+    if group is None or alone:
         check_inputs(q, k, v)
         _check_total(total_rows, q.shape[1])
         return Shards(q.shape[1], q.shape[1], 1), 0
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if total_rows is None:
-        counts = _compare_ranks(q, k, v, pattern, causal, merges, group)
-        return Shards(sum(counts), counts[0], ranks), rank
-    check_inputs(q, k, v)
-    rows = q.shape[1]
-    shards = Shards(total_rows, rows if rank < ranks - 1 else (total_rows - rows) // (ranks - 1), ranks)
-    start, stop = shards.window(rank)
-    if stop - start != rows:
-        raise ShapeError(f"rank {rank} of {ranks} must hold {stop - start} of {total_rows} rows, but holds {rows}")
-    return shards, rank
+    counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, refusal)
+    return Shards(sum(counts), counts[0], len(counts)), dist.get_rank(group)
 
 
 def _chunk_of(
@@ -96,43 +106,89 @@ def _check_total(total_rows: int | None, rows: int) -> None:
         )
 
 
+_FACTS = ("rows", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern", "causal", "backend", "total_rows")
+"""What ranks tell each other, one integer each; all but the rows must be equal on all ranks."""
+_REFUSED = -1
+
+
 def _compare_ranks(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, causal: bool, merges: bool, group: dist.ProcessGroup
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    causal: bool,
+    merges: bool,
+    total_rows: int | None,
+    group: dist.ProcessGroup,
+    refusal: ConfigError | None,
 ) -> list[int]:
-    """Rows of every rank; ShapeError on all ranks if one rank's inputs are wrong or differ from the others'."""
-    fault: ShapeError | None = None
+    """Return the rows of every rank; raise on all ranks if one rank's inputs are wrong or differ from the others'."""
+    fault: LongNetError | None = refusal
+    facts = [_REFUSED] * len(_FACTS)
     try:
         check_inputs(q, k, v)
+        facts = facts if fault else _facts(q, k, pattern, causal, merges, total_rows)
     except ShapeError as error:
         fault = error
-    facts = _facts(q, k, pattern, causal, merges) if fault is None else []
-    mine = torch.tensor([*facts, *[-1] * (_NUM_FACTS - len(facts))], dtype=torch.int64, device=q.device)
-    all_facts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_facts, mine, group=group)
-    table = torch.stack(all_facts).tolist()
+    table = _gather_facts(facts, q.device, group)
     if fault is not None:
         raise fault
-    bad = [rank for rank, row in enumerate(table) if row[1:] != table[0][1:] or row[0] < 1]
+    for rank, row in enumerate(table):
+        names = [name for name, x, y in zip(_FACTS[1:], row[1:], table[0][1:], strict=True) if x != y]
+        if row[0] == _REFUSED or names:
+            what = "was refused" if _REFUSED in (row[0], table[0][0]) else f"differs from rank 0 in {', '.join(names)}"
+            raise ShapeError(
+                f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, causal "
+                f"and total_rows and have the same backend, but rank {rank} {what}: {row} against {table[0]}"
+            )
     counts = [row[0] for row in table]
-    if bad:
-        raise ShapeError(
-            f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern and causal and "
-            f"have the same backend, but rank {bad[0]} differs from rank 0 or was refused: {table[bad[0]]} against "
-            f"{table[0]}"
-        )
     if any(count != counts[0] for count in counts[:-1]) or counts[-1] > counts[0]:
         raise ShapeError(
             f"all ranks must hold the same number of rows and the last at most as many, but they hold {counts}; "
             f"give every rank ceil(N / ranks) rows and the last what is left"
         )
+    if total_rows not in (None, sum(counts)):
+        raise ShapeError(
+            f"total_rows must be the rows of all ranks together, but it is {total_rows} and they hold {counts}, "
+            f"{sum(counts)} in all; pass total_rows={sum(counts)} or leave it out"
+        )
     return counts
 
 
-_NUM_FACTS = 9
-
-
-def _facts(q: Tensor, k: Tensor, pattern: DilatedPattern, causal: bool, merges: bool) -> list[int]:
+def _facts(
+    q: Tensor, k: Tensor, pattern: DilatedPattern, causal: bool, merges: bool, total_rows: int | None
+) -> list[int]:
     batch, rows, heads, dim = q.shape
-    lengths, rates = pattern.segment_lengths, pattern.dilation_rates
-    digest = hash((lengths, rates, len(pattern.head_offsets)))  # of integers only: equal in all processes
-    return [rows, batch, heads, k.shape[2], dim, _DTYPES.index(q.dtype), digest, int(causal), int(merges)]
+    dtype, total = _DTYPES.index(q.dtype), 0 if total_rows is None else total_rows
+    return [rows, batch, heads, k.shape[2], dim, dtype, _digest(pattern), int(causal), int(merges), total]
+
+
+@lru_cache(maxsize=64)
+def _digest(pattern: DilatedPattern) -> int:
+    """Return an integer that is equal in all processes for equal patterns; Python's own hash of a name is not."""
+    return int.from_bytes(hashlib.sha256(repr(pattern).encode()).digest()[:8], "big", signed=True)
+
+
+def _gather_facts(facts: list[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
+    """Return the facts of every rank."""
+    with _stream_of_its_own(device):
+        mine = torch.tensor(facts, dtype=torch.int64, device=device)
+        all_facts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(all_facts, mine, group=group)
+        table: list[list[int]] = torch.stack(all_facts).tolist()
+        return table
+
+
+@contextmanager
+def _stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """On a GPU, use another CUDA stream, so that the host waits for the facts but not for what is being computed."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(_side_stream(device)):
+        yield
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
