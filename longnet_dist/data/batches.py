@@ -19,6 +19,7 @@ Objective = Literal["causal", "masked"]
 
 IGNORE_INDEX = -100  # the label of a row without a target; torch's cross-entropy leaves it out
 MASKED_SHARE = 0.15  # as in BERT
+_MASKED_BELOW = np.uint64(int(MASKED_SHARE * 2**64))
 
 _Rows = npt.NDArray[np.int64]
 
@@ -123,6 +124,22 @@ class Windows:
         tokens, labels = (np.stack(parts) for parts in zip(*rows, strict=True))
         return torch.from_numpy(tokens), torch.from_numpy(labels)
 
+    def num_labels(self, samples: Sequence[int], window: tuple[int, int]) -> int:
+        """Count the labelled rows among rows ``[start, stop)`` of some windows, without reading the file.
+
+        Args:
+            samples: the number that seeds the mask of each window, as in :meth:`local`.
+            window: ``(start, stop)``.
+        """
+        if self._mask_id is None:
+            return len(samples) * (window[1] - window[0])
+        return sum(int(self._hidden(sample, *window).sum()) for sample in samples)
+
+    def _hidden(self, sample: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Say which of the rows ``[start, stop)`` of a sample the mask hides."""
+        hidden: npt.NDArray[np.bool_] = hashed(self.seed, sample, np.arange(start, stop)) < _MASKED_BELOW
+        return hidden
+
     def _rows(self, index: int, sample: int, start: int, stop: int) -> tuple[_Rows, _Rows]:
         origin = self._first + index * self.sequence_length
         read = self.token_file.tokens[origin + start : origin + stop + 1].astype(np.int64)
@@ -133,8 +150,7 @@ class Windows:
             )
         if self._mask_id is None:
             return read[:-1], read[1:]
-        hidden = hashed(self.seed, sample, np.arange(start, stop)) < np.uint64(int(MASKED_SHARE * 2**64))
-        targets = read[:-1]
+        hidden, targets = self._hidden(sample, start, stop), read[:-1]
         return np.where(hidden, self._mask_id, targets), np.where(hidden, targets, IGNORE_INDEX)
 
 
@@ -216,6 +232,24 @@ class Batches:
         Raises:
             ConfigError: ``batch_size`` is not a multiple of ``data_size · num_micro_batches``.
         """
+        samples = self._samples(step, data_rank, data_size, micro_batch, num_micro_batches)
+        return self.windows.local(self.windows_of(samples), window, samples)
+
+    def num_labels(
+        self,
+        step: int,
+        data_rank: int,
+        data_size: int,
+        window: tuple[int, int],
+        micro_batch: int = 0,
+        num_micro_batches: int = 1,
+    ) -> int:
+        """Count the labels that :meth:`local` would give for these arguments, without reading the file."""
+        return self.windows.num_labels(
+            self._samples(step, data_rank, data_size, micro_batch, num_micro_batches), window
+        )
+
+    def _samples(self, step: int, data_rank: int, data_size: int, micro_batch: int, num_micro_batches: int) -> range:
         parts = data_size * num_micro_batches
         if self.batch_size % parts:
             raise ConfigError(
@@ -224,8 +258,7 @@ class Batches:
             )
         size = self.batch_size // parts
         first = step * self.batch_size + (data_rank * num_micro_batches + micro_batch) * size
-        samples = range(first, first + size)
-        return self.windows.local(self.windows_of(samples), window, samples)
+        return range(first, first + size)
 
 
 def _refuse_foreign_ids(token_file: TokenFile, vocab_size: int | None) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from longnet_dist.data.prefetch import read_ahead
-from longnet_dist.train.step import ReadRows
-
-Rows = tuple[Tensor, Tensor]
-"""Tokens and labels of a micro-batch."""
+from longnet_dist.train.step import ReadRows, Rows
 
 
 class RowsAhead:

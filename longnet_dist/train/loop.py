@@ -42,11 +42,11 @@ from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_cu
 from longnet_dist.telemetry.profiler import StepProfiler
 from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
-from longnet_dist.train.batch_prefetch import Rows, RowsAhead
+from longnet_dist.train.batch_prefetch import RowsAhead
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release
 from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.setup import RunSetup
-from longnet_dist.train.step import ReadRows, StepResult, train_step
+from longnet_dist.train.step import MicroBatch, ReadRows, Rows, StepResult, train_step
 
 
 def run_training(config: Config, launch: LaunchEnvironment) -> bool:
@@ -222,11 +222,14 @@ class Trainer:
         sequence_length, chunk_length = self.config.data.sequence_length, self.plan.chunk_length
         return train_step(self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested)
 
-    def _micro_batches(self, step: int) -> list[ReadRows]:
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
         """Of a step; all rows of a sequence are there already unless it is streamed, which may not fit in memory."""
+        numbers = range(self.plan.accumulation)
         if self.plan.chunk_length < self.config.data.sequence_length:
-            return [self._reader(step, number) for number in range(self.plan.accumulation)]
-        return self._rows_ahead.of(step)
+            readers = [self._reader(step, number) for number in numbers]
+        else:
+            readers = self._rows_ahead.of(step)
+        return [MicroBatch(read, self._counter(step, number)) for read, number in zip(readers, numbers, strict=True)]
 
     def _read_step(self, step: int) -> list[Rows]:
         """All rows of this rank in a step."""
@@ -239,6 +242,13 @@ class Trainer:
         """Reads rows of micro-batch ``number`` of this data rank."""
         data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
         return lambda window: self.batches.local(step, data_rank, data_size, window, number, self.plan.accumulation)
+
+    def _counter(self, step: int, number: int) -> Callable[[tuple[int, int]], int]:
+        """Counts the labels of rows of micro-batch ``number`` of this data rank."""
+        data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
+        return lambda window: self.batches.num_labels(
+            step, data_rank, data_size, window, number, self.plan.accumulation
+        )
 
     def _validate(self, windows: Windows) -> Evaluation:
         self.engine.eval()

@@ -13,12 +13,27 @@ from torch import Tensor
 
 from longnet_dist.attention.stream import Stream
 from longnet_dist.comm.reductions import total_over_ranks
-from longnet_dist.data.batches import IGNORE_INDEX
 from longnet_dist.geometry.window import Shards
 from longnet_dist.train.deepspeed_engine import optimizer_step, set_learning_rate
 
-ReadRows = Callable[[tuple[int, int]], tuple[Tensor, Tensor]]
-"""Global rows ``[start, stop)`` of a micro-batch: tokens and labels, each (b, stop − start) int64, on the CPU"""
+Rows = tuple[Tensor, Tensor]
+"""Tokens and labels of a micro-batch, each (b, n) int64, on the CPU"""
+ReadRows = Callable[[tuple[int, int]], Rows]
+"""Global rows ``[start, stop)`` of a micro-batch"""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of a micro-batch that this rank may ask for.
+
+    Attributes:
+        read: reads rows ``[start, stop)``.
+        num_labels: says how many labels rows ``[start, stop)`` have. The loss is divided by the number of all labels of
+            a step, which must be known before the first row is read.
+    """
+
+    read: ReadRows
+    num_labels: Callable[[tuple[int, int]], int]
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class StepResult:
 
 def train_step(
     engine: Any,
-    micro_batches: Sequence[ReadRows],
+    micro_batches: Sequence[MicroBatch],
     sequence_length: int,
     chunk_length: int,
     learning_rate: float,
@@ -63,7 +78,7 @@ def train_step(
 
     Args:
         engine: set up to accumulate over the chunks of all micro-batches.
-        micro_batches: read the rows of this rank's sequences.
+        micro_batches: of this rank's sequences.
         sequence_length: rows ``N`` of a sequence, all sequence ranks together.
         chunk_length: rows of a chunk, all sequence ranks together.
         learning_rate: of this step.
@@ -72,18 +87,18 @@ def train_step(
     set_learning_rate(engine, learning_rate)
     stream: Stream = engine.module.stream(sequence_length)
     windows = [shards.window(stream.rank) for shards in stream.chunks(chunk_length)]
-    counts = [(read(window)[1] != IGNORE_INDEX).sum() for read in micro_batches for window in windows]
-    num_labels = total_over_ranks(torch.stack(counts).sum().to(engine.device))
+    counts = [micro_batch.num_labels(window) for micro_batch in micro_batches for window in windows]
+    num_labels = total_over_ranks(torch.tensor(sum(counts), device=engine.device))
     scale = dist.get_world_size() * len(counts) / num_labels.clamp(min=1)
 
     loss_sum, grad_norm = torch.zeros((), dtype=torch.float64, device=engine.device), None
-    for read in micro_batches:
+    for micro_batch in micro_batches:
         stream = engine.module.stream(sequence_length)
         with torch.no_grad():
             for shards in stream.record(chunk_length):
-                _forward(engine, read, stream, shards)
+                _forward(engine, micro_batch.read, stream, shards)
         for shards in stream.replay(chunk_length):
-            chunk_loss = _forward(engine, read, stream, shards).loss_sum
+            chunk_loss = _forward(engine, micro_batch.read, stream, shards).loss_sum
             # A loss that is not finite may have a finite gradient; the factor is NaN then, and else 1.
             engine.backward(chunk_loss * scale * (1 + 0 * chunk_loss.detach()))
             grad_norm = optimizer_step(engine)

@@ -169,3 +169,11 @@ def test_an_id_that_the_header_denies_is_refused_where_it_is_read(file: TokenFil
     windows.local([0])
     with pytest.raises(DataError, match=r"promises ids up to 199, and there is a 255; copy it again"):
         windows.local([len(windows) - 1])
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_labels_are_counted_without_reading(file: TokenFile, objective: str) -> None:
+    batches = Batches(file, "train", LENGTH, 8, seed=3, objective=objective, mask_id=200)  # type: ignore[arg-type]
+    for place in ((0, 0, 1, (0, 24)), (5, 1, 2, (7, 20), 3, 4), (5, 1, 2, (7, 7), 3, 4)):
+        _, labels = batches.local(*place)  # type: ignore[arg-type]
+        assert batches.num_labels(*place) == (labels != IGNORE_INDEX).sum()  # type: ignore[arg-type]

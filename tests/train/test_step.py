@@ -7,7 +7,7 @@ import torch.distributed as dist
 from longnet_dist.checkpoint.writer import take_snapshot
 from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import IGNORE_INDEX
-from longnet_dist.train.step import train_step
+from longnet_dist.train.step import MicroBatch, train_step
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
 
@@ -29,7 +29,10 @@ def step_with_labels_on_one_rank(config):
         rows = torch.arange(*window)
         return tokens, torch.where(rows < 32, IGNORE_INDEX, labels)
 
-    return train_step(trainer.engine, [read], 64, trainer.plan.chunk_length, 0.0)
+    def num_labels(window):
+        return int((read(window)[1] != IGNORE_INDEX).sum())
+
+    return train_step(trainer.engine, [MicroBatch(read, num_labels)], 64, trainer.plan.chunk_length, 0.0)
 
 
 def test_the_mean_is_over_labelled_rows_wherever_they_are(tmp_path, corpus):
@@ -39,6 +42,34 @@ def test_the_mean_is_over_labelled_rows_wherever_they_are(tmp_path, corpus):
     for result in two:
         assert result.loss == pytest.approx(one[0].loss, rel=1e-6)
         assert result.grad_norm == pytest.approx(one[0].grad_norm, rel=1e-5)
+
+
+def rows_read_in_a_step(config):
+    """Every window that a step reads from the token file, in order."""
+    trainer, windows = make_trainer(config), []
+    local = trainer.batches.local
+
+    def note(step, data_rank, data_size, window, *micro_batch):
+        windows.append(window)
+        return local(step, data_rank, data_size, window, *micro_batch)
+
+    trainer.batches.local = note
+    trainer._train_step(0, 1e-3)
+    return windows
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        (("train.steps=1",), [(0, 64)]),
+        # A recorded chunk is computed twice. To keep its rows in between may take more memory than there is.
+        (("train.steps=1", "train.chunk_length=32"), [(0, 32), (32, 64), (0, 32)]),
+    ],
+    ids=["whole", "chunks"],
+)
+def test_a_step_reads_rows_only_to_compute_them(tmp_path, corpus, settings, windows):
+    (read,) = run_distributed(rows_read_in_a_step, 1, tiny_config(tmp_path / "run", corpus, *settings))
+    assert read == windows
 
 
 def nan_loss(output):
