@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_dist import LongNet
 from longnet_dist.attention.stream import LayerCache
+from longnet_dist.engine.rows import RowParts
 from longnet_dist.model.block import Block
-from longnet_dist.model.rows import RowParts
 
 
 def make_dense(model: LongNet) -> LongNet:

@@ -14,9 +14,9 @@ from longnet_dist import LongNet, LongNetConfig
 from longnet_dist.attention.stream import Stream
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.prefetch import read_ahead
+from longnet_dist.engine.execution import Execution
 from longnet_dist.estimate.model_cost import attention_flops, forward_flops
 from longnet_dist.geometry.window import Shards
-from longnet_dist.model.checkpointing import Execution
 
 
 class Job:

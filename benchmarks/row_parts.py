@@ -28,16 +28,16 @@ from longnet_dist import DilatedPattern, LongNetConfig
 from longnet_dist.attention.positions import Positions
 from longnet_dist.checkpoint.run_folder import write_text
 from longnet_dist.cli.program.exit_status import run_cli
+from longnet_dist.engine.rows import RowParts
 from longnet_dist.model.block import Block
-from longnet_dist.model.rows import RowParts
 from longnet_dist.ops.gelu_norm.choice import PLAIN, GeluNorm
 from longnet_dist.ops.join_gradients.reference import join_gradients
-from longnet_dist.ops.matmul.choice import products_of
+from longnet_dist.ops.matmul.choice import choose_matmul
 from longnet_dist.ops.norm_gradients.reference import norm_gradients
 
 
 class WithTorch(RowParts):
-    """The same parts without kernels of our own, and with torch's products."""
+    """The same parts without kernels of our own, and with torch's matmuls."""
 
     gelu_norm, join_gradients, norm_gradients = PLAIN, staticmethod(join_gradients), staticmethod(norm_gradients)
 
@@ -71,8 +71,8 @@ def measure(
     out, dk, dv = (torch.randn(rows, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
     dq = torch.randn(rows, heads, head_dim, device=device)
     weights = dict(block.named_parameters())
-    products = products_of("auto", device, dtype, rows, (dim, 4 * dim))
-    kernels = RowParts(weights, table, head_dim, 1e-5, compile=True, products=products)
+    matmul = choose_matmul("auto", device, dtype, rows, (dim, 4 * dim))
+    kernels = RowParts(weights, table, head_dim, 1e-5, compile=True, matmul=matmul)
     plain = WithTorch(weights, table, head_dim, 1e-5, compile=True)
     moments = [part.output(x, out)[1] for part in (plain, kernels)]
     parts: dict[str, Callable[[RowParts], Any]] = {

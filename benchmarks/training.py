@@ -56,7 +56,7 @@ OPTIONS = {
     "selective": (*SELECTIVE, "train.compile=false"),
     "full": (*FULL, "train.compile=false"),
     "tiles": (*SELECTIVE, "train.compile=false", "train.feed_forward_tile=3000"),
-    "projections": (*SELECTIVE, "train.compile=false", "train.keep_projections=6"),
+    "projections": (*SELECTIVE, "train.compile=false", "train.cache_qkv=6"),
     "host": (*FULL, *HOST, "train.compile=false"),
     "optimizer on the host": (*SELECTIVE, "train.compile=false", "deepspeed.offload_optimizer=true"),
 }
@@ -64,10 +64,10 @@ GAINS = {
     "selective": SELECTIVE,
     "none": ("train.activation_checkpointing=none",),
     "full": FULL,
-    "12 projections": (*SELECTIVE, "train.keep_projections=12"),
+    "12 projections": (*SELECTIVE, "train.cache_qkv=12"),
     "host": (*SELECTIVE, *HOST),
     "host, 12 projections, 6 there": (
-        *SELECTIVE, *HOST, "train.keep_projections=12", "train.offload_projections=6",
+        *SELECTIVE, *HOST, "train.cache_qkv=12", "train.offload_qkv=6",
     ),
     "no tiles": (*SELECTIVE, "train.feed_forward_tile=null"),
     "not compiled": (*SELECTIVE, "train.compile=false"),
@@ -104,7 +104,7 @@ class Benchmark:
         self._point("throughput", "full", rows, (*tiled, *FULL))
         self._point("throughput", "selective, host", rows, (*tiled, *SELECTIVE, *HOST))
         for kept, resident in ((5, 0), (12, 0), (12, 3), (12, 4), (11, 4)):
-            settings = (*tiled, *SELECTIVE, f"train.keep_projections={kept}")
+            settings = (*tiled, *SELECTIVE, f"train.cache_qkv={kept}")
             settings += (*HOST, f"train.resident_blocks={resident}") * bool(resident)
             name = f"{kept} projections" + f", {12 - resident} blocks on the host" * bool(resident)
             self._point("throughput", name, rows, settings)
@@ -113,8 +113,8 @@ class Benchmark:
         if "1.3b" in self.options.models:
             tile = ("train.feed_forward_tile=32768",)
             for kept, waiting in ((18, 6), (12, 0), (0, 0)):
-                settings = (*BIG_MODEL, *tile, f"train.keep_projections={kept}")
-                settings += (f"train.offload_projections={waiting}",) * bool(waiting)
+                settings = (*BIG_MODEL, *tile, f"train.cache_qkv={kept}")
+                settings += (f"train.offload_qkv={waiting}",) * bool(waiting)
                 name = f"1.3b, {kept} projections" + f", {waiting} on the host" * bool(waiting)
                 self._point("throughput", name, rows // 4, settings, warmup=2, steps=3)
 

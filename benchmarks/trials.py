@@ -24,8 +24,8 @@ from longnet_dist.config.loading import load_config
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Batches
 from longnet_dist.data.token_file import TokenFile
+from longnet_dist.engine.execution import Execution
 from longnet_dist.estimate.devices import device_of
-from longnet_dist.model.checkpointing import Execution
 from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import RowsAhead
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed

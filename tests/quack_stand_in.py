@@ -38,7 +38,7 @@ def pack(even, odd):
 
 
 @lru_cache(maxsize=1)
-def quack_products():
+def quack_kernels():
     """The module, imported with this in the place of quack; for tests without a GPU."""
     contents = {
         "quack": {},

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longnet_dist.attention.functional import AttentionSpec, attend
 from longnet_dist.attention.positions import Positions, RotaryTable, rotate
@@ -33,7 +30,7 @@ class DilatedAttention(nn.Module):
         group: the sequence-parallel group, its rank order the order of the slices; None for one device.
         sub_norm: LayerNorm before the last projection (MAGNETO, arXiv 2210.06423).
         norm_eps: epsilon of the norms.
-        backend, overlap: of the attention, see :func:`~longnet_dist.dilated_attention`.
+        backend, overlap, deterministic: of the attention, see :func:`~longnet_dist.dilated_attention`.
 
     Raises:
         ConfigError: numbers of heads or a head dim that cannot work.
@@ -54,6 +51,7 @@ class DilatedAttention(nn.Module):
         norm_eps: float = 1e-5,
         backend: str = "auto",
         overlap: bool = True,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -67,7 +65,8 @@ class DilatedAttention(nn.Module):
                 f"{self.head_dim}; use another number of heads, or positions=None"
             )
         self.pattern, self.causal, self.positions, self.group = pattern, causal, positions, group
-        self.backend, self.overlap = backend, overlap
+        self.backend, self.overlap, self.deterministic = backend, overlap, deterministic
+        self.kv_heads = kv_heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim)
@@ -107,23 +106,43 @@ class DilatedAttention(nn.Module):
             ShapeError: shapes, rows or ``start`` that do not fit the group.
             ConfigError: xPos cannot span the pattern.
         """
-        batch, rows, _ = x.shape
         spec, table = self.prepare(x, start, total_rows, cache)
-        weights = dict(self.named_parameters())
-        projected = project(x.flatten(0, 1), table, weights, self.head_dim, self.norm_eps)
-        q, k, v = (torch.unflatten(part, 0, (batch, rows)) for part in projected)
+        q, k, v = self.project(x, table)
         out, _ = attend(q, k, v, spec)
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
         return result
 
+    def project(self, x: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries ``(B, n, H, D)``, keys and values ``(B, n, Hkv, D)`` of ``x (B, n, E)``.
+
+        Args:
+            x: tokens.
+            table: rotations of all ``B·n`` of them; None without positions.
+        """
+        q, k, v = (
+            rearrange(layer(x), "b n (h d) -> b n h d", d=self.head_dim)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Autocast computes norms in float32, but leaves the values as its linear layers gave them.
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if table is not None:
+            shape = x.shape[:2]
+            q, k = (torch.unflatten(rows, 0, shape) for rows in rotate(q.flatten(0, 1), k.flatten(0, 1), table))
+        return q, k, v
+
     def prepare(
         self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
     ) -> tuple[AttentionSpec, RotaryTable | None]:
-        """The attention of these rows, checked, and their turn; arguments and errors of :meth:`forward`."""
-        heads = rearrange(x, "b n (h d) -> b n h d", d=self.head_dim)
-        keys = heads[:, :, : len(self.k_proj.bias) // self.head_dim]
+        """Return the checked attention of these rows and their rotations; arguments and errors of :meth:`forward`."""
+        batch, rows, dim = x.shape
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        # Only shapes, dtype and device of queries and keys count here, so these take no memory.
+        queries, keys = (
+            x.new_empty(1, dtype=dtype).expand(batch, rows, heads, self.head_dim)
+            for heads in (dim // self.head_dim, self.kv_heads)
+        )
         spec = AttentionSpec.of(
-            heads,
+            queries,
             keys,
             keys,
             self.pattern,
@@ -131,7 +150,7 @@ class DilatedAttention(nn.Module):
             None,
             self.group,
             self.backend,
-            False,
+            self.deterministic,
             self.overlap,
             total_rows,
             cache,
@@ -141,41 +160,5 @@ class DilatedAttention(nn.Module):
             raise ShapeError(f"this rank's rows begin at global row {first_row} of its group, but start is {start}")
         if self.positions is None:
             return spec, None
-        batch, rows, _, dim = heads.shape
         place = first_row, rows, spec.shards.total_rows
-        return spec, self.positions.table(self.pattern, *place, dim, x.dtype, x.device, batch)
-
-
-def project(
-    x: Tensor, table: RotaryTable | None, weights: Mapping[str, Tensor], head_dim: int, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries ``(n, H, D)``, keys and values ``(n, Hkv, D)`` of ``x (n, E)``, row by row.
-
-    Args:
-        x: rows.
-        table: of these rows; None without positions.
-        weights: parameters of a :class:`DilatedAttention`, by name.
-        head_dim: ``D``.
-        norm_eps: epsilon of the norms of queries and keys.
-    """
-    q, k, v = (_heads(x, weights, name, head_dim) for name in ("q_proj", "k_proj", "v_proj"))
-    return *placed(q, k, table, weights, norm_eps), v
-
-
-def placed(
-    q: Tensor, k: Tensor, table: RotaryTable | None, weights: Mapping[str, Tensor], norm_eps: float
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``(n, heads, D)`` as they leave their maps, normed, if the weights have norms, and turned."""
-    if "q_norm.weight" in weights:
-        q, k = normed_heads(q, k, weights["q_norm.weight"], weights["k_norm.weight"], norm_eps)
-    return (q, k) if table is None else rotate(q, k, table)
-
-
-def normed_heads(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of every head's query and key, ``(n, heads, D)``; gains ``(D,)``."""
-    return F.rms_norm(q, q_gain.shape, q_gain, norm_eps), F.rms_norm(k, k_gain.shape, k_gain, norm_eps)
-
-
-def _heads(x: Tensor, weights: Mapping[str, Tensor], name: str, head_dim: int) -> Tensor:
-    projected = F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-    return rearrange(projected, "n (h d) -> n h d", d=head_dim)
+        return spec, self.positions.table(self.pattern, *place, self.head_dim, dtype, x.device, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -39,9 +39,29 @@ DEEPSPEED_KEYS_OF_SUMS = (
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and a key that is not in the schema is an error."""
+    """Base of all sections: immutable, and a key that is not in the schema is an error.
+
+    A key that was renamed is accepted under its old name, with one warning.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not cls.renamed.keys() & values.keys():
+            return values
+        from longnet_dist.numerics import log_once  # which imports torch; a configuration alone does not need it
+
+        taken = dict(values)
+        for old in cls.renamed.keys() & values.keys():
+            new = cls.renamed[old]
+            if new in values:
+                raise ConfigError(f"{old} is the old name of {new}, but both are given; leave {old} out")
+            log_once(f"the key {old} is now called {new}; the old name still works")
+            taken[new] = taken.pop(old)
+        return taken
 
 
 class DataConfig(Section):
@@ -89,23 +109,23 @@ class TrainConfig(Section):
         micro_batch_size: sequences that a data rank holds at once; its whole share of the batch if not given.
         chunk_length: rows of a sequence, all its ranks together, that are computed and differentiated at once; the
             whole sequence if not given. Shorter chunks hold less memory and cost a second forward. Causal models only.
-        activation_checkpointing: what a block keeps for backward. ``none``: all that autograd does; ``selective``: its
-            input and the attention's output, so that all but the attention is computed again; ``full``: its input, so
-            that the attention is computed again too.
-        keep_projections: how many blocks, from the last one down, keep their queries, keys and values as well, on the
-            device, so that these are not computed again; with ``selective``.
-        offload_activations: move what checkpointing keeps, but for those, to pinned memory of the host, beside the
-            computation; not with ``none``.
-        resident_blocks: how many blocks, the last ones, keep it on the device all the same: where the copies take
-            longer than the forward, which then waits for them. If not given, what costs no memory at the peak: 2 with
-            ``selective``, 1 with ``full``.
-        offload_projections: how many of the blocks that keep projections, the first of them, move these to the host as
-            well; with ``offload_activations``.
+        activation_checkpointing: what a block saves for backward. ``none``: all that autograd does. ``selective``: its
+            input and the attention's output; the rest is recomputed. ``full``: its input; the attention is recomputed
+            too.
+        cache_qkv: number of final blocks that also save queries, keys and values, so that these are not recomputed;
+            with ``selective``.
+        offload_activations: copy saved activations, but for those, to pinned host memory during the computation; not
+            with ``none``.
+        resident_blocks: number of final layers whose saved activations stay on the GPU. Raise it when ``longnet plan``
+            reports a non-zero ``offload`` time. If not given, what costs no memory at the peak: 2 with ``selective``, 1
+            with ``full``.
+        offload_qkv: number of blocks, the first of those with ``cache_qkv``, whose queries, keys and values are
+            offloaded as well; with ``offload_activations``.
         feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
         compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
-        products: whose products of rows and weights compiled blocks take: ``quack`` (which comes with flash-attn 4) has
-            the norm before a product and the sum behind it in the same kernel, in bf16 on a Hopper GPU; ``auto`` takes
-            it where it runs. Fewer than 4,096 rows at once take ``torch`` in any case.
+        matmul: backend of the linear layers in compiled blocks. ``quack`` (package quack-kernels) fuses the norm before
+            and the sum behind a linear layer, in bf16 on a Hopper GPU. ``auto`` takes it where it runs. Fewer than
+            4,096 tokens at once take ``torch`` in any case.
         peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
         ignore_plan: start although the planner says that the memory does not suffice.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
@@ -133,6 +153,8 @@ class TrainConfig(Section):
         sample_tokens: tokens of that sample; 0: none.
     """
 
+    renamed = {"keep_projections": "cache_qkv", "offload_projections": "offload_qkv", "products": "matmul"}
+
     output_dir: Path
     steps: PositiveInt
     seed: int = Field(0, ge=0)
@@ -141,13 +163,13 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt | None = None
     chunk_length: PositiveInt | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    keep_projections: int = Field(0, ge=0)
+    cache_qkv: int = Field(0, ge=0)
     offload_activations: bool = False
     resident_blocks: PositiveInt | None = None
-    offload_projections: int = Field(0, ge=0)
+    offload_qkv: int = Field(0, ge=0)
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
-    products: Literal["auto", "torch", "quack"] = "auto"
+    matmul: Literal["auto", "torch", "quack"] = "auto"
     peak_tflops: PositiveFloat | None = None
     ignore_plan: bool = False
     profile: ProfileConfig | None = None
@@ -184,11 +206,11 @@ class TrainConfig(Section):
                 "train.offload_activations moves what activation checkpointing keeps, but "
                 "train.activation_checkpointing is none; use selective or full"
             )
-        if self.keep_projections and self.activation_checkpointing != "selective":
+        if self.cache_qkv and self.activation_checkpointing != "selective":
             raise ConfigError(
-                f"train.keep_projections={self.keep_projections} says how much more selective checkpointing keeps, but "
+                f"train.cache_qkv={self.cache_qkv} says how much more selective checkpointing saves, but "
                 f"train.activation_checkpointing is {self.activation_checkpointing}; use selective, or "
-                f"train.keep_projections=0"
+                f"train.cache_qkv=0"
             )
         if self.resident_blocks and not self.offload_activations:
             raise ConfigError(
@@ -196,17 +218,17 @@ class TrainConfig(Section):
                 f"but train.offload_activations is false; use train.offload_activations=true or leave "
                 f"train.resident_blocks out"
             )
-        if self.offload_projections > (self.keep_projections if self.offload_activations else 0):
+        if self.offload_qkv > (self.cache_qkv if self.offload_activations else 0):
             raise ConfigError(
-                f"train.offload_projections={self.offload_projections} blocks let the projections that they keep wait "
-                f"on the host, but train.keep_projections={self.keep_projections} and train.offload_activations is "
-                f"{str(self.offload_activations).lower()}; use offload_activations=true and keep_projections="
-                f"{max(self.offload_projections, self.keep_projections)}"
+                f"train.offload_qkv={self.offload_qkv} blocks offload the queries, keys and values that they save, "
+                f"but train.cache_qkv={self.cache_qkv} and train.offload_activations is "
+                f"{str(self.offload_activations).lower()}; use offload_activations=true and cache_qkv="
+                f"{max(self.offload_qkv, self.cache_qkv)}"
             )
-        if self.products == "quack" and self.compile is False:
+        if self.matmul == "quack" and self.compile is False:
             raise ConfigError(
-                "train.products=quack is for compiled blocks, but train.compile is false; use train.compile=auto or "
-                "train.products=auto"
+                "train.matmul=quack is for compiled blocks, but train.compile is false; use train.compile=auto or "
+                "train.matmul=auto"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(

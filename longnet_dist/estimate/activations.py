@@ -22,7 +22,7 @@ def kept_by_block(layout: RunLayout) -> int:
 
 
 def projections_kept(layout: RunLayout) -> int:
-    """Bytes of queries, keys and values that a block keeps as well where ``train.keep_projections`` says so."""
+    """Bytes of queries, keys and values that a block keeps as well where ``train.cache_qkv`` says so."""
     return layout.local_rows * _projections(layout)
 
 
@@ -56,7 +56,7 @@ def _held_by_checkpointing(layout: RunLayout) -> int:
     tile = min(layout.config.train.feed_forward_tile or rows, rows)
     width, inner = model.dim * itemsize, inner_dim(model) * itemsize
     projections = _projections(layout)
-    made = 0 if layout.config.train.keep_projections else projections  # in the attention
+    made = 0 if layout.config.train.cache_qkv else projections  # in the attention
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
     behind = sum(tensors[name] for name in _BEHIND) + 2 * inner + (0 if layout.compiled else 5 * width)

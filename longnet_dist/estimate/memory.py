@@ -63,8 +63,8 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     kept, held = kept_by_block(layout), held_by_block(layout)
     train = layout.config.train
     blocks = max(train.resident, train.least_resident) if train.offload_activations else model.layers
-    with_projections = min(train.keep_projections, model.layers)
-    here = max(with_projections - train.offload_projections, min(with_projections, blocks))
+    with_projections = min(train.cache_qkv, model.layers)
+    here = max(with_projections - train.offload_qkv, min(with_projections, blocks))
     all_kept = min(model.layers, blocks) * kept + here * projections_kept(layout)
     first_kept = kept + (with_projections == model.layers) * projections_kept(layout)
     attention = min(held, rows * attention_backward_bytes(layout))
@@ -151,4 +151,4 @@ def offloaded_bytes(layout: RunLayout) -> int:
     others = max(layout.config.model.layers - train.resident, 0)
     if not train.offload_activations:
         return 0
-    return others * kept_by_block(layout) + min(train.offload_projections, others) * projections_kept(layout)
+    return others * kept_by_block(layout) + min(train.offload_qkv, others) * projections_kept(layout)

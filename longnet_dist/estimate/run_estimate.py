@@ -146,7 +146,7 @@ class Estimate:
         fitting = (
             number
             for number in range(self.layout.config.model.layers, 0, -1)
-            if (plan := self.having(train__keep_projections=number)) and plan.fits(-SPARE)
+            if (plan := self.having(train__cache_qkv=number)) and plan.fits(-SPARE)
         )
         return next(fitting, 0)
 

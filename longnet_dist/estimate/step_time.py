@@ -69,7 +69,7 @@ def _again(layout: RunLayout) -> tuple[float, float]:
     train, layers = layout.config.train, layout.config.model.layers
     if train.activation_checkpointing == "none":
         return 0, 0
-    return layers - min(layers, train.keep_projections), layers
+    return layers - min(layers, train.cache_qkv), layers
 
 
 def _matmul_flops(layout: RunLayout) -> float:

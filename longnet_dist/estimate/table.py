@@ -73,8 +73,8 @@ def _lines(plan: Estimate) -> Iterator[str]:
     rows, chunk = plan.longest_in_chunks
     if rows > plan.longest_sequence:
         yield _row(f"  with train.chunk_length={chunk}", _rows(rows))
-    if plan.projections_that_fit > config.train.keep_projections:
-        yield _row("room for train.keep_projections", f"{plan.projections_that_fit}")
+    if plan.projections_that_fit > config.train.cache_qkv:
+        yield _row("room for train.cache_qkv", f"{plan.projections_that_fit}")
     if not plan.fits():
         yield "DOES NOT FIT"
 

@@ -19,12 +19,12 @@ from longnet_dist.comm.mesh import Mesh, MeshShape
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
 from longnet_dist.data.token_file import SplitName, TokenFile
+from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.inference.generation import Sampling, generate
 from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
-from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import save_pretrained
 

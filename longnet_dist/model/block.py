@@ -1,10 +1,10 @@
-"""One block of the model."""
+"""One block of the model: the readable mathematics."""
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -12,13 +12,16 @@ from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.config.model import LongNetConfig
-from longnet_dist.model.checkpointing import Execution, Passage
 from longnet_dist.model.feed_forward import FeedForward
-from longnet_dist.model.offload import HostMemory, Shelf
-from longnet_dist.model.rows import RowParts
-from longnet_dist.ops.matmul.choice import TORCH, Products, products_of
 
-_PLAIN = Execution()
+
+class BlockRunner(Protocol):
+    """What may run a block in place of its modules, with the same result: see :mod:`longnet_dist.engine`."""
+
+    def __call__(
+        self, block: Block, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+    ) -> Tensor:
+        """Return what :meth:`Block.compute` returns."""
 
 
 class Block(nn.Module):
@@ -34,9 +37,10 @@ class Block(nn.Module):
         config: of the model.
         positions: shared by all blocks; None for none.
         group: the sequence-parallel group; None for one device.
-        overlap: as in :class:`~longnet_dist.LongNet`.
-        execution: what is kept, and how much is computed at once.
-        memory: shared by all blocks of a model that offloads; None otherwise.
+        overlap, backend, deterministic: as in :class:`~longnet_dist.LongNet`.
+
+    Attributes:
+        engine: runs the block in place of its modules; None unless an execution was attached.
     """
 
     def __init__(
@@ -45,11 +49,11 @@ class Block(nn.Module):
         positions: Positions | None,
         group: dist.ProcessGroup | None,
         overlap: bool = True,
-        execution: Execution = _PLAIN,
-        memory: HostMemory | None = None,
+        backend: str = "auto",
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
-        self.execution, self.memory = execution, memory
+        self.engine: BlockRunner | None = None
         gain = math.sqrt(math.log(2 * config.layers))
         self.self_attn_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.self_attn = DilatedAttention(
@@ -63,30 +67,29 @@ class Block(nn.Module):
             group=group,
             sub_norm=True,
             norm_eps=config.norm_eps,
+            backend=backend,
             overlap=overlap,
+            deterministic=deterministic,
         )
         self.self_attn.reset_parameters(gain)
         self.final_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim or 4 * config.dim, norm_eps=config.norm_eps, gain=gain)
 
-    def forward(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None) -> Tensor:
-        """``x (B, n, E)`` to ``(B, n, E)``; rows as in :meth:`DilatedAttention.forward`."""
-        execution, attention = self.execution, self.self_attn
-        spec, table = attention.prepare(x, start, total_rows, cache)
-        weights = dict(self.named_parameters())
-        compile = execution.compiles(self.training, cache is not None)
-        products = self._products(x) if compile else TORCH
-        parts = RowParts(weights, table, attention.head_dim, attention.norm_eps, execution.tile, compile, products)
-        stay, shape = not execution.offload_projections, (x.shape[0], x.shape[1])
-        passage = Passage(parts, spec, execution.checkpointing, shape, self._shelf(), stay)
-        return passage.run(x.flatten(0, 1)).view_as(x)
+    def forward(
+        self,
+        x: Tensor,
+        start: int | None = None,
+        total_rows: int | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Return ``(B, n, E)`` for ``x (B, n, E)``; other arguments as in :meth:`DilatedAttention.forward`."""
+        if self.engine is not None:
+            return self.engine(self, x, start, total_rows, cache)
+        return self.compute(x, start, total_rows, cache)
 
-    def _products(self, x: Tensor) -> Products:
-        maps = self.self_attn.q_proj, self.self_attn.k_proj, self.ffn.fc1
-        widths = tuple(linear.out_features for linear in maps)
-        return products_of(self.execution.products, x.device, x.dtype, x.shape[0] * x.shape[1], widths)
-
-    def _shelf(self) -> Shelf | None:
-        if not torch.is_grad_enabled():
-            return None
-        return self.memory.shelf(self.execution.offload) if self.memory else Shelf()
+    def compute(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None) -> Tensor:
+        """Call the block's own modules; arguments and result of :meth:`forward`."""
+        normed = self.self_attn_layer_norm(x)
+        x = x + self.self_attn(normed, start=start, total_rows=total_rows, cache=cache)
+        out: Tensor = x + self.ffn(self.final_layer_norm(x))
+        return out

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longnet_dist.ops.gelu_norm.choice import PLAIN
-
 
 class FeedForward(nn.Module):
-    """``fc2(norm(gelu(fc1(x))))``: the LayerNorm inside is MAGNETO's (arXiv 2210.06423, section 2).
+    """Apply ``fc2(norm(gelu(fc1(x))))``: the LayerNorm inside is MAGNETO's (arXiv 2210.06423, section 2).
 
     Args:
         dim: model dim ``E``.
@@ -30,12 +26,6 @@ class FeedForward(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (…, E)`` to ``(…, E)``, row by row."""
-        return feed_forward(x, dict(self.named_parameters()), self.ffn_layernorm.eps)
-
-
-def feed_forward(x: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
-    """:class:`FeedForward` on its parameters by name."""
-    inner = F.linear(x, weights["fc1.weight"], weights["fc1.bias"])
-    inner = PLAIN.forward(inner, weights["ffn_layernorm.weight"], weights["ffn_layernorm.bias"], norm_eps)
-    return F.linear(inner, weights["fc2.weight"], weights["fc2.bias"])
+        """Return ``(…, E)`` for ``x (…, E)``, token by token."""
+        out: Tensor = self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+        return out

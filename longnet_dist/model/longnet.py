@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,7 @@ from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ShapeError
 from longnet_dist.model.block import Block
-from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead
-from longnet_dist.model.offload import HostMemory
-
-_PLAIN = Execution()
 
 
 class LongNetOutput(NamedTuple):
@@ -36,6 +32,16 @@ class LongNetOutput(NamedTuple):
     logits: Tensor | None
     loss_sum: Tensor | None
     num_labels: Tensor | None
+
+
+class ModelExecution(Protocol):
+    """Say how a model is computed: :class:`longnet_dist.engine.execution.Execution`."""
+
+    def attach(self, model: LongNet) -> LongNet:
+        """Let an engine run the blocks of ``model``."""
+
+    def compiles(self, training: bool, streamed: bool) -> bool:
+        """Return whether a pass is compiled."""
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -57,8 +63,9 @@ class LongNet(nn.Module):
     Args:
         config: sizes and mathematics.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device.
-        overlap: compute while rows travel between ranks; see :func:`~longnet_dist.dilated_attention`.
-        execution: what is kept for backward, and how much is computed at once; it changes no result.
+        overlap, backend, deterministic: of the attention; see :func:`~longnet_dist.dilated_attention`.
+        execution: what an engine saves, recomputes, compiles and offloads; it changes no result. None: the blocks run
+            as plain modules.
     """
 
     def __init__(
@@ -67,20 +74,25 @@ class LongNet(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         overlap: bool = True,
-        execution: Execution = _PLAIN,
+        backend: str = "auto",
+        deterministic: bool = False,
+        execution: ModelExecution | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.group, self.execution = config, group, execution
+        self.config, self.group = config, group
+        self.execution: ModelExecution | None = None
         self.positions = positions_of(config)
         self.embedding = ScaledEmbedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
-        memory = HostMemory(execution.resident) if execution.offload else None
-        executions = execution.of_blocks(config.layers)
-        self.blocks = nn.ModuleList(Block(config, self.positions, group, overlap, each, memory) for each in executions)
+        self.blocks = nn.ModuleList(
+            Block(config, self.positions, group, overlap, backend, deterministic) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, config.logits_rows)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        if execution is not None:
+            execution.attach(self)
 
     def stream(self, total_rows: int) -> Stream:
         """The stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
@@ -124,7 +136,7 @@ class LongNet(nn.Module):
         x = self._normed(x)
         if labels is None:
             return LongNetOutput(None, self.head(x), None, None)
-        compile = self.execution.compiles(self.training, stream is not None)
+        compile = self.execution is not None and self.execution.compiles(self.training, stream is not None)
         loss_sum, num_labels = self.head(x, labels, compile), (labels != IGNORE_INDEX).sum()
         return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
 

@@ -1,4 +1,4 @@
-"""Functions of tensors through torch's compiler."""
+"""Functions of tensors, compiled by torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,41 @@ from typing import Any
 
 import torch
 
+from longnet_dist.numerics import log_once
+
 WIDEST_ROW = 4096
 """Numbers of a row that a norm's kernel holds in registers."""
 
 
+MOST_SHAPES = 64
+"""Shapes for which a function is compiled; later ones run uncompiled."""
+
+
 def run(function: Callable[..., Any], compile: bool, *given: Any) -> Any:
-    """``function(*given)``, compiled if ``compile`` says so.
+    """Return ``function(*given)``, compiled if ``compile`` is set.
 
     It is compiled once for each shape of its tensors, whatever weights it is given: all blocks share what is compiled.
-    What torch cannot compile whole is an error.
+    What torch cannot compile whole is an error. A function that meets more than :data:`MOST_SHAPES` shapes runs
+    uncompiled for the rest, and says so once.
     """
     if not compile:
         return function(*given)
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # torch's compiler takes a second to import
+
     with _whole_rows():
-        return _compiled(function)(*given)
+        try:
+            return _compiled(function)(*given)
+        except FailOnRecompileLimitHit:  # before anything was computed
+            pass
+        try:
+            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+                return _compiled(function)(*given)
+        except FailOnRecompileLimitHit:
+            log_once(
+                f"{function.__name__} met more than {MOST_SHAPES} shapes and runs uncompiled for the others; "
+                f"set train.feed_forward_tile, so that all lengths share one shape"
+            )
+    return function(*given)
 
 
 @lru_cache(maxsize=16)
@@ -30,7 +51,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _whole_rows() -> Any:
-    """Lets Inductor hold rows of up to ``WIDEST_ROW`` numbers in registers, where it would not go beyond 1,024.
+    """Let Inductor hold rows of up to ``WIDEST_ROW`` numbers in registers, where it would not go beyond 1,024.
 
     A norm then reads a row once, instead of twice forward and three times backward, and so does what is fused with it.
     """

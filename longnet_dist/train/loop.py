@@ -24,6 +24,7 @@ from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
+from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import CheckpointError, LongNetError
 from longnet_dist.estimate.devices import device_of
 from longnet_dist.estimate.run_estimate import Estimate
@@ -33,7 +34,6 @@ from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.inference.generation import Sampling
 from longnet_dist.inference.runs import continue_text
 from longnet_dist.machine import host_memory_bytes
-from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.resilience.out_of_memory import explained
 from longnet_dist.resilience.stop_signals import stop_requests

@@ -39,8 +39,8 @@ def test_a_configuration_is_immutable():
         ({"deepspeed": {"extra": {"prescale_gradients": True}}}, "float32 sums that are divided once"),
         ({"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 0}}, "use deepspeed.zero_stage=1"),
         (
-            {"train": {"activation_checkpointing": "selective", "keep_projections": 2, "offload_projections": 1}},
-            "train.offload_activations is false; use offload_activations=true and keep_projections=2",
+            {"train": {"activation_checkpointing": "selective", "cache_qkv": 2, "offload_qkv": 1}},
+            "train.offload_activations is false; use offload_activations=true and cache_qkv=2",
         ),
         ({"train": {"offload_activations": True}}, "train.activation_checkpointing is none; use selective or full"),
         ({"train": {"resident_blocks": 3}}, "train.offload_activations is false; use train.offload_activations=true"),

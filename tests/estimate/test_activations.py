@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from longnet_dist.attention import functional
+from longnet_dist.engine.execution import Execution
 from longnet_dist.estimate.activations import held_by_block, kept_by_block, projections_kept
 from longnet_dist.estimate.model_cost import inner_dim
 from longnet_dist.model.block import Block
-from longnet_dist.model.checkpointing import Execution
 from longnet_dist.model.longnet import LongNet, positions_of
 from tests.estimate.layouts import small_layout
 from tests.estimate.live_bytes import LiveBytes
@@ -78,7 +78,7 @@ def test_what_autograd_keeps_of_a_block(precision, model):
 def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
     """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
     monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
-    train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "keep_projections": kept, "compile": False}
+    train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "cache_qkv": kept, "compile": False}
     layout = small_layout(rows=2048, model=model, train=train)
     network = LongNet(layout.config.model, execution=Execution.of(layout.config.train, "cpu")).to(torch.bfloat16)
     tokens = torch.randint(0, 256, (1, 2048))

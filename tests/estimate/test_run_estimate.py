@@ -114,17 +114,15 @@ def test_memory_that_is_left_keeps_projections():
     long = plan(2**20, train=selective)
     kept = long.projections_that_fit
     assert 0 < kept < 12
-    assert long.having(train__keep_projections=kept).fits(-0.05)
-    assert not long.having(train__keep_projections=kept + 1).fits(-0.05)
-    assert "room for train.keep_projections" in table(long)
+    assert long.having(train__cache_qkv=kept).fits(-0.05)
+    assert not long.having(train__cache_qkv=kept + 1).fits(-0.05)
+    assert "room for train.cache_qkv" in table(long)
     assert long.having(train__activation_checkpointing="full").projections_that_fit == 0
 
 
 def test_projections_on_the_host_leave_the_device():
     selective = {"activation_checkpointing": "selective", "offload_activations": True}
-    kept, waiting = (
-        plan(2**18, train=selective | {"keep_projections": 8, "offload_projections": number}) for number in (0, 5)
-    )
+    kept, waiting = (plan(2**18, train=selective | {"cache_qkv": 8, "offload_qkv": number}) for number in (0, 5))
     block = 2**18 * 3 * 768 * 2  # bytes of q, k, v
     assert kept.to_json()["peak_gpu_bytes"] - waiting.to_json()["peak_gpu_bytes"] == 5 * block
     assert waiting.to_json()["peak_host_bytes"] - kept.to_json()["peak_host_bytes"] == 5 * block

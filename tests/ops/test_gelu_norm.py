@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from longnet_dist.engine.rows import RowParts
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.rows import RowParts
 from longnet_dist.ops.compiled import _compiled
 from longnet_dist.ops.gelu_norm import choice as plain
 from longnet_dist.ops.gelu_norm.choice import PLAIN, GeluNorm
-from tests.model.test_checkpointing import model_config
+from tests.engine.test_block_run import model_config
 
 pytest.importorskip("triton")
 from longnet_dist.ops.gelu_norm import triton as kernels

@@ -5,13 +5,13 @@ import torch
 
 from longnet_dist import DilatedPattern
 from longnet_dist.attention.positions import Positions, RotaryTable, rotate
-from longnet_dist.model import rows
+from longnet_dist.engine import rows
+from longnet_dist.engine.rows import RowParts
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.rows import RowParts
 from longnet_dist.ops.compiled import _compiled
 from longnet_dist.ops.join_gradients.choice import join_gradients_of
 from longnet_dist.ops.join_gradients.reference import join_gradients
-from tests.model.test_checkpointing import model_config
+from tests.engine.test_block_run import model_config
 
 pytest.importorskip("triton")
 from longnet_dist.ops.join_gradients import triton as kernels

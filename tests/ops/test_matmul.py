@@ -9,16 +9,16 @@ from torch.nn import functional as F
 from longnet_dist import numerics
 from longnet_dist.attention.positions import Positions, rotate
 from longnet_dist.config.loading import load_config
+from longnet_dist.engine.rows import RowParts
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.rows import RowParts
-from longnet_dist.ops import matmul
+from longnet_dist.ops import matmul as package
 from longnet_dist.ops.compiled import _compiled
-from longnet_dist.ops.matmul import choice as products
-from longnet_dist.ops.matmul.choice import FEWEST_ROWS, TORCH, Products, products_of
-from tests.model.test_checkpointing import model_config
-from tests.quack_stand_in import quack_products
+from longnet_dist.ops.matmul import choice
+from longnet_dist.ops.matmul.choice import FEWEST_ROWS, REFERENCE, Matmul, choose_matmul
+from tests.engine.test_block_run import model_config
+from tests.quack_stand_in import quack_kernels
 
 CUDA = torch.device("cuda")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -30,7 +30,7 @@ def table_of(rows, head_dim, dtype=torch.float64, device="cpu"):
 
 
 # On a GPU the tests with the real one say more.
-FOLDED = TORCH if torch.cuda.is_available() else Products(*quack_products().FUNCTIONS, folded=True)
+FOLDED = REFERENCE if torch.cuda.is_available() else Matmul(*quack_kernels().FUNCTIONS, folded=True)
 
 
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
@@ -64,9 +64,9 @@ def test_a_norm_behind_a_product_computes_the_same(monkeypatch, compile, fields)
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.?torch.jit.script_method:DeprecationWarning")  # of torch's compiler itself
-@pytest.mark.parametrize("products", [TORCH, FOLDED], ids=["torch", "norm behind"])
+@pytest.mark.parametrize("matmul", [REFERENCE, FOLDED], ids=["torch", "norm behind"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_bias_too_small_to_matter_does_not_matter(compile, products):
+def test_a_bias_too_small_to_matter_does_not_matter(compile, matmul):
     """The sum of two numbers in bfloat16 is often half-way between two others.
 
     Rounded once together with a bias, however small, it would go where the bias points: by a thousand times the bias.
@@ -77,49 +77,49 @@ def test_a_bias_too_small_to_matter_does_not_matter(compile, products):
 
     def result(bias):
         weights = dict(block.named_parameters()) | {"ffn.fc2.bias": torch.full((64,), bias, dtype=torch.bfloat16)}
-        return RowParts(weights, None, 16, 1e-5, None, compile, products).output(x, out)[0].float()
+        return RowParts(weights, None, 16, 1e-5, None, compile, matmul).output(x, out)[0].float()
 
     assert (result(8e-7) - result(0)).mean().abs() < 5e-6
     assert (result(0.1) - result(0)).mean() == pytest.approx(0.1, rel=0.02)
 
 
-def test_the_choice_of_products(monkeypatch, caplog):
+def test_the_choice_of_a_backend(monkeypatch, caplog):
     cpu, bf16, widths = torch.device("cpu"), torch.bfloat16, (768, 3072)
-    assert products_of("auto", cpu, bf16, 2**20, widths) is TORCH
-    assert products_of("torch", CUDA, bf16, 2**20, widths) is TORCH
-    assert products_of("quack", CUDA, bf16, FEWEST_ROWS - 1, widths) is TORCH
-    with pytest.raises(ConfigError, match=r"train.products=quack runs on a Hopper GPU, not on cpu; .*products=auto"):
-        products_of("quack", cpu, bf16, 2**20, widths)
+    assert choose_matmul("auto", cpu, bf16, 2**20, widths) is REFERENCE
+    assert choose_matmul("torch", CUDA, bf16, 2**20, widths) is REFERENCE
+    assert choose_matmul("quack", CUDA, bf16, FEWEST_ROWS - 1, widths) is REFERENCE
+    with pytest.raises(ConfigError, match=r"train.matmul=quack runs on a Hopper GPU, not on cpu; .*matmul=auto"):
+        choose_matmul("quack", cpu, bf16, 2**20, widths)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match="Hopper"):
-        products_of("quack", CUDA, bf16, 2**20, widths)
+        choose_matmul("quack", CUDA, bf16, 2**20, widths)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ConfigError, match=r"not torch\.float32"):
-        products_of("quack", CUDA, torch.float32, 2**20, widths)
+        choose_matmul("quack", CUDA, torch.float32, 2**20, widths)
     with pytest.raises(ConfigError, match=r"multiple of 8 numbers, not of 768, 1001"):
-        products_of("quack", CUDA, bf16, 2**20, (768, 1001))
-    products._quack.cache_clear()
+        choose_matmul("quack", CUDA, bf16, 2**20, (768, 1001))
+    choice._quack.cache_clear()
     monkeypatch.setitem(sys.modules, "quack", None)  # so that its import fails
     monkeypatch.delitem(sys.modules, "longnet_dist.ops.matmul.quack", raising=False)
-    monkeypatch.delattr(matmul, "quack", raising=False)
-    with pytest.raises(ConfigError, match=r"needs the package quack-kernels, pip install .*cuda"):
-        products_of("quack", CUDA, bf16, 2**20, widths)
+    monkeypatch.delattr(package, "quack", raising=False)
+    with pytest.raises(ConfigError, match=r"needs the package quack-kernels: pip install .*cuda"):
+        choose_matmul("quack", CUDA, bf16, 2**20, widths)
     with caplog.at_level("WARNING"):
         numerics.log_once.cache_clear()
-        assert products_of("auto", CUDA, bf16, 2**20, widths) is TORCH
-        assert products_of("auto", CUDA, bf16, 2**20, widths) is TORCH
+        assert choose_matmul("auto", CUDA, bf16, 2**20, widths) is REFERENCE
+        assert choose_matmul("auto", CUDA, bf16, 2**20, widths) is REFERENCE
     assert [record.message.count("quack-kernels") for record in caplog.records] == [1]
-    products._quack.cache_clear()
+    choice._quack.cache_clear()
 
 
 def test_a_configuration_chooses_them(tmp_path):
-    given = ["model.name=tiny", "train.output_dir=x", "train.steps=1", "train.products=quack"]
+    given = ["model.name=tiny", "train.output_dir=x", "train.steps=1", "train.matmul=quack"]
     path = tmp_path / "config.yaml"
     path.write_text("model: {}\n")
-    assert load_config(path, given).train.products == "quack"
-    with pytest.raises(ConfigError, match="products"):
-        load_config(path, [*given, "train.products=cublas"])
-    with pytest.raises(ConfigError, match=r"train.compile is false; use train.compile=auto or train.products=auto"):
+    assert load_config(path, given).train.matmul == "quack"
+    with pytest.raises(ConfigError, match="matmul"):
+        load_config(path, [*given, "train.matmul=cublas"])
+    with pytest.raises(ConfigError, match=r"train.compile is false; use train.compile=auto or train.matmul=auto"):
         load_config(path, [*given, "train.compile=false"])
 
 
@@ -131,7 +131,7 @@ def test_a_configuration_chooses_them(tmp_path):
 def test_quack_agrees_with_float64(rows, numbers, outputs, dtype):
     pytest.importorskip("quack")
     torch.manual_seed(0)
-    functions = products_of("quack", CUDA, dtype, rows, (numbers, outputs))
+    functions = choose_matmul("quack", CUDA, dtype, rows, (numbers, outputs))
     x = torch.randn(rows, numbers, device="cuda").to(dtype) + 1
     weight = (torch.randn(outputs, numbers, device="cuda") / numbers**0.5).to(dtype)
     bias, added = torch.randn(outputs, device="cuda").to(dtype), torch.randn(rows, outputs, device="cuda").to(dtype)
@@ -142,7 +142,7 @@ def test_quack_agrees_with_float64(rows, numbers, outputs, dtype):
         "norm and sum": (functions.linear(normed, weight, bias, added), with_norm + wa),
         "bias": (functions.linear((x,), weight, bias, None), wx @ ww.T + wb),
         "sum": (functions.linear((x,), weight, bias, added), wx @ ww.T + wb + wa),
-        "product": (functions.product(added, weight), wa @ ww),
+        "product": (functions.matmul(added, weight), wa @ ww),
     }
     functions.write_linear((x,), weight, bias, added, added)
     expected["in place"] = (added, wx @ ww.T + wb + wa)
@@ -158,7 +158,10 @@ def test_quack_turns_heads(head_dim):
     pytest.importorskip("quack")
     torch.manual_seed(0)
     rows, numbers, outputs = 4101, 768, 6 * head_dim
-    functions, table = products_of("quack", CUDA, torch.bfloat16, rows, (768,)), table_of(rows, head_dim, device="cuda")
+    functions, table = (
+        choose_matmul("quack", CUDA, torch.bfloat16, rows, (768,)),
+        table_of(rows, head_dim, device="cuda"),
+    )
     assert head_dim in functions.rotated_dims
     x = torch.randn(rows, numbers, device="cuda").bfloat16() + 1
     weight = (torch.randn(outputs, numbers, device="cuda") / numbers**0.5).bfloat16()
@@ -173,7 +176,7 @@ def test_quack_turns_heads(head_dim):
 @on_a_gpu
 @pytest.mark.filterwarnings("ignore")
 def test_a_block_computes_the_same_with_quack():
-    """As near to float64 as with torch's products."""
+    """As near to float64 as with torch's."""
     pytest.importorskip("quack")
     torch.manual_seed(0)
     with CUDA:
@@ -183,9 +186,9 @@ def test_a_block_computes_the_same_with_quack():
     x, dz, dx = torch.randn(3, rows, 256, device="cuda", dtype=torch.bfloat16)
     out, dq, dk, dv = (torch.randn(rows, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 2, 2))
 
-    def results(given, products, compile):
+    def results(given, matmul, compile):
         weights, x, out, dz, dx, *gradients = given
-        parts, total = RowParts(weights, table, 64, 1e-5, 3000, compile, products), dx.clone()
+        parts, total = RowParts(weights, table, 64, 1e-5, 3000, compile, matmul), dx.clone()
         z, moments = parts.output(x, out)
         first, dout, _, after = parts.output_gradients(x, out, dz, moments)
         before = parts.add_projection_gradients(x, tuple(gradients), total)
@@ -193,8 +196,8 @@ def test_a_block_computes_the_same_with_quack():
 
     given = weights, x, out, dz, dx, dq, dk, dv
     wide = {name: weight.detach().double() for name, weight in weights.items()}, *(y.double() for y in given[1:])
-    exact = results(wide, TORCH, False)
-    quack = products_of("quack", CUDA, torch.bfloat16, rows, (256, 128, 1024))
-    for ours, plain, wanted in zip(results(given, quack, True), results(given, TORCH, True), exact, strict=True):
+    exact = results(wide, REFERENCE, False)
+    quack = choose_matmul("quack", CUDA, torch.bfloat16, rows, (256, 128, 1024))
+    for ours, plain, wanted in zip(results(given, quack, True), results(given, REFERENCE, True), exact, strict=True):
         allowed = 1.2 * (plain - wanted).norm() + 0.002 * wanted.norm()
         assert (ours - wanted).norm() <= allowed

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longnet_dist.model import rows
+from longnet_dist.engine import rows
+from longnet_dist.engine.rows import RowParts
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.rows import RowParts
 from longnet_dist.ops.compiled import _compiled
-from longnet_dist.ops.norm_gradients.choice import gives_dots, norm_gradients_of
+from longnet_dist.ops.norm_gradients.choice import gives_delta, norm_gradients_of
 from longnet_dist.ops.norm_gradients.reference import norm_gradients
-from tests.model.test_checkpointing import model_config
+from tests.engine.test_block_run import model_config
 
 pytest.importorskip("triton")
 from longnet_dist.ops.norm_gradients import triton as kernels
@@ -102,9 +102,9 @@ def test_lengths_that_fit():
     assert norm_gradients_of(cuda, torch.bfloat16, 768) is kernels.norm_gradients
     assert all(kernels.fits_heads(*sizes) for sizes in ((768, 12), (768, 6), (2048, 32), (4096, 32)))
     assert not any(kernels.fits_heads(*sizes) for sizes in ((1536, 16), (2560, 32), (1000, 10), (768, 2)))
-    assert gives_dots(cuda, torch.bfloat16, 768, 12)
-    assert not gives_dots(cuda, torch.bfloat16, 2560, 32)
-    assert not gives_dots(cpu, torch.float32, 768, 12)
+    assert gives_delta(cuda, torch.bfloat16, 768, 12)
+    assert not gives_delta(cuda, torch.bfloat16, 2560, 32)
+    assert not gives_delta(cpu, torch.float32, 768, 12)
 
 
 @on_a_cpu
@@ -132,7 +132,7 @@ def test_a_block_computes_the_same_with_it(monkeypatch, compile):
         calls.append(inputs)
         return kernels.norm_gradients(*inputs)
 
-    monkeypatch.setattr(rows, "gives_dots", lambda *_: True)
+    monkeypatch.setattr(rows, "gives_delta", lambda *_: True)
     monkeypatch.setattr(rows, "norm_gradients_of", lambda *_: kernels.norm_gradients if compile else counted)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     _compiled.cache_clear()

@@ -13,7 +13,7 @@ from longnet_dist.ops.gelu_norm.reference import gelu_norm, gelu_norm_gradients
 
 
 class GeluNorm(NamedTuple):
-    """The two functions, from torch or as kernels of our own."""
+    """Hold the forward and the gradients of ``LayerNorm(gelu(h))``, as torch functions or as GPU kernels."""
 
     forward: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     gradients: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]

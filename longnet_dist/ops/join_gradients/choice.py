@@ -17,7 +17,7 @@ JoinGradients = Callable[[Tensor, Tensor, Tensor, RotaryTable | None, torch.dtyp
 def join_gradients_of(
     device: torch.device, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int
 ) -> JoinGradients:
-    """The kernel of ``longnet_dist/ops/join_gradients/triton.py`` where it runs: on a GPU with Triton, most heads."""
+    """Return the kernel of ``triton.py`` where it runs: on a GPU with Triton, for most heads."""
     if takes_triton(device, dtype):
         from longnet_dist.ops.join_gradients import triton as kernels
 

@@ -12,9 +12,13 @@ from longnet_dist.numerics import wide_dtype
 def join_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, table: RotaryTable | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``dq (n, H, D)``, ``dk`` and ``dv (n, Hkv, D)`` as ``(n, (H + 2·Hkv)·D)`` in ``dtype``, and the sum of its rows.
+    """Return ``g = [Rᵀdq, Rᵀdk, dv] (n, (H + 2·Hkv)·D)`` in ``dtype``, and the sum of its rows.
 
-    With a table, dq and dk are rotated back. The sum is float32, or float64 with ``dtype``.
+    Args:
+        dq: ``(n, H, D)``, the gradient of rotated queries.
+        dk, dv: ``(n, Hkv, D)``.
+        table: the rotation ``R``, which is undone; None without positions.
+        dtype: of the result; the sum is float32, or float64 for float64.
     """
     if table is not None:
         dq, dk = rotate(dq, dk, table.inverse())

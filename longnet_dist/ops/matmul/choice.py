@@ -1,112 +1,109 @@
-"""Products of rows and weights, with the norm that comes before them and the sum that comes behind."""
+"""Matmuls of tokens and weights, fused with the norm before them and the sum behind them where a backend can."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import metadata
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longnet_dist.attention.kernels.registry import takes_triton
 from longnet_dist.errors import ConfigError
 from longnet_dist.numerics import log_once
+from longnet_dist.ops.matmul import reference
 
-ProductsName = Literal["auto", "torch", "quack"]
+MatmulName = Literal["auto", "torch", "quack"]
 Normed = tuple[Tensor, ...]
-"""Normed rows, in the form that the products take: alone, or rows that are not normed and the moments of their norm."""
+"""Normed tokens in the form that a backend takes: normed, or not normed with the moments of their norm."""
 FEWEST_ROWS = 4096
-"""In a pass over fewer rows it does not pay to fold the norms' weights."""
+"""In a pass over fewer tokens it does not pay to fold the norms' weights."""
 
 
-class Products(NamedTuple):
-    """Functions of rows ``x (n, K)``; those without ``write`` may be compiled.
+class Matmul(NamedTuple):
+    """Hold a backend's functions of tokens ``x (n, K)``; those without ``write`` may be compiled.
 
     Attributes:
         normed: ``(x, weight, bias, eps)`` to :data:`Normed`, for ``linear``; weight and bias of the norm, or neither.
-        linear: ``(rows, weight, bias, added)`` to ``rows weightᵀ + bias + added (n, N)``, or without the last.
-        write_linear: the same into ``out``, which may be ``added``: ``(rows, weight, bias, added, out)``.
-        product: ``(x, weight (K, N))`` to ``x weight (n, N)``.
-        write_rotated: ``rows weightᵀ + bias``, as heads that are rotated by a table ``(n, 1, D/2, 2)`` of
-            :class:`~longnet_dist.attention.positions.RotaryTable`, into ``out``: ``(rows, weight, bias, table, out)``.
-        rotated_dims: the head dims that it knows.
-        folded: whether the norms' own weights must have been folded into the maps behind them.
+        linear: ``(tokens, weight, bias, added)`` to ``tokens weightᵀ + bias + added (n, N)``; ``added`` may be None.
+        write_linear: the same into ``out``, which may be ``added``: ``(tokens, weight, bias, added, out)``.
+        matmul: ``(x, weight (K, N))`` to ``x weight (n, N)``.
+        write_rotated: ``tokens weightᵀ + bias`` as heads, rotated by a table ``(n, 1, D/2, 2)`` of a
+            :class:`~longnet_dist.attention.positions.RotaryTable`, into ``out``:
+            ``(tokens, weight, bias, table, out)``.
+        rotated_dims: the head dims that ``write_rotated`` takes.
+        folded: whether the norms' weights must have been folded into the linear layers behind them.
     """
 
     normed: Callable[[Tensor, Tensor | None, Tensor | None, float], Normed]
     linear: Callable[[Normed, Tensor, Tensor, Tensor | None], Tensor]
     write_linear: Callable[[Normed, Tensor, Tensor, Tensor | None, Tensor], None]
-    product: Callable[[Tensor, Tensor], Tensor]
+    matmul: Callable[[Tensor, Tensor], Tensor]
     write_rotated: Callable[[Normed, Tensor, Tensor, Tensor, Tensor], None]
     rotated_dims: tuple[int, ...]
     folded: bool
 
 
-def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
-    return (F.layer_norm(x, x.shape[-1:], weight, bias, eps),)
+REFERENCE = Matmul(
+    reference.normed,
+    reference.linear,
+    reference.write_linear,
+    torch.matmul,
+    reference.write_rotated,
+    reference.ROTATED_DIMS,
+    folded=False,
+)
+"""torch's matmuls, with norms that its compiler makes kernels of."""
 
 
-def _linear(rows: Normed, weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
-    y = F.linear(rows[0], weight, bias)
-    return y if added is None else added + y
+def choose_matmul(
+    name: MatmulName, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...]
+) -> Matmul:
+    """Return the backend for a pass over ``rows`` tokens, whose lengths are among ``widths``.
 
-
-def _write_linear(rows: Normed, weight: Tensor, bias: Tensor, added: Tensor | None, out: Tensor) -> None:
-    if added is None:
-        torch.addmm(bias, rows[0], weight.T, out=out)
-    elif added is out:
-        out.add_(_linear(rows, weight, bias, None))
-    else:
-        out.copy_(_linear(rows, weight, bias, added))
-
-
-def _write_turned(rows: Normed, weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
-    raise NotImplementedError("rotated_dims has none")
-
-
-TORCH = Products(_normed, _linear, _write_linear, torch.matmul, _write_turned, (), folded=False)
-"""torch's products, and norms that its compiler makes kernels of."""
-
-
-def products_of(
-    name: ProductsName, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...]
-) -> Products:
-    """The products for a pass over ``rows`` rows, whose lengths are among ``widths``.
-
-    ``"auto"`` takes those of quack (``longnet_dist/ops/matmul/quack.py``) where they run: in bfloat16 and float16
-    on a Hopper GPU, with the package installed; that it is missing is logged once. Fewer than :data:`FEWEST_ROWS` rows
-    take torch's.
+    ``"auto"`` takes quack's kernels where they run: in bfloat16 and float16 on a Hopper GPU, with quack-kernels
+    installed. That the package is missing is logged once. Fewer than :data:`FEWEST_ROWS` tokens take torch's.
 
     Raises:
-        ConfigError: ``"quack"`` where they do not run.
+        ConfigError: ``"quack"`` where it does not run.
     """
     if name == "torch" or rows < FEWEST_ROWS:
-        return TORCH
+        return REFERENCE
     obstacle = _obstacle(device, dtype, widths)
     found = obstacle or _quack()
-    if isinstance(found, Products):
+    if isinstance(found, Matmul):
         return found
     if name == "quack":
-        raise ConfigError(f"train.products=quack {found}; use train.products=auto")
+        raise ConfigError(f"train.matmul=quack {found}; use train.matmul=auto")
     if not obstacle:
-        log_once(f"blocks take torch's products of rows and weights: train.products=quack {found}")
-    return TORCH
+        log_once(f"blocks take torch's matmuls: train.matmul=quack {found}")
+    return REFERENCE
 
 
 @lru_cache(maxsize=1)
-def _quack() -> Products | str:
-    """quack's products, or why they cannot be had."""
+def _quack() -> Matmul | str:
+    """Return quack's kernels, or why they cannot be had.
+
+    The kernels use quack's 0.x interface as they are imported, so another release may fail there in any way.
+    """
+    if importlib.util.find_spec("quack") is None:
+        return "needs the package quack-kernels: pip install 'longnet-dist[cuda]'"
     try:
-        from longnet_dist.ops.matmul import quack as quack_products
-    except ImportError as error:
-        return f"needs the package quack-kernels, pip install 'longnet-dist[cuda]' ({error})"
-    return Products(*quack_products.FUNCTIONS, folded=True)
+        from longnet_dist.ops.matmul import quack as kernels
+    except Exception as error:
+        found = metadata.version("quack-kernels") if metadata.packages_distributions().get("quack") else "unknown"
+        return (
+            f"cannot use quack-kernels {found} ({type(error).__name__}: {error}); "
+            f"install the release that belongs to this package: pip install 'longnet-dist[cuda]'"
+        )
+    return Matmul(*kernels.FUNCTIONS, folded=True)
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    """Why quack's products cannot run on the device or the rows, or an empty string."""
+    """Return why quack's kernels cannot run on the device or the tokens, or an empty string."""
     if not takes_triton(device, dtype) or torch.cuda.get_device_capability(device)[0] != 9:
         return f"runs on a Hopper GPU, not on {device}"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -1,11 +1,11 @@
 # Epilogues: quack's compiler gives their values types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Products of rows and weights by quack (the package of flash-attn 4's authors), which takes what happens to each
-number of the result as a function: here a norm, a bias, a sum.
+"""Matmuls by quack (from flash-attn 4's authors), which applies a function to each number of the result: a norm, a
+bias, a rotation, a sum.
 
-The norm of the rows comes *behind* the product: with mean μ and scale s of a row,
-``LayerNorm(x) Wᵀ = s·(x Wᵀ) - s·μ·(row sums of W)``. So the normed rows are never written, only two numbers a row, and
-they are not rounded before they are multiplied.
+The norm comes *behind* the matmul. With mean μ and scale s of a token,
+``LayerNorm(x) Wᵀ = s·(x Wᵀ) - s·μ·(row sums of W)``. So the normed tokens are never written, only two numbers a token,
+and they are not rounded before they are multiplied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BIAS = {"bias": RowVecLoad("bias")}
 _NORM = _BIAS | {"scale": ColVecLoad("scale"), "shift": ColVecLoad("shift"), "sums": RowVecLoad("sums")}
 
 ROTATED_DIMS = (64, 96)
-"""Head dims of which a tile of the result holds whole heads."""
+"""Head dims for which a tile of the result holds whole heads."""
 
 
 @gemm_epilogue()
@@ -95,11 +95,11 @@ def _quack_linear(
 
 @_quack_linear.register_fake
 def _(*given: object) -> None:
-    """It gives nothing back."""
+    """Return nothing: the operator writes into ``out``."""
 
 
 def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows, and ``scale, shift (n,)`` in float32 of a norm without weights: it gives ``scale·x + shift``."""
+    """Return the tokens and ``scale, shift (n,)`` in float32 of a norm without weights, ``scale·x + shift``."""
     assert weight is bias is None, "the norms' weights are folded"
     wide = x.float()
     mean = wide.mean(-1, keepdim=True)
@@ -108,28 +108,28 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
 
 
 def linear(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
-    """As in ``longnet_dist/ops/matmul/choice.py``."""
+    """Return ``tokens weightᵀ + bias + added``."""
     out = rows[0].new_empty(len(rows[0]), len(weight))
     write_linear(rows, weight, bias, added, out)
     return out
 
 
 def write_linear(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, added: Tensor | None, out: Tensor) -> None:
-    """As there; rows that no norm comes before are alone."""
+    """Write what :func:`linear` returns into ``out``; tokens without a norm before come alone."""
     x, *moments = rows
     scale, shift = moments or (None, None)
     _quack_linear(x, weight, bias, scale, shift, added, out)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """As there."""
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x weight``."""
     out = x.new_empty(len(x), weight.shape[1])
     _quack_linear(x, weight, None, None, None, None, out)
     return out
 
 
 def write_rotated(rows: tuple[Tensor, ...], weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
-    """As there, behind a norm, for head dims of :data:`ROTATED_DIMS`."""
+    """Write rotated heads behind a norm, for head dims of :data:`ROTATED_DIMS`."""
     x, scale, shift = rows
     operands = _norm_operands(weight, scale, shift) | {"bias": bias[None], "table": table.flatten(1)}
     _with_norm_and_rotation(x, weight.T, out={"D": out}, config=CONFIG, **operands)
@@ -139,4 +139,4 @@ def _norm_operands(weight: Tensor, scale: Tensor, shift: Tensor) -> dict[str, Te
     return {"scale": scale[None], "shift": shift[None], "sums": weight.sum(1, dtype=torch.float32)[None]}
 
 
-FUNCTIONS = normed, linear, write_linear, product, write_rotated, ROTATED_DIMS
+FUNCTIONS = normed, linear, write_linear, matmul, write_rotated, ROTATED_DIMS

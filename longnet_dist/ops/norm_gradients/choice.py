@@ -16,7 +16,7 @@ NormGradients = Callable[
 
 
 def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> NormGradients:
-    """The kernel of ``longnet_dist/ops/norm_gradients/triton.py`` where it runs: on a GPU with Triton, most lengths."""
+    """Return the kernel of ``triton.py`` where it runs: on a GPU with Triton, for most lengths."""
     if takes_triton(device, dtype):
         from longnet_dist.ops.norm_gradients import triton as kernels
 
@@ -25,8 +25,8 @@ def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> 
     return norm_gradients
 
 
-def gives_dots(device: torch.device, dtype: torch.dtype, length: int, heads: int) -> bool:
-    """Whether that kernel runs, and has the products of heads at hand."""
+def gives_delta(device: torch.device, dtype: torch.dtype, length: int, heads: int) -> bool:
+    """Return whether that kernel runs and gives ``delta`` as well."""
     if not takes_triton(device, dtype):
         return False
     from longnet_dist.ops.norm_gradients import triton as kernels

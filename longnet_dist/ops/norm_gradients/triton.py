@@ -1,7 +1,7 @@
 # Device code: Triton's compiler gives its values their types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 # ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
-"""Gradient of a LayerNorm of the model's width, added to what comes beside it, with the sums of rows, in one pass.
+"""Gradient of a LayerNorm of the model's width, added to the residual's, with the sums of rows, in one pass.
 
 Inductor sums the rows in kernels of their own, or holds a row and its sums less well.
 """
@@ -25,23 +25,23 @@ PIECES = 5
 
 @torch.library.custom_op(
     "longnet_dist::norm_gradients",
-    mutates_args=("dx", "dots"),
-    schema="(Tensor dy, Tensor x, Tensor? beside, float eps, bool sums, bool normed, Tensor(a!) dx, "
-    "Tensor(b!)? dots) -> (Tensor, Tensor)",
+    mutates_args=("dx", "delta"),
+    schema="(Tensor dy, Tensor x, Tensor? residual_grad, float eps, bool sums, bool normed, Tensor(a!) dx, "
+    "Tensor(b!)? delta) -> (Tensor, Tensor)",
 )
 def norm_gradients(
     dy: Tensor,
     x: Tensor,
-    beside: Tensor | None,
+    residual_grad: Tensor | None,
     eps: float,
     sums: bool,
     normed: bool,
     dx: Tensor,
-    dots: Tensor | None,
+    delta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As in ``longnet_dist/ops/norm_gradients/choice.py``, for contiguous rows of a length that :func:`fits` knows.
+    """Compute what ``reference.py`` does, for contiguous rows of a length that :func:`fits` accepts.
 
-    ``dots`` for heads that :func:`fits_heads` knows.
+    ``delta`` needs heads that :func:`fits_heads` accepts.
     """
     rows, length = x.shape
     piece = _piece(length)
@@ -52,18 +52,18 @@ def norm_gradients(
     _norm_gradients_kernel[(programs,)](
         dy,
         x,
-        x if beside is None else beside,
+        x if residual_grad is None else residual_grad,
         dx,
         parts,
-        x if dots is None else dots,
+        x if delta is None else delta,
         y,
         rows,
         eps,
         length,
         piece,
         at_once,
-        0 if dots is None else dots.shape[1],
-        beside is not None,
+        0 if delta is None else delta.shape[1],
+        residual_grad is not None,
         sums,
         normed,
         num_warps=THREADS // 32,
@@ -75,24 +75,24 @@ def norm_gradients(
 def _(
     dy: Tensor,
     x: Tensor,
-    beside: Tensor | None,
+    residual_grad: Tensor | None,
     eps: float,
     sums: bool,
     normed: bool,
     dx: Tensor,
-    dots: Tensor | None,
+    delta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     total = x.new_empty(2, x.shape[1], dtype=torch.float32) if sums else x.new_empty(0)
     return total, torch.empty_like(x) if normed else x.new_empty(0)
 
 
 def fits(length: int) -> bool:
-    """Whether rows of ``length`` numbers lie in registers, with their sums."""
+    """Return whether a row of ``length`` numbers and its sums fit in registers."""
     return _piece(length) >= 64 and length <= PIECES * _piece(length)
 
 
 def fits_heads(length: int, heads: int) -> bool:
-    """Whether a piece of a row holds whole heads."""
+    """Return whether a piece of a row holds whole heads."""
     return fits(length) and _piece(length) * heads % length == 0
 
 
@@ -108,22 +108,23 @@ def _add(a, b, x, y):
 
 @triton.jit
 def _norm_gradients_kernel(
-    dy, x, beside, dx, sums, dots, normed, rows, eps,
+    dy, x, residual_grad, dx, sums, delta, normed, rows, eps,
     LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    BESIDE: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …, and sums them in ``sums[p]``.
 
-    ``dy, x, beside, dx (rows, LENGTH)``, of which ``beside`` and ``dx`` may be one, ``sums (P, 2, LENGTH)``;
-    ``dots (rows, HEADS)``, unless there are no heads; ``normed (rows, LENGTH)``, if ``NORMED``.
+    ``dy, x, residual_grad, dx (rows, LENGTH)``, of which ``residual_grad`` and ``dx`` may be one;
+    ``sums (P, 2, LENGTH)``; ``delta (rows, HEADS)`` if there are heads;
+    ``normed (rows, LENGTH)`` if ``NORMED``.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, PIECE)[None, :]
     nothing = tl.zeros((ROWS, PIECE), tl.float32)
     WHOLE: tl.constexpr = HEADS * PIECE // LENGTH  # heads of a piece
-    gradient_sums, beside_sums = (), ()
+    gradient_sums, residual_sums = (), ()
     for _ in tl.static_range(LENGTH // PIECE):
-        gradient_sums, beside_sums = gradient_sums + (nothing,), beside_sums + (nothing,)
+        gradient_sums, residual_sums = gradient_sums + (nothing,), residual_sums + (nothing,)
     for row in tl.range(program * ROWS, rows, programs * ROWS, num_stages=2):
         index = row + tl.arange(0, ROWS)[:, None]
         valid = index < rows
@@ -144,15 +145,15 @@ def _norm_gradients_kernel(
         variance, along = tl.reduce((squares, products), 1, _add)
         scale = tl.rsqrt(variance / LENGTH + eps)[:, None]
         along = (along / LENGTH)[:, None] * scale * scale * scale
-        new_gradient_sums, new_beside_sums = (), ()
+        new_gradient_sums, new_residual_sums = (), ()
         for i in tl.static_range(LENGTH // PIECE):
             gradient = (given[i] - given_mean) * scale - (values[i] - mean) * along
             at = start + i * PIECE
-            if BESIDE:
-                other = tl.load(beside + at, mask=valid, other=0.0).to(tl.float32)
+            if RESIDUAL:
+                other = tl.load(residual_grad + at, mask=valid, other=0.0).to(tl.float32)
                 gradient += other
                 if SUMS:
-                    new_beside_sums = new_beside_sums + (beside_sums[i] + other,)
+                    new_residual_sums = new_residual_sums + (residual_sums[i] + other,)
             if NORMED:
                 tl.store(normed + at, (values[i] - mean) * scale, mask=valid)
             rounded = gradient.to(dx.dtype.element_ty)
@@ -160,15 +161,15 @@ def _norm_gradients_kernel(
             if HEADS:
                 products = tl.reshape(rounded.to(tl.float32) * values[i], (ROWS, WHOLE, PIECE // WHOLE))
                 place = index.to(tl.int64) * HEADS + i * WHOLE + tl.arange(0, WHOLE)[None, :]
-                tl.store(dots + place, tl.sum(products, 2), mask=valid)
+                tl.store(delta + place, tl.sum(products, 2), mask=valid)
             if SUMS:
                 new_gradient_sums = new_gradient_sums + (gradient_sums[i] + gradient,)
         if SUMS:
             gradient_sums = new_gradient_sums
-            if BESIDE:
-                beside_sums = new_beside_sums
+            if RESIDUAL:
+                residual_sums = new_residual_sums
     if SUMS:
         place = sums + program.to(tl.int64) * 2 * LENGTH + tl.arange(0, PIECE)
         for i in tl.static_range(LENGTH // PIECE):
             tl.store(place + i * PIECE, tl.sum(gradient_sums[i], 0))
-            tl.store(place + LENGTH + i * PIECE, tl.sum(beside_sums[i], 0))
+            tl.store(place + LENGTH + i * PIECE, tl.sum(residual_sums[i], 0))

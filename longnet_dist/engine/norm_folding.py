@@ -1,4 +1,4 @@
-"""Norms whose own weights are taken over by the linear maps behind them."""
+"""LayerNorms whose affine parameters are folded into the linear layers that follow them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-# A LayerNorm of a block, and the maps that take its output.
-_MAPS = {
+# A LayerNorm of a block, and the linear layers that take its output.
+_LAYERS = {
     "self_attn_layer_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.inner_attn_ln": ("self_attn.out_proj",),
     "final_layer_norm": ("ffn.fc1",),
@@ -15,15 +15,17 @@ _MAPS = {
 }
 
 
-def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    r"""``weights`` without those of the norms, which the linear maps behind them do as well.
+def fold_norms(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""Return ``weights`` without those of the norms, which the linear layers behind them take over.
 
-    :math:`(\hat x ∘ γ + β)W^\top + b = \hat x W'^\top + b'` with :math:`W' = W ∘ γ` and :math:`b' = b + Wβ`. The
-    gradients of γ and β follow from those of :math:`W'` and :math:`b'`, which spares two sums over all rows for each
-    norm.
+    .. math::
+        (\hat x ∘ γ + β)W^\top + b = \hat x W'^\top + b', \qquad W' = W ∘ γ, \qquad b' = b + Wβ .
+
+    The gradients of γ and β follow from those of :math:`W'` and :math:`b'`. That spares two sums over all tokens for
+    each norm.
 
     Args:
-        weights: parameters of a block by name; norms and maps that are not among them are left alone.
+        weights: parameters of a block by name; norms and layers that are not among them are left alone.
     """
     changed = dict(weights)
     for norm, linear in _pairs(weights):
@@ -35,8 +37,16 @@ def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
-def unfolded_gradients(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of ``weights`` from those of ``folded(weights)``, in the precision of these."""
+def unfold_gradients(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""Return the gradients of ``weights`` from those of ``fold_norms(weights)``, in the precision of these.
+
+    With :math:`dW'` and :math:`db'` given, the chain rule through :math:`W' = W ∘ γ` and :math:`b' = b + Wβ` gives
+
+    .. math::
+        dW = dW' ∘ γ + db'\, β^\top, \qquad dγ = \sum_o dW'_{o} ∘ W_{o}, \qquad dβ = db' W, \qquad db = db' .
+
+    A norm with several layers behind it (queries, keys, values) sums its gradients over them.
+    """
     found = dict(gradients)
     for norm, linear in _pairs(weights):
         gain, shift = weights[f"{norm}.weight"], weights[f"{norm}.bias"]
@@ -49,5 +59,5 @@ def unfolded_gradients(gradients: Mapping[str, Tensor], weights: Mapping[str, Te
 
 
 def _pairs(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    names = ((norm, linear) for norm, linears in _MAPS.items() for linear in linears)
+    names = ((norm, linear) for norm, linears in _LAYERS.items() for linear in linears)
     return ((norm, linear) for norm, linear in names if f"{norm}.weight" in weights)
