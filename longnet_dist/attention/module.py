@@ -14,6 +14,16 @@ from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
 
 
+class HeadNorm(nn.RMSNorm):
+    """Apply RMSNorm to each head, ``(…, D)``, in the weight's dtype; the input's dtype is kept.
+
+    The two differ under autocast, where linear layers give bfloat16 and weights stay float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class DilatedAttention(nn.Module):
     """Multi-head dilated attention (LongNet, section 2.3), on one device or on a rank's slice of the sequence.
 
@@ -70,8 +80,8 @@ class DilatedAttention(nn.Module):
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.inner_attn_ln = nn.LayerNorm(dim, eps=norm_eps) if sub_norm else nn.Identity()
         self.out_proj = nn.Linear(dim, dim)
         self.reset_parameters()
@@ -123,8 +133,7 @@ class DilatedAttention(nn.Module):
             rearrange(layer(x), "b n (h d) -> b n h d", d=self.head_dim)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Autocast computes norms in float32, but leaves the values as its linear layers gave them.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
             shape = x.shape[:2]
             q, k = (torch.unflatten(rows, 0, shape) for rows in rotate(q.flatten(0, 1), k.flatten(0, 1), table))

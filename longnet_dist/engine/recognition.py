@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from longnet_dist.attention.module import DilatedAttention
+from longnet_dist.attention.module import DilatedAttention, HeadNorm
 from longnet_dist.model.block import Block
 from longnet_dist.model.feed_forward import FeedForward
 
@@ -22,8 +22,8 @@ _PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("self_attn.q_proj", (nn.Linear,)),
     ("self_attn.k_proj", (nn.Linear,)),
     ("self_attn.v_proj", (nn.Linear,)),
-    ("self_attn.q_norm", (nn.Identity, nn.RMSNorm)),
-    ("self_attn.k_norm", (nn.Identity, nn.RMSNorm)),
+    ("self_attn.q_norm", (nn.Identity, HeadNorm)),
+    ("self_attn.k_norm", (nn.Identity, HeadNorm)),
     ("self_attn.inner_attn_ln", (nn.LayerNorm,)),
     ("self_attn.out_proj", (nn.Linear,)),
     ("final_layer_norm", (nn.LayerNorm,)),
