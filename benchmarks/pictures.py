@@ -268,7 +268,8 @@ def _draw_rates(axes: Any, points: Sequence[Result]) -> None:
     """Tokens a second of each measurement, with its MFU; of several takes of one the newest."""
     newest = {(point["name"], point["rows"]): point for point in points}
     names = {"paper": "longest sequence", "vocabulary": "longest, 100,277 ids"}
-    bars, text = [], []
+    bars: list[tuple[str, float, str]] = []
+    text: list[str] = []
     for (name, rows), point in sorted(newest.items(), key=lambda item: (item[0][1], item[0][0])):
         what = names.get(name, "selective" if name.startswith("tile ") else name.replace(", ", ",\n", 1))
         what = what.replace("12 projections", "12 blocks keep q, k, v")
@@ -291,7 +292,7 @@ def _draw_differences(axes: Any, curves: Sequence[Result]) -> None:
     ordered = sorted(curves, key=lambda point: (point["name"] != "plain again", point["name"]))
     colors = [IDEAL if point["name"] == "plain again" else DILATED for point in ordered]
     bars = [
-        (names.get(point["name"], point["name"]), point["difference"] * 1e6, color)
+        (str(names.get(point["name"], point["name"])), point["difference"] * 1e6, color)
         for point, color in zip(ordered, colors, strict=True)
     ]
     draw_bars(axes, bars, "largest difference in loss, 10⁻⁶")

@@ -56,7 +56,9 @@ def hardware(environment: dict[str, Any], gpus: int | None = None, *more: str) -
     return " · ".join([machine, f"torch {environment['torch']}", *more])
 
 
-def new_figure(title: str, subtitle: str, panels: int = 1, width: float = 8.0, height: float = 5.0) -> tuple[Any, Any]:
+def new_figure(
+    title: str, subtitle: str, panels: int = 1, width: float = 8.0, height: float = 5.0
+) -> tuple[Figure, list[Any]]:
     """Make a figure that needs no screen.
 
     Args:
@@ -76,7 +78,7 @@ def new_figure(title: str, subtitle: str, panels: int = 1, width: float = 8.0, h
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold")
     figure.text(0.5, 1 - 0.43 / height, subtitle, ha="center", va="center", fontsize=9, color="0.35")
-    axes = figure.subplots(1, panels, squeeze=False)[0].tolist()
+    axes: list[Any] = figure.subplots(1, panels, squeeze=False)[0].tolist()
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
