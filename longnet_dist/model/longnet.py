@@ -15,7 +15,8 @@ from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ShapeError
 from longnet_dist.model.block import Block
-from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead
+from longnet_dist.model.head import LanguageModelHead
+from longnet_dist.model.loss import IGNORE_INDEX
 
 
 class LongNetOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""The output projection and a cross-entropy that never holds all logits."""
+"""The cross-entropy of a linear layer's outputs, computed in chunks so that the logits never exist whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -111,35 +111,6 @@ def _softmax(logits: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor
     total = exponentials.sum(-1, keepdim=True)
     losses = (total.log() + largest - of_label).squeeze(1)
     return torch.where(labelled, losses, 0.0).sum(), exponentials, total
-
-
-class LanguageModelHead(nn.Module):
-    """Output projection without bias; with labels, the sum of the cross-entropies instead of logits.
-
-    Projection and loss are one module because ZeRO stage 3 gathers a module's parameters around its call only.
-
-    Args:
-        dim: model dim ``E``.
-        vocab_size: ``V``. Whoever ties ``weight`` to an embedding may give it more rows: these are no outputs.
-        chunk: rows of logits that the loss holds at once.
-    """
-
-    def __init__(self, dim: int, vocab_size: int, chunk: int) -> None:
-        super().__init__()
-        self.vocab_size, self.chunk = vocab_size, chunk
-        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
-        nn.init.normal_(self.weight, std=dim**-0.5)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None, compile: bool = False) -> Tensor:
-        """Logits ``(B, n, V)`` of ``x (B, n, E)``, or, with labels ``(B, n)``, the scalar loss sum.
-
-        ``compile``: whether what happens to a chunk of logits is compiled.
-        """
-        # A slice of a parameter keeps what ZeRO gathered alive until backward, so it is taken only where it differs.
-        weight = self.weight if len(self.weight) == self.vocab_size else self.weight[: self.vocab_size]
-        if labels is None:
-            return F.linear(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), self.chunk, compile)
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import longnet_dist.model.loss as loss_module
-from longnet_dist.model.loss import IGNORE_INDEX, LanguageModelHead, linear_cross_entropy
+from longnet_dist.model.loss import IGNORE_INDEX, linear_cross_entropy
 from longnet_dist.ops.compiled import _compiled
 
 
@@ -133,15 +133,3 @@ def test_a_graph_can_be_walked_twice():
     loss = linear_cross_entropy(x, weight, labels, 10)
     first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (x, weight)), tuple(3 * part for part in first))
-
-
-def test_head_gives_logits_or_the_loss_sum_of_the_first_rows_of_a_tied_weight():
-    torch.manual_seed(0)
-    head = LanguageModelHead(8, 11, chunk=4)
-    head.weight = torch.nn.Parameter(torch.randn(12, 8))
-    x, labels = torch.randn(2, 5, 8), torch.randint(11, (2, 5))
-    logits = head(x)
-    assert logits.shape == (2, 5, 11)
-    torch.testing.assert_close(
-        head(x, labels), F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    )
