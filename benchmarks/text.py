@@ -21,7 +21,7 @@ DEFAULT_FOLDERS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), 
 def write_text(path: Path, num_tokens: int, folders: Sequence[str | Path] = DEFAULT_FOLDERS) -> int:
     """Write a token file of ``num_tokens`` bytes or one more: text files below some folders, repeated if too few.
 
-    Files with a zero byte in their first 8 KiB are taken for binary, as ``prepare_data.py`` does.
+    Files with a zero byte in their first 8 KiB are taken for binary, as ``longnet prepare`` does.
 
     Returns:
         How many of the bytes are no repetition.

@@ -2,7 +2,7 @@
 
 A token's way::
 
-    files -- prepare_data --> token file                                                         data
+    files -- longnet prepare --> token file                                                      data
       '-> each rank maps its rows [start, stop) and their labels (shifted before sharding)
             '-> embedding -> block x layers ------------------> norm -> chunked loss             model
                   | norm -> q, k, v -> positions (global rows) -> attention -> norm -> projection -> +

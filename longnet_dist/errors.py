@@ -1,7 +1,7 @@
 """The errors a user, a file or a cluster can cause.
 
-Each message gives the rule, the offending values and the remedy. The entry points under ``launch/`` print it without a
-traceback and exit with status 2 (69 for a lost rank); anything else that escapes is a fault of this package.
+Each message gives the rule, the offending values and the remedy. The command ``longnet`` prints it without a
+traceback and exits with status 2 (69 for a lost rank); anything else that escapes is a fault of this package.
 """
 
 USER_ERROR_STATUS = 2

@@ -40,9 +40,10 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         LongNetError: no such run or token file, or lengths that cannot be.
     """
+    options = parser().parse_args(arguments)
+
     from longnet_dist.cli.program.ranks import run_on_ranks
 
-    options = parser().parse_args(arguments)
     processes = Processes(["evaluate", *arguments], options.processes, each_gpu=False)
     run_on_ranks(processes, lambda launch: _evaluate(options, launch))
 

@@ -30,9 +30,10 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         LongNetError: no such run, or the output cannot be written.
     """
+    options = parser().parse_args(arguments)
+
     from longnet_dist.inference.runs import export_run
 
-    options = parser().parse_args(arguments)
     export_run(options.run, options.output, options.precision)
     print(f"exported to {options.output}")
 

@@ -27,10 +27,11 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         LongNetError: no such run or prompt file, or a model that cannot continue a text.
     """
+    options = parser().parse_args(arguments)
+
     from longnet_dist.inference.generation import Sampling
     from longnet_dist.inference.runs import continue_text
 
-    options = parser().parse_args(arguments)
     sampling = Sampling(options.temperature, options.top_k, options.seed)
     prompt = options.prompt if options.prompt_file is None else _read(options.prompt_file)
     texts = continue_text(options.run, prompt, options.tokens, sampling, options.samples)

@@ -37,13 +37,14 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: a mistake in the command line or the configuration.
     """
+    options = parser().parse_intermixed_args(arguments)
+
     from longnet_dist.config.loading import find_config, load_config
     from longnet_dist.estimate.layout import RunLayout
     from longnet_dist.estimate.run_estimate import Estimate
     from longnet_dist.estimate.table import remedy_lines, table
     from longnet_dist.machine import host_memory_bytes
 
-    options = parser().parse_intermixed_args(arguments)
     config = load_config(find_config(options.config), options.settings)
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)

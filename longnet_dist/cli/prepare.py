@@ -30,12 +30,13 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DataError: an input that cannot be read, or an output that exists or cannot be written.
     """
+    options = parser().parse_args(arguments)
+
     from longnet_dist.data.corpus import find_corpus, standard_library
     from longnet_dist.data.prepare import prepare
     from longnet_dist.data.tokenizers import load_tokenizer
     from longnet_dist.errors import DataError
 
-    options = parser().parse_args(arguments)
     if options.standard_library == bool(options.inputs):
         raise DataError("give either INPUT files, folders, globs and archives, or --standard-library")
     corpus = standard_library() if options.standard_library else find_corpus(options.inputs)

@@ -33,9 +33,10 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         LongNetError: a mistake in the command line, or what ends any training.
     """
+    options = parser().parse_intermixed_args(arguments)
+
     from longnet_dist.cli.train import train
 
-    options = parser().parse_intermixed_args(arguments)
     processes = Processes(["quickstart", *arguments], options.processes, CPU_PROCESSES)
     train(CONFIG, options.settings, processes, lambda config: print(next_steps(config.train.output_dir)))
 

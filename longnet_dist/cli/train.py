@@ -87,13 +87,14 @@ def train(
             checkpoint.
         SystemExit: with status 75 after a request to stop, or with that of the ranks that were started here.
     """
-    from longnet_dist.cli.program.ranks import run_on_ranks
     from longnet_dist.config.loading import find_config, load_config
     from longnet_dist.errors import REQUEUE_STATUS
     from longnet_dist.extras import require_extra
 
     require_extra("train", "training")
-    config = load_config(find_config(config_word), overrides)
+    config = load_config(find_config(config_word), overrides)  # a mistake in it needs no torch to be told
+
+    from longnet_dist.cli.program.ranks import run_on_ranks
 
     def work(launch: LaunchEnvironment) -> None:
         from longnet_dist.train.loop import run_training

@@ -35,7 +35,7 @@ def find_config(word: str) -> Path | Traversable:
     if word in (names := run_names()):
         return files("longnet_dist.config") / "runs" / f"{word}.yaml"
     path = Path(word)
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if (word and path.exists()) or path.suffix in (".yaml", ".yml"):
         return path
     near = difflib.get_close_matches(word, names, n=1)
     raise ConfigError(

@@ -68,7 +68,7 @@ class DataConfig(Section):
     """What is trained on.
 
     Attributes:
-        path: a token file of ``launch/prepare_data.py``; if not given, the source text of the Python standard library
+        path: a token file of ``longnet prepare``; if not given, the source text of the Python standard library
             that runs the training, as bytes.
         cache_dir: folder in which the token file of the standard library is made once.
         sequence_length: rows ``N`` of a sample, all sequence ranks together.

@@ -99,7 +99,7 @@ class TokenFile:
         """Map the token file at ``path`` after checking its header and length.
 
         Args:
-            path: a file that ``launch/prepare_data.py`` wrote.
+            path: a file that ``longnet prepare`` wrote.
             verify: also compare the checksum of all tokens, which reads the whole file.
 
         Raises:
@@ -107,9 +107,7 @@ class TokenFile:
         """
         path = Path(path)
         if not path.is_file():
-            raise DataError(
-                f"there is no token file {path}; make it with: python launch/prepare_data.py INPUT --output {path}"
-            )
+            raise DataError(f"there is no token file {path}; make it with: longnet prepare INPUT --output {path}")
         try:
             with path.open("rb") as stream:
                 header, offset = _read_header(path, stream)
@@ -151,12 +149,12 @@ class TokenFile:
 
 def _read_header(path: Path, stream: BinaryIO) -> tuple[Header, int]:
     """The header and the offset of the first token, bytes."""
-    again = "prepare it again with launch/prepare_data.py"
+    again = "prepare it again with longnet prepare"
     preamble = stream.read(PREAMBLE.size)
     if preamble[: len(MAGIC)] != MAGIC[: len(preamble)] or not preamble:
         raise DataError(
             f"{path} is not a token file (it begins with {preamble[:8]!r}); turn text into one with: "
-            f"python launch/prepare_data.py {path} --output FILE.tokens"
+            f"longnet prepare {path} --output FILE.tokens"
         )
     if len(preamble) < PREAMBLE.size:
         raise DataError(f"the token file {path} is truncated: it ends after {len(preamble)} bytes; {again}")

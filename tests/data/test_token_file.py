@@ -60,7 +60,7 @@ def test_tokens_start_on_a_page_and_are_read_only(path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     for missing in (tmp_path / "none.tokens", tmp_path):
-        with pytest.raises(DataError, match=r"no token file .*prepare_data"):
+        with pytest.raises(DataError, match=r"no token file .*longnet prepare"):
             TokenFile.open(missing)
 
 

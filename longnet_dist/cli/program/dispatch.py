@@ -61,7 +61,8 @@ def run_command(name: str, arguments: Sequence[str], **options: Any) -> None:
         ConfigError: there is no such subcommand.
     """
     if name not in command_names():
-        near = difflib.get_close_matches(name, command_names(), n=1)
+        near = [known for known in command_names() if name and known.startswith(name)]
+        near += difflib.get_close_matches(name, command_names(), n=1)
         hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(command_names())}"
         raise ConfigError(f"longnet has no command {name!r}; {hint}; see longnet --help")
     import_module(f"{cli.__name__}.{name}").main(arguments, **options)

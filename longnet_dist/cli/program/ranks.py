@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
 from longnet_dist.errors import ConfigError
 
 KILLED = 128  # plus the number of the signal, as shells count
+PROC = Path("/proc")
 
 
 def run_on_ranks(
@@ -90,6 +92,7 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> int:
         ]
     )
     options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    _quiet_launcher()
     # Else torch's launcher takes 1 and says so in a banner.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     for name in ("SIGTERM", "SIGUSR1"):  # the latter is no signal of Windows
@@ -112,11 +115,20 @@ def exit_status(options: Any) -> int:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"rank {rank} was the first to end, with status {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else KILLED - failure.exitcode
+        killed = failure.exitcode < 0
+        how = f"killed by signal {-failure.exitcode}" if killed else f"with status {failure.exitcode}"
+        print(f"rank {rank} was the first to end, {how}", file=sys.stderr)
+        return KILLED - failure.exitcode if killed else failure.exitcode
     except SignalException as error:
         return KILLED + int(error.sigval)
     return 0
+
+
+def _quiet_launcher() -> None:
+    """Let torch's launcher log nothing about ranks that end: it says less than their own message and status."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _python_options() -> list[str]:
@@ -135,8 +147,8 @@ def _hand_on(number: int, _frame: FrameType | None) -> None:
 def _children() -> list[int]:
     """The processes that this one started: from /proc where there is one, else from ``ps``."""
     parents: dict[int, int] = {}
-    if Path("/proc/self/stat").exists():
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+    if (PROC / "self" / "stat").exists():
+        for stat in PROC.glob("[0-9]*/stat"):
             with suppress(OSError):
                 parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     elif shutil.which("ps"):
