@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longnet_dist.comm.records.torch import Sums, add, put, take
-from longnet_dist.comm.records.torch import torch as records
+from longnet_dist.comm.records import torch as records
 from longnet_dist.geometry.exchange_plan import sums_by_place
 
 triton = pytest.importorskip("triton")
