@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
-from longnet_dist.comm.transfer import CompactBuffers, _send_places, _slots, _sums
+from longnet_dist.comm.transfer import CompactBuffers, _groups, _send_places, _slots
 from longnet_dist.geometry.exchange_plan import plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards
@@ -32,14 +32,14 @@ CPU = torch.device("cpu")
 
 def set_up(rows: int, ranks: int, rank: int) -> dict[str, Any]:
     """Seconds of a rank's first call, and what it then exchanges in every call."""
-    for cached in (plan_exchange, _send_places, _slots, _sums):
+    for cached in (plan_exchange, _send_places, _slots, _groups):
         cached.cache_clear()
     began = time.perf_counter()
     plan = plan_exchange(DilatedPattern.geometric(BASE, rows), Shards.even(rows, ranks), rank, HEADS, True)
     buffers = CompactBuffers(plan.segments, HEADS, torch.empty(1, 0, HEADS, 1), torch.bfloat16)
     buffers.slots(plan)
     _send_places(plan, CPU)
-    _sums(plan, CPU)
+    _groups(plan, CPU)
     seconds = time.perf_counter() - began
     sent, received = sum(plan.send_counts), sum(plan.receive_counts)
     return {"seconds": seconds, "records_sent": sent, "records_received": received}

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_dist.comm.records.torch import Sums, add, put, take
+from longnet_dist.comm.records.torch import RecordGroups, accumulate, pack, unpack
 from longnet_dist.errors import ShapeError
-from longnet_dist.geometry.exchange_plan import ExchangePlan, sums_by_place
+from longnet_dist.geometry.exchange_plan import ExchangePlan, group_by_place
 from longnet_dist.geometry.window import Segment
 
 
@@ -98,12 +98,12 @@ class Gather:
         self, plan: ExchangePlan, group: dist.ProcessGroup | None, k: Tensor, v: Tensor, overlap: bool
     ) -> None:
         self._plan = plan
-        sent = take(k, v, _send_places(plan, k.device))
+        sent = pack(k, v, _send_places(plan, k.device))
         self._transfer = _Transfer(sent, plan.send_counts, plan.receive_counts, group, overlap)
 
     def wait(self, buffers: CompactBuffers) -> None:
         """Put the records into ``buffers``, which must have room for the plan's segments."""
-        put(self._transfer.wait(), *buffers.lines, buffers.slots(self._plan))
+        unpack(self._transfer.wait(), *buffers.lines, buffers.slots(self._plan))
 
 
 class ReduceScatter:
@@ -116,13 +116,13 @@ class ReduceScatter:
     def __init__(
         self, plan: ExchangePlan, group: dist.ProcessGroup | None, gradients: CompactBuffers, overlap: bool
     ) -> None:
-        self._sums = _sums(plan, gradients.records.device)
-        sent = take(*gradients.lines, gradients.slots(plan))
+        self._groups = _groups(plan, gradients.records.device)
+        sent = pack(*gradients.lines, gradients.slots(plan))
         self._transfer = _Transfer(sent, plan.receive_counts, plan.send_counts, group, overlap)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
         """Add what the ranks sent to ``dk``, ``dv`` ``(B, n, Hkv, D)``: for each row one sum in a fixed order."""
-        add(self._transfer.wait(), dk, dv, self._sums)
+        accumulate(self._transfer.wait(), dk, dv, self._groups)
 
 
 class _Transfer:
@@ -162,9 +162,9 @@ def _send_places(plan: ExchangePlan, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _sums(plan: ExchangePlan, device: torch.device) -> Sums:
+def _groups(plan: ExchangePlan, device: torch.device) -> RecordGroups:
     """Which of the gradients that come back belong to the same row and head."""
-    return Sums(*(torch.from_numpy(x).to(device) for x in sums_by_place(plan.send_places)))
+    return RecordGroups(*(torch.from_numpy(x).to(device) for x in group_by_place(plan.send_places)))
 
 
 @lru_cache(maxsize=64)

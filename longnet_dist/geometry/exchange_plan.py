@@ -87,8 +87,12 @@ def plan_exchange(
     )
 
 
-def sums_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
-    """``(places, order, starts)``: each place once, and which records stand there; see ``comm.records.Sums``."""
+def group_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
+    """Group records by their place; return ``(places, order, starts)`` as ``comm.records.torch.RecordGroups`` has them.
+
+    Args:
+        places: (records,) place of each record; several may have the same.
+    """
     order = np.argsort(places, kind="stable")
     distinct, starts = np.unique(places[order], return_index=True)
     return distinct, order, np.append(starts, len(places))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from longnet_dist.comm.records.torch import Sums, add, put, take
 from longnet_dist.comm.records import torch as records
-from longnet_dist.geometry.exchange_plan import sums_by_place
+from longnet_dist.comm.records.torch import RecordGroups, accumulate, pack, unpack
+from longnet_dist.geometry.exchange_plan import group_by_place
 
 triton = pytest.importorskip("triton")
 # The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 1.25 and later warn of.
@@ -31,16 +31,16 @@ def keys_and_values(batch, rows, heads, dim, dtype=torch.float32):
 
 @pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize(("batch", "rows", "heads", "dim"), [(1, 40, 1, 16), (2, 29, 3, 12), (3, 23, 1, 1)])
-def test_what_is_taken_and_put_elsewhere_stands_there(batch, rows, heads, dim):
+def test_unpacking_writes_what_packing_read(batch, rows, heads, dim):
     k, v, places = keys_and_values(batch, rows, heads, dim)
-    packed = take(k, v, places)
+    packed = pack(k, v, places)
     assert packed.is_contiguous()
     for record, place in zip(packed, places.tolist(), strict=True):
         row, head = divmod(place, heads)
         assert torch.equal(record, torch.stack([k[:, row, head], v[:, row, head]], 1))
     others = [torch.full_like(x, torch.nan) for x in (k, v)]
-    put(packed, *others, places.flip(0))
-    assert torch.equal(take(*others, places.flip(0)), packed)
+    unpack(packed, *others, places.flip(0))
+    assert torch.equal(pack(*others, places.flip(0)), packed)
     assert int(others[0].isnan().sum()) == k.numel() - packed.numel() // 2
 
 
@@ -56,7 +56,7 @@ def test_records_of_a_place_are_summed_before_they_are_added(dtype, batch):
         row, head = divmod(place, 2)
         for x, part in zip(expected, record.unbind(1), strict=True):
             x[:, row, head] += part
-    add(packed, k, v, Sums(*map(torch.from_numpy, sums_by_place(places.numpy()))))
+    accumulate(packed, k, v, RecordGroups(*map(torch.from_numpy, group_by_place(places.numpy()))))
     for actual, wanted in zip((k, v), expected, strict=True):
         torch.testing.assert_close(actual, wanted.to(dtype), rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
 
@@ -65,10 +65,10 @@ def test_records_of_a_place_are_summed_before_they_are_added(dtype, batch):
 def test_no_records_change_nothing():
     k, v, _ = keys_and_values(1, 5, 2, 4)
     none = torch.empty(0, dtype=torch.int64)
-    before, packed = k.clone(), take(k, v, none)
+    before, packed = k.clone(), pack(k, v, none)
     assert packed.shape == (0, 1, 2, 4)
-    put(packed, k, v, none)
-    add(packed, k, v, Sums(*map(torch.from_numpy, sums_by_place(np.empty(0, np.int64)))))
+    unpack(packed, k, v, none)
+    accumulate(packed, k, v, RecordGroups(*map(torch.from_numpy, group_by_place(np.empty(0, np.int64)))))
     assert torch.equal(k, before)
 
 
@@ -80,14 +80,14 @@ def test_a_gpu_gives_what_a_cpu_gives(dtype):
     gradients = torch.randn(60, 2, 2, 64, generator=torch.Generator().manual_seed(3)).to(
         dtype if k.dtype == torch.float64 else torch.float32
     )
-    sums = sums_by_place(places[torch.arange(60) % 7].numpy())
-    packed, results = take(k, v, places), []
+    groups = group_by_place(places[torch.arange(60) % 7].numpy())
+    packed, results = pack(k, v, places), []
     for device in ("cpu", "cuda"):
         key, value = (x.clone().to(device) for x in (k, v))
-        on_device = take(key, value, places.to(device))
+        on_device = pack(key, value, places.to(device))
         assert torch.equal(on_device.cpu(), packed)
-        put(on_device, key, value, places.flip(0).to(device))
-        add(gradients.to(device), key, value, Sums(*(torch.from_numpy(x).to(device) for x in sums)))
+        unpack(on_device, key, value, places.flip(0).to(device))
+        accumulate(gradients.to(device), key, value, RecordGroups(*(torch.from_numpy(x).to(device) for x in groups)))
         results.append([key.cpu(), value.cpu()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ _ROWS = 8  # records, or places, of a program
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class RecordGroups:
     """Which packed records belong to the same place, so that one sum of them is added there.
 
     Attributes:
@@ -32,7 +32,7 @@ class Sums:
     starts: Tensor
 
 
-def take(k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+def pack(k: Tensor, v: Tensor, places: Tensor) -> Tensor:
     """The packed records at ``places`` ``(records,)`` int64 of ``k``, ``v``, which may be strided."""
     if _on_gpu(k):
         packed = k.new_empty(len(places), k.shape[0], 2, k.shape[3])
@@ -42,7 +42,7 @@ def take(k: Tensor, v: Tensor, places: Tensor) -> Tensor:
     return torch.stack([k[:, rows, heads], v[:, rows, heads]], 2).transpose(0, 1).contiguous()
 
 
-def put(packed: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
+def unpack(packed: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
     """Write packed records to ``places`` of ``k``, ``v``, no two to the same."""
     if _on_gpu(k):
         _copy(packed, k, v, places, pack=False)
@@ -52,19 +52,19 @@ def put(packed: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
         x[:, rows, heads] = part
 
 
-def add(packed: Tensor, k: Tensor, v: Tensor, sums: Sums) -> None:
+def accumulate(packed: Tensor, k: Tensor, v: Tensor, groups: RecordGroups) -> None:
     """Add packed records to ``k``, ``v``: those of a place are summed first, in their own dtype."""
-    if len(sums.places) == 0:
+    if len(groups.places) == 0:
         return
     if _on_gpu(k):
         from longnet_dist.comm.records.triton import add_kernel
 
-        add_kernel[_grid(sums.places, k)](
-            packed, k, v, sums.places, sums.order, sums.starts, *_layout(sums.places, k, v)
+        add_kernel[_grid(groups.places, k)](
+            packed, k, v, groups.places, groups.order, groups.starts, *_layout(groups.places, k, v)
         )
         return
-    added = torch.segment_reduce(packed[sums.order], "sum", offsets=sums.starts, axis=0, unsafe=True, initial=0)
-    rows, heads = _split(sums.places, k)
+    added = torch.segment_reduce(packed[groups.order], "sum", offsets=groups.starts, axis=0, unsafe=True, initial=0)
+    rows, heads = _split(groups.places, k)
     for x, part in zip((k, v), added.transpose(0, 1).unbind(2), strict=True):
         x[:, rows, heads] = (x[:, rows, heads] + part).to(x.dtype)
 
