@@ -160,20 +160,20 @@ class LayerCache:
         if self._rows is None:
             self._rows = CompactBuffers(self.stream.recorded or (), k.shape[2], k, k.dtype)
         if not self.stream.recorded:
-            self._rows.hold(segments)
+            self._rows.set_segments(segments)
         return self._rows
 
     def gradients(self, segments: tuple[Segment, ...], k: Tensor) -> CompactBuffers:
         """Buffers for the gradients of ``segments``, holding what later chunks sent."""
         if self._gradients is None:
             self._gradients = CompactBuffers((), k.shape[2], k, wide_dtype(k.dtype))
-        self._gradients.hold(segments)
+        self._gradients.set_segments(segments)
         return self._gradients
 
     def carried(self, segments: tuple[Segment, ...]) -> Tensor:
         """The records of ``segments``, of which some chunk left rows here."""
         assert self._rows is not None
-        self._rows.hold(segments)
+        self._rows.set_segments(segments)
         return self._rows.records
 
     def resume(self, segments: tuple[Segment, ...], records: Tensor) -> None:

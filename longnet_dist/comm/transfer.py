@@ -29,9 +29,9 @@ class CompactBuffers:
     def __init__(self, segments: tuple[Segment, ...], kv_heads: int, like: Tensor, dtype: torch.dtype) -> None:
         """Room for ``segments``, on the device of ``like`` ``(B, rows, Hkv, D)``."""
         self._kv_heads = kv_heads
-        self._rooms: dict[tuple[int, int], slice] = {}
+        self._slot_ranges: dict[tuple[int, int], slice] = {}
         self.records = like.new_zeros(2, like.shape[0], 0, like.shape[3], dtype=dtype)
-        self.hold(segments)
+        self.set_segments(segments)
 
     @classmethod
     def of(cls, segments: tuple[Segment, ...], records: Tensor) -> CompactBuffers:
@@ -50,36 +50,36 @@ class CompactBuffers:
         buffers.records.copy_(records)
         return buffers
 
-    def hold(self, segments: tuple[Segment, ...]) -> None:
+    def set_segments(self, segments: tuple[Segment, ...]) -> None:
         """Make room for just these segments; those already here keep their records."""
-        rooms, size = {}, 0
+        ranges, size = {}, 0
         for segment in segments:
             first, size = size, size + segment.compact_rows * self._kv_heads
-            rooms[segment.branch, segment.index] = slice(first, size)
-        if rooms == self._rooms:
+            ranges[segment.branch, segment.index] = slice(first, size)
+        if ranges == self._slot_ranges:
             return
-        old, old_rooms = self.records, self._rooms
-        self.records, self._rooms = old.new_zeros(2, old.shape[1], size, old.shape[3]), rooms
-        for key in rooms.keys() & old_rooms.keys():
-            kept = old[:, :, old_rooms[key]][:, :, : rooms[key].stop - rooms[key].start]
-            self.records[:, :, rooms[key]][:, :, : kept.shape[2]] = kept
+        old, old_ranges = self.records, self._slot_ranges
+        self.records, self._slot_ranges = old.new_zeros(2, old.shape[1], size, old.shape[3]), ranges
+        for key in ranges.keys() & old_ranges.keys():
+            kept = old[:, :, old_ranges[key]][:, :, : ranges[key].stop - ranges[key].start]
+            self.records[:, :, ranges[key]][:, :, : kept.shape[2]] = kept
 
     @property
-    def lines(self) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, ``(B, slots, 1, D)``."""
         key, value = self.records.unsqueeze(3)
         return key, value
 
     def slots(self, plan: ExchangePlan) -> Tensor:
         """Slot in ``records`` of every record that the plan receives: ``(records,)`` int64."""
-        firsts = tuple(self._rooms[segment.branch, segment.index].start for segment in plan.segments)
+        firsts = tuple(self._slot_ranges[segment.branch, segment.index].start for segment in plan.segments)
         return _slots(plan, firsts, self.records.device)
 
     def views(self, segments: tuple[Segment, ...]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values ``(B, M, Hkv, D)`` of each segment, up to its ``stop``."""
         views = []
         for segment in segments:
-            first, rows = self._rooms[segment.branch, segment.index].start, segment.compact_rows
+            first, rows = self._slot_ranges[segment.branch, segment.index].start, segment.compact_rows
             part = self.records[:, :, first : first + rows * self._kv_heads]
             key, value = torch.unflatten(part, 2, (rows, self._kv_heads))
             views.append((key, value))
@@ -103,7 +103,7 @@ class Gather:
 
     def wait(self, buffers: CompactBuffers) -> None:
         """Put the records into ``buffers``, which must have room for the plan's segments."""
-        unpack(self._transfer.wait(), *buffers.lines, buffers.slots(self._plan))
+        unpack(self._transfer.wait(), *buffers.keys_and_values, buffers.slots(self._plan))
 
 
 class ReduceScatter:
@@ -117,7 +117,7 @@ class ReduceScatter:
         self, plan: ExchangePlan, group: dist.ProcessGroup | None, gradients: CompactBuffers, overlap: bool
     ) -> None:
         self._groups = _groups(plan, gradients.records.device)
-        sent = pack(*gradients.lines, gradients.slots(plan))
+        sent = pack(*gradients.keys_and_values, gradients.slots(plan))
         self._transfer = _Transfer(sent, plan.receive_counts, plan.send_counts, group, overlap)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
