@@ -1,4 +1,4 @@
-"""The last collectives of every rank, for the day on which ranks do not meet: torch's flight recorder."""
+"""Torch's flight recorder remembers the last collectives of every rank, to show on which one a run hangs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import torch.distributed as dist
 
 
 def record_collectives(folder: Path, entries: int, environ: MutableMapping[str, str]) -> None:
-    """Let torch remember the last ``entries`` collectives of this process; call before the ranks meet.
+    """Let torch record the last ``entries`` collectives of this process.
 
-    NCCL's own time-out writes them to ``folder/rank_<rank>``, which must exist then (a pickle, for
-    ``torch.distributed.flight_recorder``). Variables of torch that are set already are left alone.
+    Call it before the process group is made, which reads these variables. When a collective of NCCL times out, torch
+    writes the record to ``folder/rank_<rank>``, a pickle for ``torch.distributed.flight_recorder``; ``folder`` must
+    exist by then.
+
+    Args:
+        folder: where NCCL's time-out writes the record.
+        entries: number of collectives to remember; 0 records none.
+        environ: the environment to change; variables that the user has set keep their value.
     """
     environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
     environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", str(int(entries > 0)))
@@ -21,7 +27,10 @@ def record_collectives(folder: Path, entries: int, environ: MutableMapping[str, 
 
 
 def write_collectives(folder: Path, rank: int) -> Path:
-    """Write what was remembered to ``folder/rank_<rank>.json``; any thread may call, whatever the others wait for."""
+    """Write the recorded collectives to ``folder/rank_<rank>.json`` and return this path.
+
+    Any thread may call it, also while another one hangs in a collective.
+    """
     c10d = torch._C._distributed_c10d  # torch has no public name for it
     dump = c10d._dump_nccl_trace_json if dist.get_backend() == "nccl" else c10d._dump_fr_trace_json  # type: ignore[attr-defined]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Who this process is among those of a run: read once, from what the launcher left in the environment."""
+"""The launcher describes this process (rank, world size, address) in the environment, which is read here, once."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from longnet_dist.errors import ConfigError
 from longnet_dist.machine import usable_cores
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# How many ranks mpirun started: Open MPI's name, and that of MPICH's and Intel's process manager together with a name
-# that SLURM's imitation of it does not set.
+# mpirun sets the number of ranks: Open MPI under the first name, Hydra (MPICH, Intel MPI) under the second. SLURM's
+# imitation of Hydra sets the second too, but not the third.
 OPEN_MPI_SIZE, HYDRA_SIZE, HYDRA_ONLY = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"
-# Set for the tasks of srun alone; SLURM_NTASKS is also seen by a batch script, which is no rank.
+# srun sets this for its tasks alone. A batch script, which is no rank, also sees SLURM_NTASKS.
 SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
-# Below the ports that Linux hands out by itself.
+# Linux takes ephemeral ports from 32768 upwards, so these are free of them.
 FIRST_PORT, NUM_PORTS = 16384, 16384
 
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """The place of one process.
+    """A LaunchEnvironment says which of the processes of a run this one is.
 
     Attributes:
-        rank: number among all processes.
-        world_size: how many there are.
-        local_rank: number among those of its machine.
-        local_world_size: how many there are on its machine.
-        meeting_point: where rank 0 waits for the others, ``tcp://address:port``; None for a run of one process.
-        sees_one_gpu: the launcher hides from each rank the GPUs of the others.
-        attempt: how often torchrun has started the ranks anew.
+        rank: index of this process among all processes.
+        world_size: number of all processes.
+        local_rank: index among the processes of this machine.
+        local_world_size: number of processes on this machine.
+        meeting_point: address at which rank 0 waits for the others, ``tcp://address:port``; None for one process.
+        sees_one_gpu: the launcher hides the GPUs of the other ranks from this one.
+        attempt: number of times that torchrun has restarted the ranks.
     """
 
     rank: int = 0
@@ -53,17 +53,20 @@ class LaunchEnvironment:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
-        """The first of these that applies:
+        """Detect the launcher from environment variables, in this order:
 
-        1. ``RANK`` or ``WORLD_SIZE`` is set: torchrun or DeepSpeed's launcher, whatever started that in turn.
-        2. mpirun started the process (Open MPI, MPICH, Intel MPI): MPI tells the ranks, through mpi4py.
-        3. srun started it, a task for each rank.
-        4. A run of one process, also in the batch script of a SLURM job.
+        1. ``RANK`` or ``WORLD_SIZE`` is set: torchrun or DeepSpeed's launcher, which mpirun or srun may have started.
+        2. mpirun (Open MPI, MPICH, Intel MPI) has set its variables: MPI gives the ranks, through mpi4py.
+        3. srun has set its variables: each task is a rank.
+        4. Otherwise it is a run of one process, also in the batch script of a SLURM job.
 
-        Under mpirun and srun ``MASTER_ADDR`` and ``MASTER_PORT`` replace the meeting point that is found otherwise.
+        Under mpirun and srun, ``MASTER_ADDR`` and ``MASTER_PORT`` override the meeting point that is derived.
+
+        Args:
+            environ: the environment variables.
 
         Raises:
-            ConfigError: a launcher left less than it should have, or nonsense; or mpi4py is missing or of another MPI.
+            ConfigError: a variable is missing or no number, mpi4py is missing, or it has loaded another MPI.
         """
         if _has_variables(environ):
             return _from_variables(environ)
@@ -74,10 +77,10 @@ class LaunchEnvironment:
         return cls()
 
     def device(self) -> torch.device:
-        """The GPU of this rank's machine that is its own, or the CPU where there is none.
+        """Return the GPU that belongs to this rank alone, or the CPU if the machine has no GPU.
 
         Raises:
-            ConfigError: more ranks on the machine than GPUs.
+            ConfigError: the machine has more ranks than GPUs.
         """
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -92,15 +95,15 @@ class LaunchEnvironment:
         return torch.device("cuda", self.local_rank)
 
     def share_cores(self) -> None:
-        """Let the ranks of a machine share its cores evenly; each would else start a thread on every core."""
+        """Limit torch's threads to this rank's share of the cores; by default each rank would use all of them."""
         torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
     """Return the name of the launcher that started this process as one of several ranks, or an empty string.
 
-    The order is that of :meth:`LaunchEnvironment.read`. A single task of srun counts as no launcher: it is also the
-    shell of ``srun --pty bash``, whose commands may start ranks of their own.
+    Launchers are tried in the order of :meth:`LaunchEnvironment.read`. A single task of srun does not count: the shell
+    of ``srun --pty bash`` is one, and a command in it may start its own ranks.
     """
     if _has_variables(environ):
         return "torchrun or DeepSpeed's launcher"
@@ -111,12 +114,17 @@ def launcher_of(environ: Mapping[str, str]) -> str:
 
 @contextmanager
 def process_group(launch: LaunchEnvironment, device: torch.device, timeout: timedelta) -> Iterator[None]:
-    """Join all processes of the run: NCCL between GPUs, gloo between CPUs. Every rank must enter.
+    """Join all processes of the run: with NCCL on GPUs, with gloo on CPUs.
 
-    A run of one process needs neither an address nor a port.
+    It is a collective: every rank must enter the context. A run of one process needs no address and no port.
+
+    Args:
+        launch: which process this one is.
+        device: the device of this rank.
+        timeout: how long a collective waits for the other ranks.
 
     Raises:
-        ConfigError: the ranks do not meet.
+        ConfigError: the ranks do not meet at the meeting point.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -139,7 +147,7 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
         yield
     except BaseException:
         if device.type == "cuda":
-            # Destroying it would wait for collectives of this rank that the others, who still run, never join.
+            # Destroying the group would wait for collectives of this rank that the others, still running, never join.
             dist.distributed_c10d._abort_process_group()
         raise
     finally:
@@ -148,14 +156,14 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
 
 
 def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
-    """Where the ranks leave their addresses. A run of one process needs none but its own memory.
+    """Return the key-value store through which the ranks exchange addresses; for one process, its own memory.
 
-    torchrun keeps one store over all restarts of the ranks (torch 2.13), in which those of an earlier attempt have left
-    addresses that answer no more; hence each attempt has names of its own.
+    torchrun keeps one store over all restarts (torch 2.13). It still has the dead addresses of earlier attempts, so
+    each attempt uses a key prefix of its own.
     """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
-    meeting_point = launch.meeting_point or "env://"  # the latter only for a launch environment that a caller made
+    meeting_point = launch.meeting_point or "env://"  # env:// if a caller made the launch environment
     store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
     return dist.PrefixStore(f"attempt_{launch.attempt}", store)  # type: ignore[attr-defined]
 
@@ -169,7 +177,7 @@ def _has_mpi(environ: Mapping[str, str]) -> bool:
 
 
 def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """What torchrun says, or DeepSpeed's launcher, which calls the ranks of a machine ``LOCAL_SIZE``."""
+    """Read the variables of torchrun, or of DeepSpeed's launcher, whose name for LOCAL_WORLD_SIZE is LOCAL_SIZE."""
     if "LOCAL_SIZE" in environ:
         environ = {"LOCAL_WORLD_SIZE": environ["LOCAL_SIZE"]} | dict(environ)
     given = [name for name in TORCHRUN_VARIABLES if name in environ]
@@ -185,7 +193,7 @@ def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _from_mpi(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """What MPI says. It is only asked; torch.distributed does the work."""
+    """Ask MPI for the ranks and broadcast the meeting point; all later communication is torch.distributed's."""
     try:
         import mpi4py
 
@@ -215,14 +223,14 @@ def _from_mpi(environ: Mapping[str, str]) -> LaunchEnvironment:
     meeting_point = world.bcast(meeting_point)
     launch = LaunchEnvironment(world.rank, world.size, machine.rank, machine.size, meeting_point)
     if mine:
-        # Left open until the process ends, MPI would make a rank that fails wait there for the others.
+        # If MPI stayed open, a rank that fails would wait for the others in MPI's own exit handler.
         machine.Free()
         MPI.Finalize()
     return launch
 
 
 def _from_srun(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """What SLURM says to a task of srun."""
+    """Read the variables that SLURM sets for a task of srun."""
     rank, world_size, local_rank, node = (
         _number(environ, name) for name in ("SLURM_PROCID", SRUN_SIZE, "SLURM_LOCALID", "SLURM_NODEID")
     )
@@ -234,7 +242,7 @@ def _from_srun(environ: Mapping[str, str]) -> LaunchEnvironment:
             f"srun must set SLURM_STEP_TASKS_PER_NODE and SLURM_STEP_NODELIST for {world_size} tasks ({error!r}); "
             f"start the ranks with srun, or unset {SRUN_SIZE} for a run of one process"
         ) from None
-    # Every task must come to the same port without asking another.
+    # Every task must derive the same port without communication; jobs on one machine should get different ones.
     own_port = FIRST_PORT + (16 * _number(environ, "SLURM_JOB_ID") + _number(environ, "SLURM_STEP_ID")) % NUM_PORTS
     address = environ.get("MASTER_ADDR") or _node_address(head)
     meeting_point = _meeting_point(address, _number(environ, "MASTER_PORT", lambda: own_port))
@@ -256,14 +264,19 @@ def _meeting_point(address: str, port: int) -> str:
 
 
 def _own_address() -> str:
-    """An address of this machine for the others: its name's, or where that only leads to itself, its way out's."""
+    """Return an address of this machine for the others.
+
+    It is the address of the host name, or if that is a loopback address, the source address of the default route.
+    """
     name = socket.gethostname()
     with suppress(OSError):
         address = socket.gethostbyname(name)
         if not address.startswith("127."):
             return address
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
-        unsent.connect(("192.0.2.1", 9))  # an address that no machine has (RFC 5737); nothing is sent
+        unsent.connect(
+            ("192.0.2.1", 9)
+        )  # no machine has this address (RFC 5737); connecting a UDP socket sends nothing
         return str(unsent.getsockname()[0])
     return name
 
@@ -275,7 +288,7 @@ def _free_port() -> int:
 
 
 def _tasks_of_nodes(text: str) -> list[int]:
-    """Tasks of each node, from SLURM's ``2(x3),1``: two on each of the first three, one on the next."""
+    """Return the tasks of each node: SLURM's ``2(x3),1`` means two on each of three nodes, one on the fourth."""
     tasks: list[int] = []
     for part in text.split(","):
         number, _, times = part.rstrip(")").partition("(x")
@@ -284,7 +297,7 @@ def _tasks_of_nodes(text: str) -> list[int]:
 
 
 def _first_host(nodes: str) -> str:
-    """The first host of SLURM's ``gpu[03-07,9]-ib,login``, which is ``gpu03-ib``."""
+    """Return the first host of a SLURM node list: ``gpu03-ib`` for ``gpu[03-07,9]-ib,login``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if not first:
         raise ValueError(f"no host in {nodes!r}")
@@ -292,7 +305,7 @@ def _first_host(nodes: str) -> str:
 
 
 def _node_address(node: str) -> str:
-    """Where SLURM itself reaches a node; its name, which need not resolve, where ``scontrol`` cannot tell."""
+    """Return the address at which SLURM reaches a node, or the node's name if ``scontrol`` does not give one."""
     if not shutil.which("scontrol"):
         return node
     command = ["scontrol", "--oneliner", "show", "node", node]

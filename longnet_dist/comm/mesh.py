@@ -1,4 +1,4 @@
-"""The mesh of ranks: data × sequence, the sequence ranks next to each other."""
+"""The ranks form a mesh of two axes, data × sequence; the sequence axis is the inner one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,29 @@ from longnet_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many ranks stand along each axis; ``rank = data_rank · sequence + sequence_rank``.
+    """The mesh has ``data`` × ``sequence`` ranks, numbered ``rank = data_rank · sequence + sequence_rank``.
 
-    The sequence axis is the inner one: its ranks exchange rows in every layer, and neighbours share the fastest links.
+    Attributes:
+        data: groups of ranks that work on different sequences.
+        sequence: ranks that share a sequence.
     """
+
+    # The sequence axis is the inner one because its ranks exchange keys and values in every layer, and neighbouring
+    # ranks share the fastest links. Other ranks meet only in ZeRO's collectives.
 
     data: int
     sequence: int
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world_size: int) -> MeshShape:
-        """The shape that the configuration asks for.
+        """Return the shape that the configuration asks for, with each ``auto`` resolved.
+
+        Args:
+            parallel: the section ``parallel`` of the configuration.
+            world_size: number of ranks.
 
         Raises:
-            ConfigError: it does not make up the world.
+            ConfigError: data × sequence is not the number of ranks.
         """
         sequence = parallel.sequence if isinstance(parallel.sequence, int) else None
         data = parallel.data if isinstance(parallel.data, int) else max(1, world_size // (sequence or world_size))
@@ -43,13 +52,13 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A rank's place in the mesh.
+    """A Mesh says where one rank is in the mesh.
 
     Attributes:
         shape: ranks along each axis.
-        data_rank: which sequences it works on.
-        sequence_rank: which part of them.
-        sequence_group: the ranks that work on the same sequences, in the order of rows; None if it is alone.
+        data_rank: coordinate along the data axis: which sequences this rank works on.
+        sequence_rank: coordinate along the sequence axis: which slice of these sequences it has.
+        sequence_group: the ranks that share these sequences, in the order of their slices; None for one rank.
     """
 
     shape: MeshShape
@@ -59,18 +68,25 @@ class Mesh:
 
     @classmethod
     def build(cls, shape: MeshShape, timeout: timedelta) -> Mesh:
-        """Make the sequence groups, in the same order on every rank. Every rank of the world must call this."""
+        """Create the sequence groups and return the place of this rank.
+
+        It is a collective of the world: every rank must call it, since torch creates all groups on all ranks.
+        """
         data_rank, sequence_rank = divmod(dist.get_rank(), shape.sequence)
         return cls(shape, data_rank, sequence_rank, _sequence_group(shape, data_rank, timeout))
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """The number of all ranks."""
         return self.shape.data * self.shape.sequence
 
 
 def _sequence_group(shape: MeshShape, data_rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
-    """A group of its own even where it is the world: rows need not queue behind the gradients of ZeRO."""
+    """Create the sequence groups in the same order on every rank; return this rank's.
+
+    The group is a separate one even where it equals the world: NCCL runs the collectives of a group one after another,
+    and the keys of a layer must not wait for the gradients that ZeRO reduces.
+    """
     if shape.sequence == 1:
         return None
     first_ranks = range(0, shape.data * shape.sequence, shape.sequence)
@@ -83,9 +99,13 @@ def _sequence_group(shape: MeshShape, data_rank: int, timeout: timedelta) -> dis
 
 
 def _options(timeout: timedelta) -> Any:
-    """On a GPU, let the few programs of a transfer go before the many of attention, beside which they run."""
+    """Return NCCL options that give the transfers a CUDA stream of high priority.
+
+    A transfer needs few thread blocks. Without priority they would queue behind the many of the attention kernels that
+    it is to overlap with.
+    """
     if dist.get_backend() != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[attr-defined]
-    options._timeout = timeout  # as torch itself does; it warns where this differs from the argument
+    options._timeout = timeout  # torch warns when this differs from the argument of new_group
     return options

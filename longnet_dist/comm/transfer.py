@@ -1,7 +1,8 @@
-"""The sparse rows of segments that are shared between ranks, or between the chunks of a stream, and their transfer.
+"""This module sends the sparse keys and values of shared segments between ranks, and buffers what arrives.
 
-Three layers: a plan of integers (``geometry.exchange``), the buffers and asynchronous transfers here, and the autograd
-Function that uses them (``attention.functional``). See ARCHITECTURE.md, "The exchange".
+A segment is shared when it crosses the edge of a rank's slice, or of a chunk of a stream. The exchange has three
+layers: a plan of integers (``geometry.exchange_plan``), the buffers and asynchronous transfers here, and the autograd
+Function that uses both (``attention.functional``). See ARCHITECTURE.md, "The exchange".
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ from longnet_dist.geometry.window import Segment
 
 
 class CompactBuffers:
-    """The compact buffers of some segments, side by side in one tensor ``(2, B, slots, D)``, keys then values.
+    """One tensor ``(2, B, slots, D)`` holds the compact keys and values of several segments, one segment after another.
 
-    Slot ``i·Hkv + h`` of a segment's buffer is row ``i`` of head ``h``: rows lie as in ``k`` and ``v``, which the
-    fastest kernels ask for. Slots that no record has reached are 0.
+    Slot ``i·Hkv + h`` of a segment is its kept row ``i`` of head ``h``. Slots to which no record was written are 0.
+
+    Attributes:
+        records: ``(2, B, slots, D)``, keys at index 0 and values at index 1.
     """
 
+    # The heads of a row are adjacent, as in q, k and v, because the fastest attention kernels require it.
+
     def __init__(self, segments: tuple[Segment, ...], kv_heads: int, like: Tensor, dtype: torch.dtype) -> None:
-        """Room for ``segments``, on the device of ``like`` ``(B, rows, Hkv, D)``."""
+        """Allocate zeroed slots.
+
+        Args:
+            segments: the segments, in the order in which they lie in ``records``.
+            kv_heads: key/value heads ``Hkv``.
+            like: ``(B, rows, Hkv, D)``; gives ``B``, ``D`` and the device.
+            dtype: dtype of the records.
+        """
         self._kv_heads = kv_heads
         self._slot_ranges: dict[tuple[int, int], slice] = {}
         self.records = like.new_zeros(2, like.shape[0], 0, like.shape[3], dtype=dtype)
@@ -35,10 +47,10 @@ class CompactBuffers:
 
     @classmethod
     def of(cls, segments: tuple[Segment, ...], records: Tensor) -> CompactBuffers:
-        """Buffers of ``segments`` that hold the ``records`` ``(2, B, slots, D)`` of other buffers of just these.
+        """Copy ``records`` ``(2, B, slots, D)``, which other buffers had for the same segments, into new buffers.
 
         Raises:
-            ShapeError: the slots are not a number of heads times the rows of the segments.
+            ShapeError: the number of slots is not a multiple of the kept rows of the segments.
         """
         rows = sum(segment.compact_rows for segment in segments)
         if records.dim() != 4 or len(records) != 2 or records.shape[2] == 0 or records.shape[2] % rows:
@@ -51,7 +63,10 @@ class CompactBuffers:
         return buffers
 
     def set_segments(self, segments: tuple[Segment, ...]) -> None:
-        """Make room for just these segments; those already here keep their records."""
+        """Allocate slots for exactly these segments; a segment that was present before keeps its records.
+
+        A segment may also grow or shrink: in a stream, its stop moves with the chunk.
+        """
         ranges, size = {}, 0
         for segment in segments:
             first, size = size, size + segment.compact_rows * self._kv_heads
@@ -66,17 +81,20 @@ class CompactBuffers:
 
     @property
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, ``(B, slots, 1, D)``."""
+        """The keys and the values of all slots, each ``(B, slots, 1, D)``: slots in place of rows, and one head."""
         key, value = self.records.unsqueeze(3)
         return key, value
 
     def slots(self, plan: ExchangePlan) -> Tensor:
-        """Slot in ``records`` of every record that the plan receives: ``(records,)`` int64."""
+        """Return the slot in ``records`` of every record that the plan receives, ``(records,)`` int64."""
         firsts = tuple(self._slot_ranges[segment.branch, segment.index].start for segment in plan.segments)
         return _slots(plan, firsts, self.records.device)
 
     def views(self, segments: tuple[Segment, ...]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``(B, M, Hkv, D)`` of each segment, up to its ``stop``."""
+        """Return views of the keys and the values of each segment, each ``(B, M, Hkv, D)``, without a copy.
+
+        ``M`` is the kept rows up to the ``stop`` of the segment that is given, which may be before the buffer's.
+        """
         views = []
         for segment in segments:
             first, rows = self._slot_ranges[segment.branch, segment.index].start, segment.compact_rows
@@ -87,11 +105,18 @@ class CompactBuffers:
 
 
 class Gather:
-    """Keys and values on their way to the ranks that need them; every rank of ``group`` must start one.
+    """A Gather sends sparse keys and values to the ranks that need them; its transfer starts when it is made.
 
-    Rank ``p`` receives ``Σ plan.receive_counts · B · 2D`` numbers of the input dtype. Without a group the only rank
-    hands its own records to itself: the chunk of a stream on one device. What is computed between the start and
-    :meth:`wait` runs beside the transfer, unless ``overlap`` is false.
+    It is a collective: every rank of ``group`` must make one, in the same order. A rank receives
+    ``sum(plan.receive_counts) · B · 2D`` numbers of the dtype of ``k``. Its backward is :class:`ReduceScatter`.
+
+    Args:
+        plan: what this rank sends and receives.
+        group: the sequence group. None: there is one rank, which hands its records to itself, between the chunks of a
+            stream.
+        k: keys ``(B, n, Hkv, D)`` of this rank.
+        v: values ``(B, n, Hkv, D)`` of this rank.
+        overlap: let work that is queued before :meth:`wait` run during the transfer; else wait at once.
     """
 
     def __init__(
@@ -102,15 +127,21 @@ class Gather:
         self._transfer = _Transfer(sent, plan.send_counts, plan.receive_counts, group, overlap)
 
     def wait(self, buffers: CompactBuffers) -> None:
-        """Put the records into ``buffers``, which must have room for the plan's segments."""
+        """Wait for the records and write them into ``buffers``, which must contain the plan's segments."""
         unpack(self._transfer.wait(), *buffers.keys_and_values, buffers.slots(self._plan))
 
 
 class ReduceScatter:
-    """Gradients of gathered records on their way back to the ranks that own the rows: the mirror of ``Gather``.
+    """A ReduceScatter sends the gradients of gathered records back to their owners: the backward of ``Gather``.
+
+    It is a collective: every rank of ``group`` must make one. The bytes are those of :class:`Gather` in the other
+    direction, in the dtype of ``gradients``.
 
     Args:
-        gradients: of all compact buffers, float32 or float64.
+        plan: the plan of the :class:`Gather`.
+        group: the sequence group, or None for one rank.
+        gradients: gradients of the compact keys and values, float32 or float64.
+        overlap: as for :class:`Gather`.
     """
 
     def __init__(
@@ -121,14 +152,18 @@ class ReduceScatter:
         self._transfer = _Transfer(sent, plan.receive_counts, plan.send_counts, group, overlap)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
-        """Add what the ranks sent to ``dk``, ``dv`` ``(B, n, Hkv, D)``: for each row one sum in a fixed order."""
+        """Wait for the gradients and add them to ``dk`` and ``dv``, both ``(B, n, Hkv, D)``.
+
+        What several ranks sent for the same row and head is summed in the order of the ranks, so that a run repeats
+        bit by bit.
+        """
         accumulate(self._transfer.wait(), dk, dv, self._groups)
 
 
 class _Transfer:
-    """One variable all-to-all of packed records.
+    """One all-to-all of packed records, with a count of its own for each pair of ranks.
 
-    On a GPU it runs on the group's own stream, and waiting for it is left to the stream that waits: the host goes on.
+    On a GPU it runs on the CUDA stream of the group. ``wait`` makes the current stream wait, not the host.
     """
 
     def __init__(
@@ -148,7 +183,7 @@ class _Transfer:
             self.wait()
 
     def wait(self) -> Tensor:
-        """What was received."""
+        """Return the received records ``(records, B, 2, D)``; later calls return the same tensor."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -157,18 +192,18 @@ class _Transfer:
 
 @lru_cache(maxsize=64)
 def _send_places(plan: ExchangePlan, device: torch.device) -> Tensor:
-    """Place of every record sent."""
+    """Copy the place of every record sent to the device, once for each plan."""
     return torch.from_numpy(plan.send_places).to(device)
 
 
 @lru_cache(maxsize=64)
 def _groups(plan: ExchangePlan, device: torch.device) -> RecordGroups:
-    """Which of the gradients that come back belong to the same row and head."""
+    """Group the gradients that come back by row and head: a row goes to each rank that needs it."""
     return RecordGroups(*(torch.from_numpy(x).to(device) for x in group_by_place(plan.send_places)))
 
 
 @lru_cache(maxsize=64)
 def _slots(plan: ExchangePlan, first_slots: tuple[int, ...], device: torch.device) -> Tensor:
-    """Slot of every record received, where the buffers of the plan's segments begin at ``first_slots``."""
+    """Return the slot of every record received, where the plan's segments begin at ``first_slots`` in the buffer."""
     firsts = np.array(first_slots, np.int64)
     return torch.from_numpy(firsts[plan.receive_segments] + plan.receive_slots).to(device)

@@ -1,8 +1,8 @@
-"""Records, the keys and values of single (row, head) pairs, taken out of tensors and put into them.
+"""These functions pack and unpack records: a record is the key and the value of one row and one head.
 
-On a GPU each of the three is one launch of a Triton kernel that waits for nothing on the host; elsewhere the same in
-operations of torch. A record stands at a *place* ``row·Hkv + head`` of keys and values ``(B, rows, Hkv, D)``; packed
-records are contiguous, ``(records, B, 2, D)``, keys then values, so that those for one rank are one message.
+The *place* of a record in keys and values ``(B, rows, Hkv, D)`` is ``row·Hkv + head``. Packed records are contiguous,
+``(records, B, 2, D)``, keys before values, so that all records for one rank are one message. On a GPU each function is
+one launch of a Triton kernel, without synchronizing the host; elsewhere it uses operations of torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 8  # records, or places, of a program
+_ROWS = 8  # records (or places, when accumulating) of one Triton program
 
 
 @dataclass(frozen=True, eq=False)
 class RecordGroups:
-    """Which packed records belong to the same place, so that one sum of them is added there.
+    """The packed records are grouped by place, so that each place gets one sum of its records.
 
     Attributes:
-        places: ``(places,)`` int64, each once.
-        order: ``(records,)`` int64, the records by place; those of a place in the order of their ranks.
-        starts: ``(places + 1,)`` int64, where the records of a place begin in ``order``, and their number at the end.
+        places: ``(places,)`` int64, the distinct places.
+        order: ``(records,)`` int64, indices of the records, sorted by place, then by rank.
+        starts: ``(places + 1,)`` int64: ``order[starts[i]:starts[i + 1]]`` are the records of ``places[i]``.
     """
 
     places: Tensor
@@ -33,7 +33,16 @@ class RecordGroups:
 
 
 def pack(k: Tensor, v: Tensor, places: Tensor) -> Tensor:
-    """The packed records at ``places`` ``(records,)`` int64 of ``k``, ``v``, which may be strided."""
+    """Copy the records at ``places`` into a packed tensor.
+
+    Args:
+        k: keys ``(B, rows, Hkv, D)``; the strides of all dims but the last are free.
+        v: values, like ``k``.
+        places: ``(records,)`` int64.
+
+    Returns:
+        ``(records, B, 2, D)``, contiguous, in the dtype of ``k``.
+    """
     if _on_gpu(k):
         packed = k.new_empty(len(places), k.shape[0], 2, k.shape[3])
         _copy(packed, k, v, places, pack=True)
@@ -43,7 +52,10 @@ def pack(k: Tensor, v: Tensor, places: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
-    """Write packed records to ``places`` of ``k``, ``v``, no two to the same."""
+    """Write packed records ``(records, B, 2, D)`` to the ``places`` ``(records,)`` int64 of ``k`` and ``v``.
+
+    The places must differ from each other: the order of writes is not defined.
+    """
     if _on_gpu(k):
         _copy(packed, k, v, places, pack=False)
         return
@@ -53,7 +65,11 @@ def unpack(packed: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
 
 
 def accumulate(packed: Tensor, k: Tensor, v: Tensor, groups: RecordGroups) -> None:
-    """Add packed records to ``k``, ``v``: those of a place are summed first, in their own dtype."""
+    """Add packed records ``(records, B, 2, D)`` to ``k`` and ``v``.
+
+    The records of a place are summed first, in the dtype of ``packed`` and in the order of ``groups``. Atomic additions
+    would be simpler, but their order, and so the last bits of a gradient, would change from run to run.
+    """
     if len(groups.places) == 0:
         return
     if _on_gpu(k):
@@ -74,7 +90,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _split(places: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and head of each place."""
+    """Return the row and the head of each place."""
     return places // k.shape[2], places % k.shape[2]
 
 
@@ -90,6 +106,6 @@ def _grid(places: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def _layout(places: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """The arguments of the kernels that describe ``k`` and ``v``."""
+    """Return the kernel arguments that describe ``k`` and ``v``."""
     batch, _, heads, dim = k.shape
     return k.stride()[:3], v.stride()[:3], len(places), batch, heads, dim, 1 << (dim - 1).bit_length(), _ROWS

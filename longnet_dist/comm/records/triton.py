@@ -1,20 +1,23 @@
 # Device code: Triton's compiler gives its values their types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Device code of ``records.py``."""
+"""These Triton kernels do the work of ``comm/records/torch.py`` on a GPU."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Integers that differ from call to call and gain nothing from a kernel compiled for their value.
+# These integers change from call to call. Specializing on their value would only compile more kernels.
 UNSPECIALIZED = ("num_places", "batch", "heads")
 
 
 @triton.jit
 def _pointers(k, v, places, k_strides, v_strides, num_places, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
               ROWS: tl.constexpr):  # fmt: skip
-    """``(index, valid, mask, key pointers, value pointers)`` of this program's places."""
+    """Return ``(index, valid, mask, key pointers, value pointers)`` of the places of this program.
+
+    Grid: programs along axis 0 share the places, those along axis 1 the batch.
+    """
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = index < num_places
     place = tl.load(places + index, mask=valid, other=0)
@@ -28,14 +31,14 @@ def _pointers(k, v, places, k_strides, v_strides, num_places, heads, D: tl.const
 
 @triton.jit
 def _packed(packed, record, batch, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to the keys of packed records; their values stand ``D`` behind."""
+    """Return pointers to the keys of packed records ``(records, B, 2, D)``; add ``D`` for their values."""
     return packed + tl.expand_dims((record * batch + tl.program_id(1)) * (2 * D), -1) + tl.arange(0, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def copy_kernel(packed, k, v, places, k_strides, v_strides, num_places, batch, heads, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr):  # fmt: skip
-    """From the places to the packed records with ``PACK``, else back; a program has ``ROWS`` records of one element."""
+    """Copy ``ROWS`` records of one batch element: from places to packed records with ``PACK``, else the other way."""
     index, _, mask, keys, values = _pointers(
         k, v, places, k_strides, v_strides, num_places, heads, D, BLOCK_D, ROWS
     )  # fmt: skip
@@ -51,7 +54,10 @@ def copy_kernel(packed, k, v, places, k_strides, v_strides, num_places, batch, h
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def add_kernel(packed, k, v, places, order, starts, k_strides, v_strides, num_places, batch, heads, D: tl.constexpr,
                BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr = 8):  # fmt: skip
-    """Add to each place the sum of its records, in an order that is always the same: ``ROWS`` places a program."""
+    """Add to each of ``ROWS`` places the sum of its records.
+
+    The order of the sum is fixed by ``order``, so that gradients repeat bit by bit; atomics would not.
+    """
     index, valid, mask, keys, values = _pointers(
         k, v, places, k_strides, v_strides, num_places, heads, D, BLOCK_D, ROWS
     )  # fmt: skip
@@ -59,7 +65,8 @@ def add_kernel(packed, k, v, places, order, starts, k_strides, v_strides, num_pl
     count = tl.load(starts + index + 1, mask=valid, other=0) - start
     key_sum = tl.zeros([ROWS, BLOCK_D], packed.dtype.element_ty)
     value_sum = tl.zeros([ROWS, BLOCK_D], packed.dtype.element_ty)
-    for first in range(0, tl.max(count), CHUNK):  # several at once: a row of the first rank can have thousands
+    # A row of the first rank can be needed by thousands of ranks: load CHUNK records at once to hide the latency.
+    for first in range(0, tl.max(count), CHUNK):
         number = first + tl.arange(0, CHUNK)[None, :]
         present = number < count[:, None]
         record = tl.load(order + start[:, None] + number, mask=present, other=0)
