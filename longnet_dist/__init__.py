@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longnet_dist.attention.functional import dilated_attention
     from longnet_dist.attention.module import DilatedAttention
     from longnet_dist.attention.positions import Positions
+    from longnet_dist.attention.sink import phantom_keys
     from longnet_dist.attention.stream import Stream
     from longnet_dist.config.model import LongNetConfig, named_model
     from longnet_dist.geometry.pattern import DilatedPattern
@@ -44,6 +45,7 @@ __all__ = [
     "Stream",
     "dilated_attention",
     "named_model",
+    "phantom_keys",
 ]
 
 _HOMES = {
@@ -55,6 +57,7 @@ _HOMES = {
     "Stream": "attention.stream",
     "dilated_attention": "attention.functional",
     "named_model": "config.model",
+    "phantom_keys": "attention.sink",
 }
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Kernel, Statistics
 from longnet_dist.attention.kernels.registry import choose_kernel
+from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import agree_on_shards
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
@@ -50,6 +51,7 @@ def dilated_attention(
     overlap: bool = True,
     total_rows: int | None = None,
     cache: LayerCache | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Dilated attention (LongNet, section 2.2; across ranks, section 3), exact in output and gradients.
 
@@ -76,24 +78,29 @@ def dilated_attention(
         overlap: compute the segments inside the slice while rows travel; else wait for them first. Same result.
         total_rows: ``N``, rows of all ranks together, if the caller wants them checked.
         cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk.
+        sink: ``(H,)``, ``(n, H)`` or ``(B, n, H)``, the logarithm of the weight of one more key, whose value is 0
+            (:mod:`longnet_dist.attention.sink`); differentiable. Over ranks, rows are this rank's, and the gradient of
+            ``(H,)`` is this rank's part: their sum is the whole.
 
     Returns:
         out ``(B, n, H, D)`` in the dtype of ``q``; with ``return_lse`` also lse ``(B, n, H)``, natural logarithm,
-        float32 (float64 for float64 inputs), without gradient. A (row, head) that no branch covers has output 0,
-        lse ``-inf`` and gradient 0.
+        float32 (float64 for float64 inputs), differentiable; a sink is part of it. A (row, head) that no branch covers
+        has output 0, lse ``-inf`` (or the sink) and gradient 0.
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here; the other ranks of the group raise a ShapeError.
     """
-    spec = AttentionSpec.of(q, k, v, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache)
-    out, lse = attend(q, k, v, spec)
+    spec = AttentionSpec.of(
+        q, k, v, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache, sink
+    )
+    out, lse = attend(q, k, v, spec, sink)
     return (out, lse) if return_lse else out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`dilated_attention` as ``spec`` says: out, lse."""
-    out, lse = _DilatedAttention.apply(q, k, v, spec)  # type: ignore[no-untyped-call]
+    out, lse = _DilatedAttention.apply(q, k, v, sink, spec)  # type: ignore[no-untyped-call]
     return out, lse
 
 
@@ -132,6 +139,7 @@ class AttentionSpec:
         overlap: bool,
         total_rows: int | None,
         cache: LayerCache | None,
+        sink: Tensor | None = None,
     ) -> AttentionSpec:
         """Of a call with the arguments of :func:`dilated_attention`; of q, k, v only shape, dtype and device count."""
         kernel, refusal = None, None
@@ -141,7 +149,7 @@ class AttentionSpec:
             refusal = error
         exact_in_float16 = scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE
         merges = kernel is not None and kernel.merges_overlaps and exact_in_float16
-        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache, merges, refusal)
+        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache, merges, refusal, sink)
         assert kernel is not None, "a rank without a kernel has raised why"
         return cls(
             pattern,
@@ -237,7 +245,9 @@ def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype).transpose(1, 2)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, list[Tensor]]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Start the gather, dense pieces, await it, shared pieces: out, lse, and the keys and values of shared segments."""
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     gather = None
@@ -261,6 +271,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> t
             for call in calls:
                 kernel.forward(call, q, key, value, out, lse)
             shared += [key, value]
+    if sink is not None:
+        join_sink(out, lse, sink)
     out = out.to(q.dtype)
     return out, lse, shared
 
@@ -288,15 +300,21 @@ def start_attention_backward(
     spec: AttentionSpec,
     delta: Tensor | None = None,
     narrow: bool = True,
+    dlse: Tensor | None = None,
 ) -> BackwardStart:
-    """The first part of a backward. ``delta``: ``rowsum(dout ∘ out) (B, n, H)``, if it is known.
+    """Start a backward, after which the caller may forget the output.
 
-    A ``narrow`` dq is like q; a wide one, as it was summed, spares its narrow copy.
+    Args:
+        dout, out, lse: gradient of the output, output and log-sum-exp, merged over all branches and the sink.
+        spec: of the call.
+        delta: ``rowsum(dout ∘ out) - dlse (B, n, H)``, if it is known; it must be where there is a ``dlse``.
+        narrow: whether dq gets the dtype of q; a wide one, as it was summed, spares its narrow copy.
+        dlse: gradient of the log-sum-exp, if it has one.
     """
     query_dtype, _ = spec.kernel.gradient_dtypes(out.dtype)
     dq = torch.empty(out.shape, dtype=query_dtype, device=out.device)
     copy = torch.empty_like(dq, dtype=out.dtype) if narrow and query_dtype != out.dtype else None
-    return BackwardStart(dout, spec.kernel.start_backward(dout, out, lse, dq, copy, delta), dq, copy)
+    return BackwardStart(dout, spec.kernel.start_backward(dout, out, lse, dq, copy, delta, dlse), dq, copy)
 
 
 def attention_backward(
@@ -340,20 +358,26 @@ class _DilatedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        out, lse, shared = attention_forward(q, k, v, spec)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, shared = attention_forward(q, k, v, spec, sink)
         ctx.spec = spec
-        ctx.save_for_backward(q, k, v, out, lse, *shared)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # no zeros for the gradient that lse does not have
+        ctx.save_for_backward(q, k, v, sink, out, lse, *shared)
+        ctx.set_materialize_grads(False)  # no zeros for a gradient of lse that nobody computed
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return None, None, None, None, None
+        q, k, v, sink, out, lse, *shared = ctx.saved_tensors
         if dout is None:
-            return None, None, None, None
-        q, k, v, out, lse, *shared = ctx.saved_tensors
-        start = start_attention_backward(dout, out, lse, ctx.spec)
+            dout = torch.zeros_like(out)
+        # Kernels compute delta themselves, unless lse has a gradient that it must contain.
+        delta = delta_of(dout, out, lse, dlse) if dlse is not None or sink is not None else None
+        dsink = None if sink is None or delta is None else sink_gradient(sink, lse, delta)
+        start = start_attention_backward(dout, out, lse, ctx.spec, delta, dlse=dlse)
         dq, dk, dv = attention_backward(start, q, k, v, shared, ctx.spec)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsink, None

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_dist.attention.sink import check_sink
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, LongNetError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -51,6 +52,7 @@ def agree_on_shards(
     cache: LayerCache | None = None,
     merges: bool = False,
     refusal: ConfigError | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Shards, int]:
     """Check the inputs; return the slices of the sequence and this rank's number.
 
@@ -62,6 +64,7 @@ def agree_on_shards(
         q, k, v, pattern, causal, group, total_rows, cache: as in :func:`~longnet_dist.dilated_attention`.
         merges: whether the kernel of this rank merges overlaps; all ranks must do the same.
         refusal: why this rank has no kernel, to be raised once the other ranks know.
+        sink: as in :func:`~longnet_dist.dilated_attention`.
 
     Raises:
         ShapeError: shapes, dtypes, devices or rows that do not fit, on all ranks of the group alike.
@@ -71,12 +74,14 @@ def agree_on_shards(
     if refusal is not None and (alone or cache is not None):
         raise refusal
     if cache is not None:
+        check_sink(sink, q)
         return _chunk_of(cache, q, k, v, pattern, causal)
     if group is None or alone:
         check_inputs(q, k, v)
+        check_sink(sink, q)
         _check_total(total_rows, q.shape[1])
         return Shards(q.shape[1], q.shape[1], 1), 0
-    counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, refusal)
+    counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, refusal, sink)
     return Shards(sum(counts), counts[0], len(counts)), dist.get_rank(group)
 
 
@@ -106,7 +111,19 @@ def _check_total(total_rows: int | None, rows: int) -> None:
         )
 
 
-_FACTS = ("rows", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern", "causal", "backend", "total_rows")
+_FACTS = (
+    "rows",
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "dtype",
+    "pattern",
+    "causal",
+    "backend",
+    "total_rows",
+    "sink",
+)
 """What ranks tell each other, one integer each; all but the rows must be equal on all ranks."""
 _REFUSED = -1
 
@@ -121,13 +138,15 @@ def _compare_ranks(
     total_rows: int | None,
     group: dist.ProcessGroup,
     refusal: ConfigError | None,
+    sink: Tensor | None,
 ) -> list[int]:
     """Return the rows of every rank; raise on all ranks if one rank's inputs are wrong or differ from the others'."""
     fault: LongNetError | None = refusal
     facts = [_REFUSED] * len(_FACTS)
     try:
         check_inputs(q, k, v)
-        facts = facts if fault else _facts(q, k, pattern, causal, merges, total_rows)
+        check_sink(sink, q)
+        facts = facts if fault else _facts(q, k, pattern, causal, merges, total_rows, sink)
     except ShapeError as error:
         fault = error
     table = _gather_facts(facts, q.device, group)
@@ -138,8 +157,9 @@ def _compare_ranks(
         if row[0] == _REFUSED or names:
             what = "was refused" if _REFUSED in (row[0], table[0][0]) else f"differs from rank 0 in {', '.join(names)}"
             raise ShapeError(
-                f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, causal "
-                f"and total_rows and have the same backend, but rank {rank} {what}: {row} against {table[0]}"
+                f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, causal, "
+                f"total_rows and kind of sink and have the same backend, but rank {rank} {what}: {row} against "
+                f"{table[0]}"
             )
     counts = [row[0] for row in table]
     if any(count != counts[0] for count in counts[:-1]) or counts[-1] > counts[0]:
@@ -156,11 +176,18 @@ def _compare_ranks(
 
 
 def _facts(
-    q: Tensor, k: Tensor, pattern: DilatedPattern, causal: bool, merges: bool, total_rows: int | None
+    q: Tensor,
+    k: Tensor,
+    pattern: DilatedPattern,
+    causal: bool,
+    merges: bool,
+    total_rows: int | None,
+    sink: Tensor | None,
 ) -> list[int]:
     batch, rows, heads, dim = q.shape
     dtype, total = _DTYPES.index(q.dtype), 0 if total_rows is None else total_rows
-    return [rows, batch, heads, k.shape[2], dim, dtype, _digest(pattern), int(causal), int(merges), total]
+    kind = 0 if sink is None else sink.dim()
+    return [rows, batch, heads, k.shape[2], dim, dtype, _digest(pattern), int(causal), int(merges), total, kind]
 
 
 @lru_cache(maxsize=64)

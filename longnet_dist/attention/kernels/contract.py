@@ -11,6 +11,7 @@ Buffers, with the shape legend of the package:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -95,19 +96,21 @@ class Kernel(Protocol):
         dq: Tensor,
         room: Tensor | None = None,
         delta: Tensor | None = None,
+        dlse: Tensor | None = None,
     ) -> Statistics:
         """What ``backward`` is to know of the *merged* ``out`` and ``lse``, which the caller then forgets.
 
         Clears ``dq``. ``room`` is a contiguous buffer of
         ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
-        ``delta (B, n, H)``, like ``lse``, if the caller has it already.
+        ``delta = rowsum(dO ∘ O) - dlse (B, n, H)``, like ``lse``, if the caller has it already. ``dlse``, if the
+        log-sum-exp has a gradient, is for kernels that compute delta on their own; ``delta`` is then given, too.
         """
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
         """Add the piece's part of the gradients to ``sums``, in place.
 
         ``P_ij = exp(scale·q_i·k_j - lse_i)``, ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - delta)``, ``dQ = scale·dS K``,
-        ``dK = scale·dSᵀ Q`` with ``delta = rowsum(dO ∘ O)``.
+        ``dK = scale·dSᵀ Q`` with ``delta = rowsum(dO ∘ O) - dlse``.
         """
 
 
@@ -131,6 +134,24 @@ class WideSums:
         dq: Tensor,
         room: Tensor | None = None,
         delta: Tensor | None = None,
+        dlse: Tensor | None = None,
     ) -> Statistics:
         dq.zero_()
-        return out, lse
+        return (out, lse) if dlse is None else (out, lse, dlse)
+
+
+def with_lse_gradient(tensors: Sequence[Tensor], dlse: Tensor, columns: int) -> list[Tensor]:
+    """Return ``dout, q, k, v, out`` with more columns, so that a kernel that computes delta counts ``dlse``.
+
+    With a column 1 more of the values, ``dlse`` in that of ``dout`` and 0 in that of ``out``, dO Vᵀ grows by dlse while
+    rowsum(dO ∘ O) stays: dS = P ∘ (dO Vᵀ + dlse - delta). Columns of 0 in queries and keys leave the scores.
+
+    Args:
+        tensors: ``(…, D)`` each.
+        dlse: as ``dout`` without its last dimension.
+        columns: how many columns; the others are 0. The caller cuts them off the gradients.
+    """
+    dout, q, k, v, out = (torch.nn.functional.pad(x, (0, columns)) for x in tensors)
+    dout[..., -columns] = dlse
+    v[..., -columns] = 1
+    return [dout, q, k, v, out]

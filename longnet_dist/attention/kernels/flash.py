@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums, with_lse_gradient
 from longnet_dist.attention.kernels.views import dense_problems, views
 
 MOST_PROBLEMS = 65_535  # the batch is a grid dimension of most flash kernels (flash-attention#1786)
@@ -116,15 +116,17 @@ class FlashKernel(WideSums):
             lse_.copy_(merged)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
-        dout, q, k, v, (out, lse) = given
+        dout, q, k, v, (out, lse, *dlse) = given
         dq, dk, dv = sums
-        for queries, keys, causal in _problems(call, (dout, q, out, lse, dq), (k, v, dk, dv)):
-            (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = queries, keys
+        for queries, keys, causal in _problems(call, (dout, q, out, lse, dq, *dlse), (k, v, dk, dv)):
+            (dout_, q_, out_, lse_, dq_, *dlse_), (k_, v_, dk_, dv_) = queries, keys
+            if dlse_:  # kernels of a GPU take head dims that are multiples of 8
+                dout_, q_, k_, v_, out_ = with_lse_gradient((dout_, q_, k_, v_, out_), dlse_[0], 8)
             parts = self.engine.backward(
                 dout_, q_, k_, v_, out_, lse_.transpose(1, 2), causal, call.scale, call.deterministic
             )
             for total, part in zip((dq_, dk_, dv_), parts, strict=True):
-                total.add_(part)
+                total.add_(part[..., : total.shape[-1]])
 
 
 def find_engine() -> Engine:

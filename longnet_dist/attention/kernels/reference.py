@@ -16,13 +16,20 @@ from longnet_dist.numerics import wide_dtype
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool = True, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dilated attention from its definition: one softmax over the multiset union of the keys of all branches.
+    """Compute dilated attention from its definition: one softmax over the multiset union of the keys of all branches.
 
     A key that a query sees in ``c`` branches counts ``c`` times:
-    ``O_i = Σ_j c_ij exp(s_ij) v_j / Σ_j c_ij exp(s_ij)`` with ``s = scale · q kᵀ``. Costs ``O(N²)``; autograd gives the
-    gradients.
+    ``O_i = Σ_j c_ij exp(s_ij) v_j / (Σ_j c_ij exp(s_ij) + exp(σ_i))`` with ``s = scale · q kᵀ``. It costs ``O(N²)``;
+    autograd gives the gradients.
 
     Args:
         q: ``(B, N, H, D)``.
@@ -30,17 +37,21 @@ def oracle(
         pattern: the branches.
         causal: whether a row sees only itself and earlier rows.
         scale: factor of the scores, ``D ** -0.5`` if not given.
+        sink: ``σ``, ``(H,)``, ``(N, H)`` or ``(B, N, H)``: the logarithm of the weight of one more key of value 0.
 
     Returns:
-        out ``(B, N, H, D)`` and lse ``(B, N, H)``; 0 and ``-inf`` for a (row, head) that no branch covers.
+        out ``(B, N, H, D)`` and lse ``(B, N, H)``; 0 and ``-inf`` for a (row, head) without a key or sink.
     """
     rows, heads, dim = q.shape[1:]
     group = heads // k.shape[2]
     scale = dim**-0.5 if scale is None else scale
     count = attended_counts(pattern, rows, k.shape[2], causal).to(q.device).repeat_interleave(group, dim=0)
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    covered = count.any(dim=-1)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale + count.to(q.dtype).log()
+    if sink is not None:
+        column = sink.to(q.dtype).expand(q.shape[0], rows, heads).transpose(1, 2)[..., None]
+        scores, v = torch.cat([scores, column], -1), torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))
+    covered = (scores > -torch.inf).any(-1)
     scores = scores.masked_fill(~covered[..., None], 0.0)  # a softmax over nothing has no gradient, not a NaN
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp() * covered[..., None]
@@ -81,6 +92,7 @@ class ReferenceKernel(WideSums):
         dq: Tensor,
         room: Tensor | None = None,
         delta: Tensor | None = None,
+        dlse: Tensor | None = None,
     ) -> Statistics:
         dq.zero_()
         return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1) if delta is None else delta

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums, with_lse_gradient
 from longnet_dist.attention.kernels.views import View, dense_problems, views
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -30,14 +30,16 @@ class SdpaKernel(WideSums):
                 lse_.copy_(merged)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
-        dout, q, k, v, (out, lse) = given
+        dout, q, k, v, (out, lse, *dlse) = given
         dq, dk, dv = sums
         for view in _blocks(call, q.shape[3]):
-            for queries, keys, causal in dense_problems(view, (dout, q, out, lse, dq), (k, v, dk, dv)):
-                (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = _heads_first(queries), _heads_first(keys)
+            for queries, keys, causal in dense_problems(view, (dout, q, out, lse, dq, *dlse), (k, v, dk, dv)):
+                (dout_, q_, out_, lse_, dq_, *dlse_), (k_, v_, dk_, dv_) = _heads_first(queries), _heads_first(keys)
+                if dlse_:
+                    dout_, q_, k_, v_, out_ = with_lse_gradient((dout_, q_, k_, v_, out_), dlse_[0], 1)
                 parts = _backward(dout_, q_, k_, v_, out_, lse_, 0.0, causal, scale=call.scale)
                 for total, part in zip((dq_, dk_, dv_), parts, strict=True):
-                    total.add_(part)
+                    total.add_(part[..., : total.shape[-1]])
 
 
 def _blocks(call: Call, head_dim: int) -> Iterator[View]:

@@ -96,6 +96,7 @@ class TritonKernel:
         dq: Tensor,
         room: Tensor | None = None,
         delta: Tensor | None = None,
+        dlse: Tensor | None = None,
     ) -> Statistics:
         batch, rows, heads, _ = out.shape
         needed = batch * heads * rows * 2 * lse.element_size()

@@ -1,0 +1,107 @@
+r"""Sinks: one more key in every softmax, whose value is 0.
+
+A sink :math:`\sigma` is the logarithm of that key's weight. It scales the output of a (row, head) and enters its
+log-sum-exp:
+
+.. math::
+    \mathrm{LSE}' = \log(e^{\mathrm{LSE}} + e^{\sigma}), \qquad
+    O' = O\, e^{\mathrm{LSE} - \mathrm{LSE}'} = O\,\mathrm{sigmoid}(\mathrm{LSE} - \sigma).
+
+The mixture of the branches is one softmax, so the sink joins it once, after all branches. The backward of every branch
+is then the ordinary one with the merged :math:`(O', \mathrm{LSE}')`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.pattern import DilatedPattern, check_heads, kept_rows
+
+_TILE_ROWS = 65536
+"""Rows whose products are summed at once, so that no wide copy of the whole output is made."""
+
+
+def check_sink(sink: Tensor | None, q: Tensor) -> None:
+    """Raise ShapeError unless ``sink`` is ``(H,)``, ``(n, H)`` or ``(B, n, H)`` for queries ``q (B, n, H, D)``."""
+    if sink is None:
+        return
+    batch, rows, heads, _ = q.shape
+    if tuple(sink.shape) not in ((heads,), (rows, heads), (batch, rows, heads)):
+        raise ShapeError(
+            f"a sink must be (heads,), (rows, heads) or (batch, rows, heads), here ({heads},), ({rows}, {heads}) or "
+            f"({batch}, {rows}, {heads}), but is {tuple(sink.shape)}"
+        )
+    if not sink.is_floating_point() or sink.device != q.device:
+        raise ShapeError(
+            f"a sink must be of a floating-point dtype on the device of q, {q.device}, but is {sink.dtype} on "
+            f"{sink.device}; convert or move it"
+        )
+
+
+def join_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
+    """Let ``sink`` join the softmax of ``out (B, n, H, D)`` and ``lse (B, n, H)``, in place."""
+    merged = torch.logaddexp(lse, sink.detach().to(lse.dtype))
+    # Where neither a key nor a sink is, both are -inf and their difference is NaN; the output is 0 there.
+    share = (lse - merged).exp_().nan_to_num_(nan=0.0)
+    out.mul_(share.unsqueeze(-1))
+    lse.copy_(merged)
+
+
+def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    r"""Return ``delta = rowsum(dO ∘ O) - dlse (B, n, H)`` in the dtype of ``lse``.
+
+    With :math:`S` the scores and :math:`P = e^{S - \mathrm{LSE}}`, :math:`∂\mathrm{LSE}/∂S = P`. A gradient of the
+    log-sum-exp therefore adds :math:`P ∘ \mathrm{dlse}` to :math:`dS = P ∘ (dO\,V^\top - \mathrm{delta})`.
+    Where there is no key, the log-sum-exp is ``-inf`` and has no gradient.
+    """
+    tiles = zip(torch.split(dout, _TILE_ROWS, 1), torch.split(out, _TILE_ROWS, 1), strict=True)
+    delta = torch.cat([(x.to(lse.dtype) * y.to(lse.dtype)).sum(-1) for x, y in tiles], 1)
+    return delta if dlse is None else delta - dlse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    r"""Return the gradient of ``sink``, in its shape and dtype; ``lse`` contains the sink.
+
+    The sink is a key of score σ and value 0. Its :math:`P = e^{σ - \mathrm{LSE}'}` and :math:`dO\,V^\top = 0`, so
+    :math:`dσ = P (0 - \mathrm{delta})`.
+    """
+    weight = (sink.to(lse.dtype) - lse).exp().nan_to_num(nan=0.0)
+    return (-weight * delta).sum_to_size(sink.shape).to(sink.dtype)
+
+
+def phantom_keys(pattern: DilatedPattern, N: int, heads: int, kv_heads: int | None = None) -> Tensor:
+    r"""Return torchscale's zero keys as a sink.
+
+    torchscale fills the last segment of a branch with zero rows up to :math:`\min(w, N)`, and every segment up to a
+    multiple of :math:`r`. Bidirectional models attend to these rows: keys of score 0 and value 0. Together they are a
+    sink, the logarithm of their number over all branches that keep a (row, head).
+
+    Args:
+        pattern: the branches.
+        N: tokens of the sequence.
+        heads: query heads ``H``.
+        kv_heads: key/value heads, ``H`` if not given; the heads of a group share their number.
+
+    Returns:
+        ``(N, H)`` float32: natural logarithms, ``-inf`` where there is no such key.
+
+    Raises:
+        ConfigError: no tokens, or heads that do not divide.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    check_heads(heads, kv_heads)
+    if N < 1:
+        raise ConfigError(f"a sequence needs at least one token, but N is {N}")
+    rows = torch.arange(N)
+    numbers = torch.zeros(N, kv_heads, dtype=torch.int64)
+    for branch in pattern:
+        width, rate = min(branch.segment_length, N), branch.dilation_rate
+        filled = -(-width // rate)  # rows of a filled segment that a head keeps
+        last = N - (N - 1) // width * width
+        for head, offset in enumerate(pattern.offsets(branch, kv_heads)):
+            whole, short = (filled - kept_rows(length, offset, rate) for length in (width, last))
+            kept = rows % width % rate == offset
+            numbers[:, head] += torch.where(rows >= N - last, short, whole) * kept
+    return numbers.float().log().repeat_interleave(heads // kv_heads, dim=1)
