@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from longnet_dist.checkpoint.zero_tensors import (
     OPTIMIZER_STATES,
-    link_optimizer_states,
+    allocate_optimizer_states,
     set_full_tensor,
     set_optimizer_steps,
     whole_shape,
@@ -109,12 +109,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def restore(engine: Any, folder: Path, optimizer_steps: int) -> None:
-    """Put master weights and optimizer states into an engine that has done at least one step. Every rank must call.
+    """Put master weights and optimizer states into an engine that has done no step yet. Every rank must call.
 
-    The step makes DeepSpeed allocate the optimizer states; with learning rate 0 it changes no weight, so the model's
-    own (for bf16 rounded) weights still are those of :func:`load_weights`.
+    The model's own (for bf16 rounded) weights must be those of :func:`load_weights` already.
     """
-    link_optimizer_states(engine)
+    allocate_optimizer_states(engine)
     parameters = dict(engine.module.named_parameters())
     shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
     for state in (None, *OPTIMIZER_STATES):

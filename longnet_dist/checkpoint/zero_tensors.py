@@ -63,18 +63,57 @@ def set_optimizer_steps(engine: Any, steps: int) -> None:
         state["step"].fill_(steps)
 
 
+def allocate_optimizer_states(engine: Any) -> None:
+    """Let an engine that has done no step yet have optimizer states, all zero; the weights stay as they are.
+
+    torch's optimizers allocate their states in their first update. So they do one with gradients of zero and a learning
+    rate of zero, on the float32 partitions that DeepSpeed lets them update. Nothing passes through the model.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # within DeepSpeed's own, if ZeRO shards
+    groups = optimizer.param_groups
+    rates, members = [group["lr"] for group in groups], [group["params"] for group in groups]
+    for group, partitions in zip(groups, _partitions(engine.optimizer, members), strict=True):
+        group["lr"], group["params"] = 0.0, partitions
+    without = [partition for group in groups for partition in group["params"] if partition.grad is None]
+    for partition in without:  # on the host there are buffers of zeros already
+        partition.grad = torch.zeros_like(partition)
+    optimizer.step()
+    for partition in without:
+        partition.grad = None
+    for group, rate, parameters in zip(groups, rates, members, strict=True):
+        group["lr"], group["params"] = rate, parameters
+    link_optimizer_states(engine)
+
+
+def _partitions(zero_optimizer: Any, members: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Return what the optimizer updates, by parameter group; stage 3 shows it the partitions only during a step."""
+    flat = getattr(zero_optimizer, "fp32_partitioned_groups_flat", None)
+    if flat is None:
+        return members
+    partitions: list[list[Tensor]] = [[] for _ in members]
+    for number, partition in enumerate(flat):
+        partitions[zero_optimizer.sub_group_to_group_id[number]].append(partition)
+    return partitions
+
+
 def link_optimizer_states(engine: Any) -> None:
-    """Let :func:`full_tensor` find the optimizer states; call after the first step.
+    """Let :func:`full_tensor` find the optimizer states; call after they were allocated.
 
     DeepSpeed 0.19 does this itself after stepping the first parameter group, when the second has no state yet.
     """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        for parameters, shard in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-            lazy_init_hp_params_optimizer_state(parameters, shard, optimizer.state)
+        groups, partitions = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+    elif isinstance(optimizer, BF16_Optimizer):
+        groups, partitions = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+    else:
+        return
+    for parameters, partition in zip(groups, partitions, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, partition, optimizer.state)
 
 
 def _padded_shard(value: Tensor, shard_size: int) -> Tensor:

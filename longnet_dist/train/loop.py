@@ -25,7 +25,7 @@ from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
-from longnet_dist.errors import CheckpointError, LongNetError
+from longnet_dist.errors import LongNetError
 from longnet_dist.estimate.devices import device_of
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import check_fits
@@ -163,8 +163,6 @@ class Trainer:
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
-        if self._train_step(0, learning_rate=0.0).skipped:  # see restore
-            raise CheckpointError(f"the model of {checkpoint} gives no finite loss; resume from an earlier checkpoint")
         restore(self.engine, checkpoint, state.step - state.skipped)
         self.step, self.tokens, self.skipped = state.step, state.tokens, state.skipped
 

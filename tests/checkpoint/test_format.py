@@ -11,10 +11,13 @@ from longnet_dist.checkpoint.format import (
     newest_checkpoint,
     read_state,
 )
+from longnet_dist.checkpoint.writer import take_snapshot
 from longnet_dist.config.model import LongNetConfig
+from longnet_dist.data.batches import Batches
 from longnet_dist.errors import CheckpointError
 from longnet_dist.model.longnet import LongNet
-from tests.train.runs import run, tiny_config
+from tests.distributed import run_distributed
+from tests.train.runs import make_trainer, run, tiny_config
 
 TENSORS = ("model", "exp_avg", "exp_avg_sq")
 
@@ -47,6 +50,40 @@ def test_a_resumed_run_is_the_same_run_to_the_last_bit(tmp_path, corpus, stage):
 def test_so_is_a_resumed_run_in_bf16(tmp_path, corpus, stage):
     layout = (2, (f"deepspeed.zero_stage={stage}", "train.precision=bf16", "train.micro_batch_size=2"))
     check_bits(*run_and_resume(tmp_path, corpus, layout, layout))
+
+
+def states_and_passes(config):
+    """The state right after resuming, and how often the model or the data were needed for it."""
+    needed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LongNet, "forward", lambda *_, **__: needed.append("forward"))
+        patch.setattr(Batches, "local", lambda *_, **__: needed.append("rows"))
+        trainer = make_trainer(config)
+    return take_snapshot(trainer.engine), needed
+
+
+HOST = ("deepspeed.offload_optimizer=true", "train.precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        *((stage, ()) for stage in range(4)),
+        *((stage, ("train.precision=bf16",)) for stage in (1, 2, 3)),
+        *((stage, HOST) for stage in (2, 3)),
+    ],
+    ids=str,
+)
+def test_resuming_takes_no_pass_through_the_model(tmp_path, corpus, stage, settings):
+    settings = (f"deepspeed.zero_stage={stage}", "model.dim=30", "model.positions=none", *settings)
+    config = tiny_config(tmp_path / "run", corpus, "train.steps=2", *settings)
+    run(2, config)
+    saved = checkpoint_folder(config.train.output_dir, 2)
+    (snapshot, needed), _ = run_distributed(states_and_passes, 2, config)
+    assert needed == []
+    for name in TENSORS:
+        tensors = load_file(saved / f"{name}.safetensors")
+        assert all(torch.equal(snapshot[f"{name}.safetensors"][key], tensors[key]) for key in tensors), name
 
 
 def check_bits(expected, metrics, whole, resumed):
