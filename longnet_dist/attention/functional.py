@@ -214,7 +214,7 @@ class _CallMaker(NamedTuple):
     merges_overlaps: bool
 
     def calls(self, piece: Piece, pattern: DilatedPattern) -> tuple[Call, ...]:
-        pieces = overlaps(pattern)[piece.branch].of(piece, self.causal) if self.merges_overlaps else (piece,)
+        pieces = overlaps(pattern)[piece.branch].split(piece, self.causal) if self.merges_overlaps else (piece,)
         offsets = pattern.offsets(pattern.branches[piece.branch], self.kv_heads)
         return tuple(Call(x, offsets, self.causal, self.scale, self.deterministic) for x in pieces)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from longnet_dist.estimate.activations import WIDE
 from longnet_dist.estimate.layout import RunLayout
-from longnet_dist.geometry.exchange_plan import held_segments
+from longnet_dist.geometry.exchange_plan import buffered_segments
 from longnet_dist.geometry.overlap import first_halves
 from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
 from longnet_dist.geometry.window import Segment, needs_exchange
@@ -39,7 +39,7 @@ def exchange_of(layout: RunLayout) -> Exchange:
         return Exchange(0, 0, 0, 0, 0)
     rank = shards.num_ranks - 1 if model.causal else shards.num_ranks // 2
     halved = layout.merges_overlaps and model.causal and layout.num_chunks == 1  # as AttentionSpec.halves
-    segments = held_segments(pattern, shards, rank, model.causal, first_halves(pattern) if halved else ())
+    segments = buffered_segments(pattern, shards, rank, model.causal, first_halves(pattern) if halved else ())
     received = sum(_records(pattern, s, kv_heads, shards.start, shards.stop) for s in segments)
     own = sum(_records(pattern, s, kv_heads, *shards.window(rank)) for s in segments)
     numbers = (received - own) * 2 * model.head_dim * layout.micro_batch_size

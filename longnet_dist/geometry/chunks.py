@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.exchange_plan import held_segments
+from longnet_dist.geometry.exchange_plan import buffered_segments
 from longnet_dist.geometry.pattern import Branch, DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards
 
@@ -40,7 +40,7 @@ def recorded_segments(
     """All segments that ``rank`` holds in any chunk, by branch and index, each up to the last row it can hold."""
     held: dict[tuple[int, int], Segment] = {}
     for shards in chunks:
-        for segment in held_segments(pattern, shards, rank, causal):
+        for segment in buffered_segments(pattern, shards, rank, causal):
             key = segment.branch, segment.index
             if key not in held or held[key].stop < segment.stop:
                 held[key] = segment

@@ -58,7 +58,7 @@ def plan_exchange(
 
     send: list[tuple[Integers, Integers]] = [(empty, empty)]
     for segment in edge_segments(pattern, *window, shards.total_rows):
-        last, _ = segment.sides(halves)
+        last, _ = segment.exchange_bounds(halves)
         rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment.start, last, window))
         peers = np.array(_receivers(segment, shards, rank, causal, halves), np.int64)
         places = (rows - window[0]) * kv_heads + heads
@@ -66,7 +66,7 @@ def plan_exchange(
     peers, all_places = map(np.concatenate, zip(*send, strict=True))
     order = np.argsort(peers, kind="stable")
 
-    segments = held_segments(pattern, shards, rank, causal, halves)
+    segments = buffered_segments(pattern, shards, rank, causal, halves)
     receive: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
     for number, segment in enumerate(segments):
         kept, kept_heads = kept_records(
@@ -98,7 +98,7 @@ def group_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
     return distinct, order, np.append(starts, len(places))
 
 
-def held_segments(
+def buffered_segments(
     pattern: DilatedPattern, shards: Shards, rank: int, causal: bool, halves: tuple[int, ...] = ()
 ) -> tuple[Segment, ...]:
     """The segments whose rows ``rank`` holds: those its own window shares, and those that go on behind the chunk."""
@@ -114,7 +114,7 @@ def _receivers(segment: Segment, shards: Shards, rank: int, causal: bool, halves
         return range(shards.num_ranks)
     last = shards.rank_of(segment.stop - 1)
     if causal:
-        _, needing = segment.sides(halves)
+        _, needing = segment.exchange_bounds(halves)
         first = max(rank if segment.start < shards.window(rank)[0] else rank + 1, shards.rank_of(needing))
         return range(first, last + 1) if needing < segment.stop else range(0)
     return range(shards.rank_of(segment.start), last + 1)

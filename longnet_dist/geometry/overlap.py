@@ -18,7 +18,7 @@ from longnet_dist.geometry.window import Piece
 
 PERIOD = 64
 """Rows after which the kept rows of a chain must repeat: of a kernel's tile."""
-MOST_OVERLAPS = 8
+MAX_OVERLAPS = 8
 """Branches that may leave pairs to one: half the columns that a kernel adds to its rows."""
 
 
@@ -34,7 +34,7 @@ class Overlap:
     half: int = 0
     overlap_rates: tuple[int, ...] = ()
 
-    def of(self, piece: Piece, causal: bool) -> tuple[Piece, ...]:
+    def split(self, piece: Piece, causal: bool) -> tuple[Piece, ...]:
         """The piece of the branch without the pairs that it leaves, and with those that it computes for others."""
         halves = (self.half,) if causal or not self.half else (self.half, -self.half)
         return tuple(replace(piece, half=half, overlap_rates=self.overlap_rates) for half in halves)
@@ -48,13 +48,13 @@ def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
         return (Overlap(),) * len(branches)
     next_of: dict[int, int] = {}
     root_of = dict(enumerate(range(len(branches))))
-    place_of = dict.fromkeys(root_of, 0)
+    depth_of = dict.fromkeys(root_of, 0)
     for child, branch in sorted(enumerate(branches), key=lambda item: item[1].segment_length):
         for parent, other in enumerate(branches):
             root = branches[root_of[parent]]
-            room = parent not in next_of and place_of[parent] < MOST_OVERLAPS
-            if room and _holds(other, branch, root):
-                next_of[parent], root_of[child], place_of[child] = child, root_of[parent], place_of[parent] + 1
+            extensible = parent not in next_of and depth_of[parent] < MAX_OVERLAPS
+            if extensible and _covers(other, branch, root):
+                next_of[parent], root_of[child], depth_of[child] = child, root_of[parent], depth_of[parent] + 1
                 break
     found = []
     for number, branch in enumerate(branches):
@@ -94,7 +94,7 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool)
     return 4 * computed / pattern.flops(N, kv_heads, 1, causal)
 
 
-def _holds(parent: Branch, child: Branch, root: Branch) -> bool:
+def _covers(parent: Branch, child: Branch, root: Branch) -> bool:
     """Whether the parent holds all pairs within a half of the child's segments.
 
     Kept rows must stand at the same places in all segments of the chain, and repeat within ``PERIOD`` rows of the root.

@@ -85,7 +85,7 @@ class Segment:
         """Rows of the compact key buffer: the most that any head keeps."""
         return kept_rows(self.stop - self.start, 0, self.dilation_rate)
 
-    def sides(self, halves: tuple[int, ...]) -> tuple[int, int]:
+    def exchange_bounds(self, halves: tuple[int, ...]) -> tuple[int, int]:
         """End of the rows whose keys a causal model needs in other windows, and the first row whose query needs them.
 
         Both are the middle where the branch has one of the ``halves`` (``overlap.first_halves``).
@@ -197,12 +197,12 @@ def shared_segments(
     """The segments for which window ``[start, stop)`` needs keys of other windows, by branch and index.
 
     In a causal model these began before the window, and end with it, since later keys are never seen, or with the keys
-    that are needed at all (:meth:`Segment.sides`).
+    that are needed at all (:meth:`Segment.exchange_bounds`).
     """
     segments = edge_segments(pattern, start, stop, total_rows)
     if not causal:
         return tuple(segments)
-    began = ((s, *s.sides(halves)) for s in segments if s.start < start)
+    began = ((s, *s.exchange_bounds(halves)) for s in segments if s.start < start)
     return tuple(replace(s, stop=min(last, stop)) for s, last, first in began if first < min(s.stop, stop))
 
 

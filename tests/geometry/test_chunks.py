@@ -4,7 +4,7 @@ import pytest
 
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.chunks import cache_bytes, cache_rows, chunks_of, record_rows, recorded_segments
-from longnet_dist.geometry.exchange_plan import held_segments
+from longnet_dist.geometry.exchange_plan import buffered_segments
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import open_segments
 
@@ -16,7 +16,7 @@ def rows_of(segments):
 def held_at_most(pattern, chunks):
     """Rows that some rank holds during some chunk."""
     ranks = range(chunks[0].num_ranks)
-    return max(rows_of(held_segments(pattern, chunk, rank, causal=True)) for chunk in chunks for rank in ranks)
+    return max(rows_of(buffered_segments(pattern, chunk, rank, causal=True)) for chunk in chunks for rank in ranks)
 
 
 def random_stream(seed):

@@ -17,7 +17,7 @@ HEADS = 5
 def pieces_of(pattern, start, stop, total, causal, merged):
     pieces = [*dense_pieces(pattern, start, stop, total, causal)]
     pieces += [compact_piece(pattern, s, start, stop) for s in shared_segments(pattern, start, stop, total, causal)]
-    return [x for piece in pieces for x in overlaps(pattern)[piece.branch].of(piece, causal)] if merged else pieces
+    return [x for piece in pieces for x in overlaps(pattern)[piece.branch].split(piece, causal)] if merged else pieces
 
 
 def pairs(pattern, pieces, causal):
