@@ -1,1 +1,1 @@
-"""Integers only: patterns, the pieces of a window, and the plan of an exchange."""
+"""This package computes patterns, the pieces of a window and the plan of an exchange, with integers only."""

@@ -1,4 +1,4 @@
-"""The chunks of a streamed sequence, and how many rows they leave for each other, in integers only."""
+"""A streamed sequence is cut into chunks; this module counts the rows that are kept from one chunk to the next."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from longnet_dist.geometry.window import Segment, Shards
 def chunks_of(
     total_rows: int, length: int, num_ranks: int = 1, start: int = 0, stop: int | None = None
 ) -> list[Shards]:
-    """Rows ``[start, stop)`` in chunks of ``length``, each cut into slices of ranks; the last holds what is left.
+    """Cut rows ``[start, stop)`` into chunks of ``length`` rows, and each chunk into one slice for each rank.
+
+    The last chunk may be shorter.
 
     Args:
-        total_rows: ``N``.
-        length: rows of a chunk.
+        total_rows: rows ``N`` of the sequence.
+        length: rows of a chunk, of all ranks together.
         num_ranks: ranks that share every chunk.
         start: first row, 0 if not given.
         stop: end (exclusive), ``N`` if not given.
 
     Raises:
-        ConfigError: a length under 1.
-        ShapeError: a chunk too short to give every rank a row.
+        ConfigError: the length is less than 1.
+        ShapeError: a chunk is too short to give every rank a row.
     """
     if length < 1:
         raise ConfigError(f"the chunk length must be at least 1 row, not {length}")
@@ -37,7 +39,10 @@ def chunks_of(
 def recorded_segments(
     pattern: DilatedPattern, chunks: Sequence[Shards], rank: int, causal: bool
 ) -> tuple[Segment, ...]:
-    """All segments that ``rank`` holds in any chunk, by branch and index, each up to the last row it can hold."""
+    """Return the segments that ``rank`` buffers in any of the chunks, ordered by branch, then index.
+
+    Each is given up to the last row that is buffered in any chunk.
+    """
     held: dict[tuple[int, int], Segment] = {}
     for shards in chunks:
         for segment in buffered_segments(pattern, shards, rank, causal):
@@ -48,10 +53,16 @@ def recorded_segments(
 
 
 def cache_rows(pattern: DilatedPattern, total_rows: int, length: int, num_ranks: int = 1) -> int:
-    """Rows a key/value head that a layer caches at most while a causal stream passes.
+    """Return the rows for each key/value head that a layer caches at most during a causal stream.
 
-    ``Σ ceil(w/r)`` over the branches whose segments cross an edge of a chunk or slice, twice for those of which a chunk
-    can touch two at once; no more than the sequence has. It does not grow with N.
+    It is the sum of ``ceil(w/r)`` over the branches whose segments cross an edge of a chunk or slice. A branch counts
+    twice if two of its segments can be open during a chunk. The result does not grow with ``N``.
+
+    Args:
+        pattern: the branches.
+        total_rows: rows ``N`` of the sequence.
+        length: rows of a chunk, of all ranks together.
+        num_ranks: ranks that share every chunk.
     """
     return sum(
         _segments_at_once(branch, total_rows, length, num_ranks) * _rows(branch, total_rows) for branch in pattern
@@ -59,9 +70,11 @@ def cache_rows(pattern: DilatedPattern, total_rows: int, length: int, num_ranks:
 
 
 def record_rows(pattern: DilatedPattern, total_rows: int, length: int, num_ranks: int = 1) -> int:
-    """Rows a key/value head that a layer keeps at most of a recorded stream, for its backward: about ``Σ N/r``.
+    """Return the rows for each key/value head that a layer keeps at most of a recorded stream, for its backward.
 
-    The sum is over the branches whose segments cross an edge; those shorter than a chunk count where they do.
+    It is about the sum of ``N/r`` over the branches whose segments cross an edge of a chunk or slice. Of branches with
+    segments shorter than a chunk, only the segments that cross an edge count. The arguments are those of
+    :func:`cache_rows`.
     """
     num_chunks = -(-total_rows // length)
     return sum(
@@ -72,12 +85,21 @@ def record_rows(pattern: DilatedPattern, total_rows: int, length: int, num_ranks
 
 
 def cache_bytes(rows: int, kv_heads: int, head_dim: int, layers: int, itemsize: int, batch: int = 1) -> int:
-    """Bytes of ``rows`` cached rows a head: a key and a value of ``head_dim`` numbers, in every layer and sequence."""
+    """Return the bytes of a cache: a key and a value of ``head_dim`` numbers for each row, head, layer and sequence.
+
+    Args:
+        rows: cached rows for each key/value head, as from :func:`cache_rows`.
+        kv_heads: key/value heads ``Hkv``.
+        head_dim: ``D``.
+        layers: number of layers.
+        itemsize: bytes of a number.
+        batch: number of sequences ``B``.
+    """
     return rows * kv_heads * 2 * head_dim * layers * itemsize * batch
 
 
 def _segments_at_once(branch: Branch, total_rows: int, length: int, num_ranks: int) -> int:
-    """Segments of a branch of which a rank holds rows during a chunk, at most."""
+    """Return the largest number of segments of a branch of which a rank buffers rows during a chunk."""
     width, length = branch.segment_length, min(length, total_rows)
     slices = {-(-rows // num_ranks) for rows in (length, total_rows % length) if num_ranks > 1} | {length}
     if (length == total_rows and num_ranks == 1) or all(rows % width == 0 for rows in slices):

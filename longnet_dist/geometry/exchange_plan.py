@@ -1,10 +1,15 @@
-"""Which sparse rows each rank sends to which, in integers only.
+"""Each rank plans, with integers only, which sparse keys and values it sends to which rank.
 
-A segment that crosses the edge of a rank's slice is *shared*: every rank that it touches needs the rows that the others
-keep in it; in a causal model only those of earlier ranks, and where overlaps are merged only those of its first half,
-which only ranks behind that half need (``halves``: ``overlap.first_halves``). A segment that goes on behind the chunk
-is needed by all ranks, for the chunks that follow. The order of rows in a message follows from integers that both ends
-know: by peer, then segment, then global row, then head.
+A segment that crosses the edge of a rank's slice is *shared*. Every rank that it touches needs the rows that the others
+keep in it, with three exceptions:
+
+* in a causal model a rank needs only the rows of earlier ranks;
+* where overlaps are merged, only rows of the first half are needed, and only by ranks behind that half (``halves``,
+  from ``overlap.first_halves``);
+* a segment that continues behind the chunk is needed by all ranks, for the chunks that follow.
+
+A message contains records only, no indices: both ends derive the same order from the same integers (peer, then segment,
+then global row, then head).
 """
 
 from __future__ import annotations
@@ -23,18 +28,19 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ExchangePlan:
-    """What one rank sends, receives and holds in the exchange of one layer.
+    """An ExchangePlan says what one rank sends, receives and buffers in the exchange of one layer.
 
-    A *record* is one (row, head): its key and its value. A *slot* is a place for a record in the compact buffer of a
-    segment: slot ``i·Hkv + h`` is row ``i`` of head ``h``.
+    A *record* is the key and the value of one row and one head. A *slot* is the place of a record in the compact buffer
+    of a segment: slot ``i·Hkv + h`` is row ``i`` of head ``h``. All arrays are int64.
 
     Attributes:
-        segments: the segments whose rows this rank holds, by branch and index, each up to the last row it can hold.
-        send_places: ``local row · Hkv + head`` of each record sent, by destination.
-        send_counts: records for each rank of the sequence group.
-        receive_segments: place in ``segments`` of each record received, by source.
-        receive_slots: slot in that segment's buffer of each record received.
-        receive_counts: records from each rank.
+        segments: the segments that this rank buffers, ordered by branch, then index, each up to the last row that it
+            can need.
+        send_places: (sent,) ``local row · Hkv + head`` of each record sent, by destination.
+        send_counts: number of records for each rank of the sequence group.
+        receive_segments: (received,) index in ``segments`` of each record received, by source.
+        receive_slots: (received,) slot of each record received in the buffer of its segment.
+        receive_counts: number of records from each rank of the sequence group.
     """
 
     segments: tuple[Segment, ...]
@@ -49,9 +55,16 @@ class ExchangePlan:
 def plan_exchange(
     pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: int, causal: bool, halves: tuple[int, ...] = ()
 ) -> ExchangePlan:
-    """The plan of ``rank``: made from integers alone, so that each rank makes its own and all fit together.
+    """Plan the exchange of ``rank``; the plans of all ranks fit together without communication.
 
-    ``halves`` is for a causal model and a chunk that is the whole sequence.
+    Args:
+        pattern: the branches.
+        shards: the slices of the chunk.
+        rank: index of the rank in the sequence group.
+        kv_heads: key/value heads ``Hkv``.
+        causal: whether a row sees only itself and earlier rows.
+        halves: ``overlap.first_halves`` of the pattern where overlaps are merged, for a causal model and a chunk that
+            is the whole sequence; else empty.
     """
     empty = np.empty(0, np.int64)
     window = shards.window(rank)
@@ -64,6 +77,7 @@ def plan_exchange(
         places = (rows - window[0]) * kv_heads + heads
         send.append((np.repeat(peers, len(places)), np.tile(places, len(peers))))
     peers, all_places = map(np.concatenate, zip(*send, strict=True))
+    # Within a peer a stable sort keeps the order of segments, rows and heads, as the receiver expects it.
     order = np.argsort(peers, kind="stable")
 
     segments = buffered_segments(pattern, shards, rank, causal, halves)
@@ -101,15 +115,22 @@ def group_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
 def buffered_segments(
     pattern: DilatedPattern, shards: Shards, rank: int, causal: bool, halves: tuple[int, ...] = ()
 ) -> tuple[Segment, ...]:
-    """The segments whose rows ``rank`` holds: those its own window shares, and those that go on behind the chunk."""
+    """Return the segments that ``rank`` buffers: those that its window shares, and those that are open at the end.
+
+    An open segment, which continues behind the chunk, is buffered whole, since later chunks may need all of it. The
+    arguments are those of :func:`plan_exchange`.
+    """
     shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal, halves)
     open_ones = open_segments(pattern, shards.stop, shards.total_rows)
-    held = {(s.branch, s.index): s for s in (*shared, *open_ones)}  # of an open segment, all of it
+    held = {(s.branch, s.index): s for s in (*shared, *open_ones)}  # open ones last, since they are whole
     return tuple(held[key] for key in sorted(held))
 
 
 def _receivers(segment: Segment, shards: Shards, rank: int, causal: bool, halves: tuple[int, ...]) -> range:
-    """The ranks that need what ``rank`` keeps in the segment; itself too if its own window takes it from a buffer."""
+    """Return the ranks that need what ``rank`` keeps in the segment.
+
+    They include ``rank`` itself if its own queries read the segment from the compact buffer.
+    """
     if segment.stop > shards.stop:
         return range(shards.num_ranks)
     last = shards.rank_of(segment.stop - 1)
@@ -127,10 +148,22 @@ def _overlap(start: int, stop: int, window: tuple[int, int]) -> tuple[int, int]:
 def kept_records(
     pattern: DilatedPattern, segment: Segment, kv_heads: int, start: int, stop: int
 ) -> tuple[Integers, Integers]:
-    """Global row and head of every record that a segment keeps among rows ``[start, stop)``, by row, then head."""
+    """Return the global rows and the heads of a segment's records in rows ``[start, stop)``, by row, then head.
+
+    Args:
+        pattern: the branches.
+        segment: the segment.
+        kv_heads: key/value heads ``Hkv``.
+        start: first row.
+        stop: end (exclusive).
+
+    Returns:
+        rows and heads, each (records,) int64.
+    """
     rate = segment.dilation_rate
     offsets = np.array(pattern.offsets(pattern.branches[segment.branch], kv_heads), np.int64)
-    heads = np.argsort(offsets, kind="stable")  # so that a block of r rows is already ordered by row, then head
+    # With heads sorted by offset, each block of r rows is already ordered by row, then head.
+    heads = np.argsort(offsets, kind="stable")
     blocks = np.arange((start - segment.start) // rate, -(-(stop - segment.start) // rate), dtype=np.int64)
     rows = segment.start + blocks[:, None] * rate + offsets[heads]
     kept = (rows >= start) & (rows < stop)

@@ -1,11 +1,16 @@
-"""Pairs of rows that several branches hold, so that each is computed once.
+"""Several branches can have the same (query, key) pair; this module finds such pairs, so that each is computed once.
 
-A branch ``c`` with ``w_c = 2·w_p`` and ``r_c`` a multiple of ``r_p`` keeps, in each half of its segments, some of the
-rows that branch ``p`` keeps in the segment of the same place. Its pairs within a half are therefore pairs of ``p``,
-too. In the softmax over the multiset union a pair that ``m`` branches hold counts ``m`` times, so ``p`` may compute it
-once with its weight times ``m``, and ``c`` is left with the pairs of a query of one half and a key of the other: in a
-causal model a query of the second and a key of the first, which no mask divides. Chains of such branches leave
-pairs along the whole chain.
+Take a branch ``p`` and a branch ``c`` with ``w_c = 2·w_p`` and ``r_c`` a multiple of ``r_p``. Each half of a segment of
+``c`` is a segment of ``p``, and the rows that ``c`` keeps in it are among those that ``p`` keeps. So the pairs of ``c``
+within a half are pairs of ``p`` too.
+
+The mixture of the branches is one softmax over the multiset union of their keys (paper, equations 9 and 10). In it, a
+pair that ``m`` branches have counts ``m`` times. So it is enough that ``p`` computes the pair once and multiplies its
+weight by ``m``. Branch ``c`` then computes only the pairs of a query in one half and a key in the other. In a causal
+model these are queries of the second half and keys of the first, a block without a mask.
+
+The argument repeats: branches form chains, each with twice the segment length of the one before it. The first branch of
+a chain is its *root*.
 """
 
 from __future__ import annotations
@@ -17,38 +22,46 @@ from longnet_dist.geometry.pattern import Branch, DilatedPattern, kept_rows
 from longnet_dist.geometry.window import Piece
 
 PERIOD = 64
-"""Rows after which the kept rows of a chain must repeat: of a kernel's tile."""
+"""Kept rows of the root after which the multiplicities of a chain must repeat: the rows of a kernel's tile."""
 MAX_OVERLAPS = 8
-"""Branches that may leave pairs to one: half the columns that a kernel adds to its rows."""
+"""Longest chain behind its root: kernels add 16 columns to queries and keys for ``log2 m``, two for each branch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What a branch leaves to another, and what others leave to it.
+    """An Overlap says which pairs a branch does not compute itself, and which it computes for other branches.
 
     Attributes:
-        half: rows of a segment's first half, where the pairs within a half are another branch's; 0 where none are.
-        overlap_rates: for each branch that leaves pairs to this one, its dilation rate over this one's, ascending.
+        half: rows of the first half of a segment, if another branch computes the pairs within each half; else 0.
+        overlap_rates: for each branch whose pairs this one computes, its dilation rate divided by this branch's,
+            ascending.
     """
 
     half: int = 0
     overlap_rates: tuple[int, ...] = ()
 
     def split(self, piece: Piece, causal: bool) -> tuple[Piece, ...]:
-        """The piece of the branch without the pairs that it leaves, and with those that it computes for others."""
+        """Return the pieces that compute a piece of the branch, with overlaps merged.
+
+        It is one piece, or two if the branch has a ``half`` and the model is not causal: the queries behind the first
+        half with the keys in it, then the reverse.
+        """
         halves = (self.half,) if causal or not self.half else (self.half, -self.half)
         return tuple(replace(piece, half=half, overlap_rates=self.overlap_rates) for half in halves)
 
 
 @lru_cache(maxsize=128)
 def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
-    """Of each branch; only offsets ``h mod r`` let one branch's rows lie in another's."""
+    """Return the overlap of each branch of a pattern, in the order of the branches."""
     branches = pattern.branches
+    # With offsets h mod r, r_p | r_c implies offset_c(h) ≡ offset_p(h) (mod r_p), so the rows of c are rows of p. Other
+    # offsets do not have this property.
     if pattern.head_offsets != "modulo":
         return (Overlap(),) * len(branches)
     next_of: dict[int, int] = {}
     root_of = dict(enumerate(range(len(branches))))
     depth_of = dict.fromkeys(root_of, 0)
+    # By ascending length, so that the root of a parent is known before its child is placed.
     for child, branch in sorted(enumerate(branches), key=lambda item: item[1].segment_length):
         for parent, other in enumerate(branches):
             root = branches[root_of[parent]]
@@ -68,12 +81,15 @@ def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
 
 
 def first_halves(pattern: DilatedPattern) -> tuple[int, ...]:
-    """``Overlap.half`` of each branch: where its keys are needed, in a causal model, by the queries behind them."""
+    """Return ``Overlap.half`` of each branch, which limits what a causal model exchanges.
+
+    Of a segment with a half, other ranks need only the keys of the first half, and only for queries of the second.
+    """
     return tuple(overlap.half for overlap in overlaps(pattern))
 
 
 def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool) -> float:
-    """Pairs that are computed where overlaps are merged, over all (query, key) pairs of the pattern.
+    """Return the share of a pattern's (query, key) pairs that is computed where overlaps are merged.
 
     Args:
         pattern: the branches.
@@ -95,10 +111,13 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool)
 
 
 def _covers(parent: Branch, child: Branch, root: Branch) -> bool:
-    """Whether the parent holds all pairs within a half of the child's segments.
+    """Say whether the parent can compute all pairs within the halves of the child's segments.
 
-    Kept rows must stand at the same places in all segments of the chain, and repeat within ``PERIOD`` rows of the root.
+    Three things are needed: halves of the child's segments are the parent's segments; the child's dilation rate is a
+    power of two times the parent's; and the child keeps the same rows in all segments of the root.
     """
+    # A power of two up to PERIOD times the root's rate divides PERIOD, so the pattern of multiplicities along the kept
+    # rows of the root is the same in every tile. It is the same in every segment since r_child divides w_root.
     ratio, rest = divmod(child.dilation_rate, parent.dilation_rate)
     repeats = rest == 0 and ratio.bit_count() == 1 and child.dilation_rate <= PERIOD * root.dilation_rate
     aligned = child.segment_length == 2 * parent.segment_length and root.segment_length % child.dilation_rate == 0

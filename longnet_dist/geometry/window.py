@@ -1,7 +1,7 @@
-"""Which part of each branch a window of query rows computes, in integers only.
+"""A window of query rows is cut into pieces, one or more for each branch, which describe the work of a kernel.
 
-A *window* is the query rows ``[start, stop)`` of a global sequence of ``total_rows`` rows: a whole sequence, a rank's
-slice, a chunk of a stream, or one decoded row. Its *pieces* are all a kernel needs to know.
+A *window* is the query rows ``[start, stop)`` of a global sequence of ``total_rows`` rows. It can be a whole sequence,
+a rank's slice, a chunk of a stream, or one decoded token: they differ only in these two integers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """A chunk of a sequence cut into contiguous slices, one a rank; usually the chunk is the whole sequence.
+    """The rows of a chunk are cut into contiguous slices, one for each rank; usually the chunk is the whole sequence.
 
-    Every rank holds ``rows_per_rank`` rows of the chunk, the last what is left.
+    Every rank has ``rows_per_rank`` rows of the chunk, except that the last may have fewer.
 
     Attributes:
         total_rows: rows of the whole sequence.
@@ -28,7 +28,7 @@ class Shards:
         stop: end (exclusive) of the chunk; the end of the sequence if not given.
 
     Raises:
-        ShapeError: the last rank would hold no row, or the chunk leaves the sequence.
+        ShapeError: the last rank would have no row, or the chunk is not inside the sequence.
     """
 
     total_rows: int
@@ -56,23 +56,41 @@ class Shards:
 
     @classmethod
     def even(cls, total_rows: int, num_ranks: int, start: int = 0, stop: int = -1) -> Shards:
-        """The slices of ``ceil(rows / num_ranks)`` rows."""
+        """Cut rows ``[start, stop)`` into slices of ``ceil((stop - start) / num_ranks)`` rows.
+
+        Args:
+            total_rows: rows of the whole sequence.
+            num_ranks: ranks that share the chunk.
+            start: first row of the chunk.
+            stop: end (exclusive) of the chunk; the end of the sequence if not given.
+
+        Raises:
+            ShapeError: the last rank would have no row.
+        """
         rows = (total_rows if stop == -1 else stop) - start
         return cls(total_rows, -(-rows // num_ranks), num_ranks, start, stop)
 
     def window(self, rank: int) -> tuple[int, int]:
-        """Global rows ``[start, stop)`` of ``rank``."""
+        """Return the global rows ``(start, stop)`` of ``rank``, stop exclusive."""
         start = self.start + rank * self.rows_per_rank
         return start, min(start + self.rows_per_rank, self.stop)
 
     def rank_of(self, row: int) -> int:
-        """The rank that holds a global row of the chunk."""
+        """Return the rank whose slice contains a global row of the chunk."""
         return (row - self.start) // self.rows_per_rank
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Segment ``index`` of a branch: global rows ``[start, stop)``."""
+    """Segment ``index`` of a branch is the global rows ``[start, stop)``.
+
+    Attributes:
+        branch: index of the branch in the pattern.
+        index: index of the segment in the branch; it starts at row ``index · w``.
+        start: first row.
+        stop: end (exclusive); less than the end of the segment where later rows are not needed.
+        dilation_rate: ``r`` of the branch.
+    """
 
     branch: int
     index: int
@@ -82,13 +100,18 @@ class Segment:
 
     @property
     def compact_rows(self) -> int:
-        """Rows of the compact key buffer: the most that any head keeps."""
+        """The rows of the segment's compact buffer: the largest number that any head keeps, that of offset 0."""
         return kept_rows(self.stop - self.start, 0, self.dilation_rate)
 
     def exchange_bounds(self, halves: tuple[int, ...]) -> tuple[int, int]:
-        """End of the rows whose keys a causal model needs in other windows, and the first row whose query needs them.
+        """Return ``(key_stop, query_start)``, which bound what a causal model exchanges of this segment.
 
-        Both are the middle where the branch has one of the ``halves`` (``overlap.first_halves``).
+        Only keys before row ``key_stop`` are needed in other windows, and only by queries from ``query_start`` on.
+        Where the branch computes only queries of the second half against keys of the first, both are the middle.
+
+        Args:
+            halves: rows of the first half for each branch, 0 where it has none (``overlap.first_halves``); may be
+                empty.
         """
         half = halves[self.branch] if halves else 0
         middle = min(self.start + half, self.stop)
@@ -97,20 +120,32 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One kernel call: the query rows ``[query_start, query_stop)`` of consecutive segments of a branch.
+    """A Piece is the work of one kernel call: query rows of consecutive segments of one branch, and their keys.
 
-    All rows are global. Row ``x`` of the queries stands at ``x - window_start`` in the query buffer. With
-    ``compact`` false, keys stand in a buffer of the same rows as the queries; with ``compact`` true the piece lies in
-    one segment and key ``i`` of a head stands at row ``i`` of that segment's compact buffer.
+    All rows are global. A kernel finds them so:
 
-    In segment ``s`` and for head offset ``o``, query and key ``j`` are both global row ``s·w + o + j·r``; a causal
-    query ``j`` sees the keys ``i <= j``.
+    * query row ``x`` is row ``x - window_start`` of the query buffer;
+    * if ``compact`` is false, key row ``x`` is row ``x - window_start`` of the key buffer;
+    * if ``compact`` is true, there is one segment, and key ``i`` of a head is row ``i`` of its compact buffer.
+
+    In segment ``s``, for head offset ``o``, query ``j`` and key ``j`` are both global row ``s·w + o + j·r``. A causal
+    query ``j`` sees the keys ``i <= j``, whatever the branch, segment and head.
 
     Attributes:
+        branch: index of the branch in the pattern.
+        segment_length: ``w`` of the branch.
+        dilation_rate: ``r`` of the branch.
+        first_segment: index of the first segment.
+        num_segments: number of segments.
+        window_start: first row of the window.
+        query_start: first row whose query is computed.
+        query_stop: end (exclusive) of these rows.
         key_stop: end (exclusive) of the rows whose keys are given, at most the end of the last segment.
-        half, overlap_rates: see ``overlap.Overlap``; with ``half`` the queries behind the first ``half`` rows of a
-            segment see all keys in them and no others, with ``-half`` those in them all keys behind them. Only kernels
-            that merge overlaps are given such pieces.
+        compact: whether the keys are in the compact buffer of a segment.
+        half: 0: each query sees the keys of its segment. ``h > 0``: only queries behind the first ``h`` rows of a
+            segment are computed, against all keys in these rows. ``-h``: only queries in the first ``h`` rows, against
+            all keys behind them. Only kernels that merge overlaps get such pieces.
+        overlap_rates: the branches whose pairs this piece computes too, see :class:`~.overlap.Overlap`.
     """
 
     branch: int
@@ -127,7 +162,7 @@ class Piece:
     overlap_rates: tuple[int, ...] = ()
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """``(first_segment, num_segments)`` of stretches of equal segments: the full ones, then a short last one."""
+        """Yield ``(first_segment, num_segments)`` of runs of equally long segments: the full ones, then a short one."""
         full = (self.key_stop - self.first_segment * self.segment_length) // self.segment_length
         full = min(full, self.num_segments) if not self.compact else 0
         if full:
@@ -136,14 +171,32 @@ class Piece:
             yield self.first_segment + full, self.num_segments - full
 
     def queries(self, segment: int, offset: int) -> tuple[int, int, int]:
-        """``(first_row, count, first_index)`` of a head's queries in ``segment``: buffer row, number, index ``j``."""
+        """Return ``(first_row, count, first_index)`` of the queries of a head in ``segment``.
+
+        Args:
+            segment: index of the segment in the branch.
+            offset: offset ``o`` of the head.
+
+        Returns:
+            the first query's row in the query buffer (further ones are ``r`` apart), the number of queries, and the
+            index ``j`` of the first one.
+        """
+        # kept_rows(x, 0, r) = ceil(x / r): the smallest j with o + j·r >= x.
         start = segment * self.segment_length + offset
         first = kept_rows(max(self.query_start - start, 0), 0, self.dilation_rate)
         stop = kept_rows(min(self.query_stop, (segment + 1) * self.segment_length) - start, 0, self.dilation_rate)
         return start + first * self.dilation_rate - self.window_start, max(0, stop - first), first
 
     def keys(self, segment: int, offset: int) -> tuple[int, int, int]:
-        """``(first_row, count, step)`` of a head's keys in ``segment``: buffer row, number, rows between neighbours."""
+        """Return ``(first_row, count, step)`` of the keys of a head in ``segment``.
+
+        Args:
+            segment: index of the segment in the branch.
+            offset: offset ``o`` of the head.
+
+        Returns:
+            the first key's row in the key buffer, the number of keys, and the buffer rows from one key to the next.
+        """
         start = segment * self.segment_length
         count = kept_rows(min(self.key_stop, start + self.segment_length) - start, offset, self.dilation_rate)
         return (0, count, 1) if self.compact else (start + offset - self.window_start, count, self.dilation_rate)
@@ -151,9 +204,17 @@ class Piece:
 
 @lru_cache(maxsize=512)
 def dense_pieces(pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool) -> tuple[Piece, ...]:
-    """The pieces of window ``[start, stop)`` whose keys are all rows of the window itself, at most one a branch.
+    """Return the pieces of window ``[start, stop)`` whose keys are all in the window, at most one for each branch.
 
-    These are the segments that lie inside the window; in a causal model also one that starts inside and ends behind it.
+    They are the segments inside the window. In a causal model a segment that starts inside and ends behind the window
+    counts too, since its queries in the window do not see the rows behind it.
+
+    Args:
+        pattern: the branches.
+        start: first row of the window.
+        stop: end (exclusive) of the window.
+        total_rows: rows of the sequence.
+        causal: whether a row sees only itself and earlier rows.
     """
     pieces = []
     for number, branch in enumerate(pattern):
@@ -169,7 +230,10 @@ def dense_pieces(pattern: DilatedPattern, start: int, stop: int, total_rows: int
 
 
 def edge_segments(pattern: DilatedPattern, start: int, stop: int, total_rows: int) -> Iterator[Segment]:
-    """The segments that cross an edge of window ``[start, stop)``, at most two a branch, by branch and index."""
+    """Yield the segments that cross an edge of window ``[start, stop)``, ordered by branch, then index.
+
+    There are at most two for each branch: one at the first row and one at the last.
+    """
     for number, branch in enumerate(pattern):
         width = branch.segment_length
         for index in sorted({start // width, (stop - 1) // width}):
@@ -179,7 +243,7 @@ def edge_segments(pattern: DilatedPattern, start: int, stop: int, total_rows: in
 
 
 def open_segments(pattern: DilatedPattern, row: int, total_rows: int) -> tuple[Segment, ...]:
-    """The segments that begin before ``row`` and go on with it, at most one a branch."""
+    """Return the segments that contain both row ``row - 1`` and ``row``, at most one for each branch."""
     segments = []
     for number, branch in enumerate(pattern):
         width = branch.segment_length
@@ -194,10 +258,18 @@ def open_segments(pattern: DilatedPattern, row: int, total_rows: int) -> tuple[S
 def shared_segments(
     pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool, halves: tuple[int, ...] = ()
 ) -> tuple[Segment, ...]:
-    """The segments for which window ``[start, stop)`` needs keys of other windows, by branch and index.
+    """Return the segments for which window ``[start, stop)`` needs keys of other windows, by branch, then index.
 
-    In a causal model these began before the window, and end with it, since later keys are never seen, or with the keys
-    that are needed at all (:meth:`Segment.exchange_bounds`).
+    In a causal model they are the segments that began before the window. Each is cut at the end of the window, since
+    later keys are not seen, or earlier, at the last key that any query needs (:meth:`Segment.exchange_bounds`).
+
+    Args:
+        pattern: the branches.
+        start: first row of the window.
+        stop: end (exclusive) of the window.
+        total_rows: rows of the sequence.
+        causal: whether a row sees only itself and earlier rows.
+        halves: see :meth:`Segment.exchange_bounds`; for causal models only.
     """
     segments = edge_segments(pattern, start, stop, total_rows)
     if not causal:
@@ -207,7 +279,7 @@ def shared_segments(
 
 
 def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: int) -> Piece:
-    """The piece that computes, in window ``[start, stop)``, the queries of a shared segment from its compact keys."""
+    """Return the piece for the queries of a shared segment in window ``[start, stop)``; its keys are compact."""
     width = pattern.branches[segment.branch].segment_length
     return Piece(
         segment.branch,
@@ -224,10 +296,14 @@ def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: i
 
 
 def needs_exchange(pattern: DilatedPattern, shards: Shards) -> bool:
-    """Whether any segment crosses an edge of a rank's slice inside the sequence: the same answer on every rank."""
+    """Say whether any segment crosses the edge of a slice; the answer is the same on every rank.
+
+    Hence all ranks or none take part in the exchange, which is a collective.
+    """
     edges = [shards.start, shards.stop]
     if shards.num_ranks > 1:
         edges.append(shards.start + shards.rows_per_rank)
     if shards.num_ranks > 2:
-        edges.append(shards.start + 2 * shards.rows_per_rank)  # the others follow at the same distance
+        # If w divides the first two inner edges, it divides their distance, and so all further ones.
+        edges.append(shards.start + 2 * shards.rows_per_rank)
     return any(edge < shards.total_rows and edge % branch.segment_length for edge in edges for branch in pattern)

@@ -18,7 +18,7 @@ def test_what_torch_is_told_already_is_left_alone(tmp_path):
 
 
 def last_collectives(folder):
-    """Three collectives, of which the recorder was told to remember two."""
+    """Run three collectives with a recorder for two; return what it recorded."""
     for rows in (3, 4, 5):
         dist.all_reduce(torch.ones(rows))
     written = json.loads(write_collectives(folder, dist.get_rank()).read_text())

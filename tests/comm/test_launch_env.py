@@ -36,7 +36,7 @@ MPICH = {"PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}
 
 
 def fake_mpi(monkeypatch, size=4, rank=2, machine_size=2, machine_rank=0):
-    """Put an mpi4py in place that says this, and whose broadcast gives what rank 0 sent; returns what was called."""
+    """Install a fake mpi4py with these answers, whose broadcast returns what rank 0 sent; return its calls."""
     calls = []
     machine = SimpleNamespace(size=machine_size, rank=machine_rank, Free=lambda: calls.append("free"))
     world = SimpleNamespace(

@@ -58,7 +58,7 @@ def test_the_sequence_axis_is_the_inner_one(data, sequence, expected):
 
 @pytest.mark.parametrize(("data", "sequence"), [(1, 8), (8, 8), (128, 8), (1, 4096)])
 def test_every_rank_makes_the_same_groups_in_the_same_order(data, sequence, monkeypatch):
-    """One group for each sequence, none for a branch, whatever the pattern is."""
+    """A run makes one group for each sequence and none for a branch, whatever the pattern."""
     made = []
     monkeypatch.setattr(dist, "new_group", lambda ranks, *_, **__: made.append(ranks) or ranks)
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(params=["torch", "triton"])
 def _path(request, monkeypatch):
-    """The operations of torch, or the kernels of a GPU in Triton's interpreter."""
+    """Select the operations of torch, or the Triton kernels in Triton's interpreter."""
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
     monkeypatch.setattr(records, "_on_gpu", lambda x: request.param == "triton")
 
 
 def keys_and_values(batch, rows, heads, dim, dtype=torch.float32):
-    """Two views into one tensor, as of a projection to queries, keys and values at once; and 23 places."""
+    """Return keys and values that are views into one fused projection, and 23 places."""
     generator = torch.Generator().manual_seed(rows)
     fused = torch.randn(batch, rows, 3, heads, dim, generator=generator).to(dtype)
     return fused[:, :, 1], fused[:, :, 2], torch.randperm(rows * heads, generator=generator)[:23]

@@ -14,7 +14,7 @@ def rows_of(segments):
 
 
 def held_at_most(pattern, chunks):
-    """Rows that some rank holds during some chunk."""
+    """Return the most rows that any rank buffers during any chunk."""
     ranks = range(chunks[0].num_ranks)
     return max(rows_of(buffered_segments(pattern, chunk, rank, causal=True)) for chunk in chunks for rank in ranks)
 

@@ -14,7 +14,7 @@ from tests.cases import random_case
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", ["whole", "in a stream", "merged"])
 def test_every_slot_receives_exactly_its_record(ranks, seed, kind):
-    """Deliver (global row, head) labels by the plans: each slot must get the row that its place in the buffer means."""
+    """Send (global row, head) labels by the plans; each slot must get the row and head that it is for."""
     case = random_case(seed, ranks)
     shards, pattern, kv_heads, causal = case.shards, case.pattern, case.k.shape[2], case.causal
     if kind == "in a stream":  # the same rows as a chunk in the middle of a longer causal sequence
@@ -52,7 +52,7 @@ def test_every_slot_receives_exactly_its_record(ranks, seed, kind):
 
 
 def random_chain(draw, rows):
-    """A pattern whose branches overlap, with segments shorter and longer than ``rows``."""
+    """Return a pattern whose branches overlap, with segments shorter and longer than ``rows``."""
     width, rates = 2 * draw.randint(1, max(1, rows // 4)), [1]
     for _ in range(draw.randint(1, 4)):
         rates.append(rates[-1] * draw.choice([1, 2]))
@@ -63,7 +63,7 @@ def random_chain(draw, rows):
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7])
 @pytest.mark.parametrize("seed", range(8))
 def test_merged_ranks_hold_the_keys_of_all_their_pairs_and_no_others(ranks, seed):
-    """Of a branch with halves: those of a segment's first half, on the ranks that hold queries behind it."""
+    """A branch with halves needs only keys of the first half, and only on ranks with queries behind it."""
     draw = random.Random(100 * seed + ranks)
     rows = draw.randint(20, 200)
     shards = Shards.even(ranks * (rows // ranks), ranks)
@@ -117,14 +117,14 @@ def test_both_ends_agree_at_a_billion_rows(ranks):
 
 
 def sent_rows(plan, shards, rank, target, kv_heads):
-    """Global row and head of every record that ``rank`` sends to ``target``, in their order."""
+    """Return the global row and the head of every record that ``rank`` sends to ``target``, in order."""
     first = sum(plan.send_counts[:target])
     rows, heads = np.divmod(plan.send_places[first : first + plan.send_counts[target]], kv_heads)
     return np.stack([rows + shards.window(rank)[0], heads])
 
 
 def expected_rows(plan, pattern, source, kv_heads):
-    """Global row and head that the slots filled from ``source`` stand for, in the order of arrival."""
+    """Return the global row and the head of each slot that ``source`` fills, in the order of arrival."""
     first = sum(plan.receive_counts[:source])
     part = slice(first, first + plan.receive_counts[source])
     index, heads = np.divmod(plan.receive_slots[part], kv_heads)
@@ -138,7 +138,7 @@ def expected_rows(plan, pattern, source, kv_heads):
 
 
 def keys_found(pattern, shards, plan, rank, row, head, branch, kv_heads, causal):
-    """Global rows of the keys that the pieces of ``rank`` let a query see in a branch, in their order."""
+    """Return the global rows of the keys that a query sees in a branch by the pieces of ``rank``, in order."""
     window = shards.window(rank)
     width, rate = pattern.segment_lengths[branch], pattern.dilation_rates[branch]
     offset = pattern.offsets(pattern.branches[branch], kv_heads)[head]
@@ -168,7 +168,7 @@ def keys_found(pattern, shards, plan, rank, row, head, branch, kv_heads, causal)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("ranks", "rows"), [(8, 2**20), (64, 2**24 - 5), (1024, 2**27 + 77), (4096, 2**30)])
 def test_sampled_queries_find_exactly_the_keys_of_the_definition(ranks, rows, causal):
-    """From the pieces of the query's rank, and from what the owners of the rows send it."""
+    """A query sees its keys through the pieces of its rank, and its rank receives those of other ranks."""
     rng, kv_heads = random.Random(ranks), 3
     pattern, shards = DilatedPattern.geometric(2048, rows), Shards.even(rows, ranks)
     for rank in sorted({0, ranks // 2 + 1, ranks - 1}):

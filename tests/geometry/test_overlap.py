@@ -1,4 +1,4 @@
-"""Every pair counts as often as branches hold it, whichever branch computes it."""
+"""Every pair counts once for each branch that has it, whichever branch computes it."""
 
 import random
 from collections import Counter
@@ -21,7 +21,7 @@ def pieces_of(pattern, start, stop, total, causal, merged):
 
 
 def pairs(pattern, pieces, causal):
-    """How often ``(head, query row, key row)`` counts."""
+    """Count ``(head, query row, key row)`` over the pieces, and the pairs that are computed."""
     counts, computed = Counter(), 0
     for piece in pieces:
         rate, width = piece.dilation_rate, piece.segment_length
@@ -106,7 +106,7 @@ def test_a_quarter_fewer_pairs():
 
 
 def test_columns_give_the_logarithm_of_a_multiplicity():
-    """The sum of what ``kernels.triton_tiles.multiplicity_columns`` puts into its columns."""
+    """The bf16 columns of ``kernels.triton.tiles.multiplicity_columns`` add up to ``log2 m``."""
     for level in range(7):
         summands = [torch.tensor(log2((t + 2) / (t + 1)) / 0.18) for t in range(level)]
         rounded = [x.bfloat16().float() for x in summands]

@@ -16,7 +16,7 @@ from tests.cases import random_case
 
 
 def attended_by_pieces(pattern, start, stop, total_rows, kv_heads, causal):
-    """Counts (Hkv, N, N) of the (query, key) pairs that the pieces of a window compute, in global rows."""
+    """Count the (query, key) pairs that the pieces of a window compute, ``(Hkv, N, N)`` in global rows."""
     count = torch.zeros(kv_heads, total_rows, total_rows, dtype=torch.int64)
     shared = [compact_piece(pattern, s, start, stop) for s in shared_segments(pattern, start, stop, total_rows, causal)]
     for piece in [*dense_pieces(pattern, start, stop, total_rows, causal), *shared]:
