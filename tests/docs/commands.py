@@ -50,7 +50,10 @@ def check_command(words: list[str]) -> None:
     elif name == "pip":
         check_extras(rest)
     elif name == "docker":
-        assert (ROOT / rest[rest.index("-f") + 1]).is_file()
+        check_docker(*rest)
+    elif name == "docker/build_offline.sh":
+        assert (ROOT / name).is_file()
+        assert set(rest) <= {"cpu", "gpu"}
     else:
         assert words == [".", ".venv/bin/activate"], f"no check knows the command {shlex.join(words)}"
 
@@ -123,6 +126,14 @@ def check_launcher(words: list[str]) -> None:
         check_longnet(*words[start + 1 :])
     else:
         check_script(words[start:])
+
+
+def check_docker(command: str, *words: str) -> None:
+    """Check the file that an image is built from, or what a container runs."""
+    if command == "run":
+        check_longnet(*words[words.index("longnet") + 1 :])
+    else:
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
 
 
 def check_extras(words: list[str]) -> None:
