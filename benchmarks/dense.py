@@ -12,32 +12,41 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_dist import LongNet
 from longnet_dist.attention.stream import LayerCache
+from longnet_dist.engine.execution import Execution
 from longnet_dist.engine.rows import RowParts
 from longnet_dist.model.block import Block
 
 
 def make_dense(model: LongNet) -> LongNet:
     """Let all blocks of a causal model of one device attend to all earlier rows; positions must span them."""
+    execution = model.execution if isinstance(model.execution, Execution) else Execution()
     for block in model.blocks:
-        block.__class__ = DenseBlock
+        block.engine = DenseRunner(execution)
     return model
 
 
-class DenseBlock(Block):
-    """Attention by torch, cuDNN's on a GPU; checkpointed whole by torch where the model checkpoints at all."""
+class DenseRunner:
+    """Run a block with torch's attention, cuDNN's on a GPU; torch recomputes it whole where the model checkpoints."""
 
-    def forward(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None = None) -> Tensor:
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+
+    def __call__(
+        self, block: Block, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+    ) -> Tensor:
+        """Return the block's output ``(B, n, E)``."""
         if self.execution.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._block(x)
-        return checkpoint(self._block, x, use_reentrant=False)
+            return self._run(block, x)
+        out: Tensor = checkpoint(self._run, block, x, use_reentrant=False)
+        return out
 
-    def _block(self, x: Tensor) -> Tensor:
-        execution, attention = self.execution, self.self_attn
-        _, turn = attention.prepare(x, None, None, None)
-        weights = dict(self.named_parameters())
-        parts = RowParts(weights, turn, attention.head_dim, attention.norm_eps, execution.tile, execution.compile)
+    def _run(self, block: Block, x: Tensor) -> Tensor:
+        execution, attention = self.execution, block.self_attn
+        _, table = attention.prepare(x, None, None, None)
+        weights = dict(block.named_parameters())
+        parts = RowParts(weights, table, attention.head_dim, attention.norm_eps, execution.tile, execution.compile)
         rows = x.flatten(0, 1)
-        q, k, v = (part.unflatten(0, x.shape[:2]).transpose(1, 2) for part in parts.graph_before(rows))
+        q, k, v = (torch.unflatten(part, 0, x.shape[:2]).transpose(1, 2) for part in parts.graph_before(rows))
         with _backend(x):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return parts.graph_after(rows, out.transpose(1, 2).flatten(0, 1)).view_as(x)

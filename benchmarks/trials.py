@@ -11,6 +11,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import RowsAhead
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed
 from longnet_dist.train.schedule import learning_rate
-from longnet_dist.train.step import train_step
+from longnet_dist.train.step import MicroBatch, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "configs" / "paper.yaml"
@@ -112,8 +113,10 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     ahead = RowsAhead(lambda step: [batches.local(step)], steps, device)
     for step in range(steps):
         began = time.perf_counter()
-        read = ahead.of(step)
-        results.append(train_step(engine, read, rows, rows, learning_rate(step + 1, train)))  # waits for the device
+        labels = partial(batches.num_labels, step, 0, 1)
+        micro_batches = [MicroBatch(read, labels) for read in ahead.of(step)]
+        # Reading the loss waits for the device.
+        results.append(train_step(engine, micro_batches, rows, rows, learning_rate(step + 1, train)))
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[trial.warmup :])
     flops = train.batch_size * model_flops(config.model, rows, trains=True, dense=trial.dense)

@@ -144,7 +144,9 @@ class TestDockerfile:
         assert words[1] in command_names()
 
     def test_its_comments_name_commands_that_exist(self, path):
-        commands = [line.removeprefix("#   ") for line in path.read_text().splitlines() if line.startswith("#   docker ")]
+        commands = [
+            line.removeprefix("#   ") for line in path.read_text().splitlines() if line.startswith("#   docker ")
+        ]
         assert commands[0].startswith(f"docker build -f docker/{path.name} ")
         assert len(commands) == 2
         for command in commands:
