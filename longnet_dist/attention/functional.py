@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Kernel, Statistics
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Kernel, SoftmaxStatistics
 from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
@@ -284,11 +284,12 @@ class BackwardStart(NamedTuple):
         dout: gradient of the output.
         statistics: what the kernel is to know of the output.
         dq: cleared, as wide as it is summed.
-        copy: room for a narrow one, if that is wanted; till then it may hold the statistics.
+        copy: scratch in the inputs' dtype, to which dq is rounded at the end if the caller wants that; None otherwise.
+            Until then it may hold the statistics.
     """
 
     dout: Tensor
-    statistics: Statistics
+    statistics: SoftmaxStatistics
     dq: Tensor
     copy: Tensor | None
 

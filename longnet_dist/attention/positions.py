@@ -45,8 +45,12 @@ class RotaryTable(NamedTuple):
         """Return the tables of some of the rows."""
         return RotaryTable(self.query[rows], self.key[rows])
 
-    def inverse(self) -> RotaryTable:
-        """Return the opposite rotation, which gradients of queries and keys take on their way back."""
+    def transposed(self) -> RotaryTable:
+        """Return the transposed linear maps, which gradients of queries and keys take on their way back.
+
+        A pair of channels is a complex number, and its factor ``c·exp(iφ)`` has the transpose ``c·exp(-iφ)``. For RoPE,
+        where ``c = 1``, that is the opposite rotation.
+        """
         signs = 1 - 2 * torch.arange(2, device=self.query.device)
         return RotaryTable(self.query * signs, self.key * signs)
 

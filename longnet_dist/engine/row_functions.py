@@ -192,7 +192,7 @@ def add_projection_gradients(
         projected = torch.split(torch.unflatten(recomputed, -1, (-1, head_dim)), heads, 1)
         _, backward, *_ = torch.func.vjp(partial(_normed_heads, eps=eps), *projected, *gains.values())
         if table is not None:
-            dq, dk = rotate(dq, dk, table.inverse())
+            dq, dk = rotate(dq, dk, table.transposed())
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
     # g = [Rᵀdq, Rᵀdk, dv], W = [W_q; W_k; W_v]  ⇒  du = g W, dW = gᵀ u, db = Σ g.

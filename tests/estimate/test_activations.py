@@ -32,9 +32,9 @@ class BuffersOfTriton:
         out.zero_()
         lse.zero_()
 
-    def start_backward(self, dout, out, lse, dq, room=None, delta=None):
+    def start_backward(self, dout, out, lse, dq, scratch=None, delta=None):
         dq.zero_()
-        return (torch.cat([lse, lse]) if room is None else room,)
+        return (torch.cat([lse, lse]) if scratch is None else scratch,)
 
     def backward(self, call, given, sums):
         sums.dk.zero_()

@@ -36,7 +36,7 @@ def table_of(positions, count, head_dim, device="cpu"):
 
 
 def exact(dq, dk, dv, table):
-    """The gradients of what was turned, by autograd in float64."""
+    """The gradients of what was rotated, by autograd in float64."""
     q, k = (torch.zeros_like(gradient, dtype=torch.float64, requires_grad=True) for gradient in (dq, dk))
     if table is not None:
         products = zip(rotate(q, k, RotaryTable(*(table.double() for table in table))), (dq, dk), strict=True)

@@ -17,30 +17,30 @@ from longnet_dist.ops.norm_gradients import triton as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
-USES = {"alone": (False, False), "beside": (True, False), "all": (True, True)}
+USES = {"alone": (False, False), "residual": (True, False), "all": (True, True)}
 
 
 def inputs(count, length, device="cpu", dtype=torch.float32):
-    """``dy, x, beside``; the mean of a row of ``x`` is not small beside its deviation."""
+    """``dy, x, residual_grad``; the mean of a row of ``x`` is not small against its deviation."""
     generator = torch.Generator().manual_seed(0)
-    dy, x, beside = torch.randn(3, count, length, generator=generator)
-    return [tensor.to(device, dtype) for tensor in (dy, x + 2, beside)]
+    dy, x, residual_grad = torch.randn(3, count, length, generator=generator)
+    return [tensor.to(device, dtype) for tensor in (dy, x + 2, residual_grad)]
 
 
-def exact(dy, x, beside):
-    """``dx``, the sum of its rows, and that of those of ``beside``, by autograd in float64."""
+def exact(dy, x, residual_grad):
+    """``dx``, the sum of its rows, and that of those of ``residual_grad``, by autograd in float64."""
     x = x.double().requires_grad_()
     y = F.layer_norm(x, x.shape[-1:], eps=1e-5)
     (dx,) = torch.autograd.grad(y, x, dy.double())
-    if beside is None:
+    if residual_grad is None:
         return dx, dx.sum(0), None
-    return dx + beside.double(), (dx + beside.double()).sum(0), beside.double().sum(0)
+    return dx + residual_grad.double(), (dx + residual_grad.double()).sum(0), residual_grad.double().sum(0)
 
 
 def used(given, use):
     """The inputs of a use, and whether it sums."""
-    dy, x, beside = given
-    return (dy, x, beside if USES[use][0] else None), USES[use][1]
+    dy, x, residual_grad = given
+    return (dy, x, residual_grad if USES[use][0] else None), USES[use][1]
 
 
 # One piece, three, five; whole tiles and ragged ones; rows for all programs and for one.
@@ -51,9 +51,9 @@ def used(given, use):
 def test_agrees_with_float64(function, use, count, length):
     given, summed = used(inputs(count, length), use)
     dx = torch.full((count, length), float("nan"))
-    sums, normed = function(*given, 1e-5, summed, use != "beside", dx, None)
+    sums, normed = function(*given, 1e-5, summed, use != "residual", dx, None)
     expected, *expected_sums = exact(*given)
-    if use != "beside":
+    if use != "residual":
         wanted = F.layer_norm(given[1].double(), (length,), eps=1e-5)
         torch.testing.assert_close(normed.double(), wanted, rtol=2e-5, atol=4e-6)
     torch.testing.assert_close(dx.double(), expected, rtol=2e-5, atol=4e-6)
@@ -65,10 +65,10 @@ def test_agrees_with_float64(function, use, count, length):
 @on_a_cpu
 @pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
 def test_adds_in_place(function):
-    dy, x, beside = inputs(9, 192)
-    expected, *_ = exact(dy, x, beside)
-    function(dy, x, beside, 1e-5, False, False, beside, None)
-    torch.testing.assert_close(beside.double(), expected, rtol=2e-5, atol=4e-6)
+    dy, x, residual_grad = inputs(9, 192)
+    expected, *_ = exact(dy, x, residual_grad)
+    function(dy, x, residual_grad, 1e-5, False, False, residual_grad, None)
+    torch.testing.assert_close(residual_grad.double(), expected, rtol=2e-5, atol=4e-6)
 
 
 # Heads of one number and of a whole piece; ragged tiles; rounded gradients, whose products are wanted.
@@ -76,13 +76,13 @@ def test_adds_in_place(function):
 @pytest.mark.parametrize(("count", "length", "heads"), [(64, 64, 64), (5, 192, 3), (41, 320, 20), (7, 1536, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("function", [kernels.norm_gradients, norm_gradients], ids=["kernel", "torch"])
-def test_gives_the_products_of_heads(function, dtype, count, length, heads):
+def test_gives_delta_of_heads(function, dtype, count, length, heads):
     dy, x, _ = inputs(count, length, dtype=dtype)
-    dx, dots = torch.empty_like(x), torch.full((count, heads), float("nan"))
-    function(dy, x, None, 1e-5, False, False, dx, dots)
+    dx, delta = torch.empty_like(x), torch.full((count, heads), float("nan"))
+    function(dy, x, None, 1e-5, False, False, dx, delta)
     torch.testing.assert_close(dx.double(), exact(dy, x, None)[0], rtol=2e-3, atol=2e-3)
     expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
-    torch.testing.assert_close(dots.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(delta.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @on_a_cpu
@@ -162,9 +162,9 @@ def test_agrees_with_float64_on_a_gpu(use, length):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("length", "heads"), [(768, 12), (2048, 16), (4096, 64)])
-def test_gives_the_products_of_heads_on_a_gpu(length, heads):
+def test_gives_delta_of_heads_on_a_gpu(length, heads):
     dy, x, _ = inputs(5001, length, "cuda", torch.bfloat16)
-    dx, dots = torch.empty_like(x), torch.empty(5001, heads, device="cuda")
-    kernels.norm_gradients(dy, x, None, 1e-5, False, False, dx, dots)
+    dx, delta = torch.empty_like(x), torch.empty(5001, heads, device="cuda")
+    kernels.norm_gradients(dy, x, None, 1e-5, False, False, dx, delta)
     expected = (dx.double() * x.double()).unflatten(1, (heads, -1)).sum(-1)
-    torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(delta.double(), expected, rtol=1e-4, atol=1e-4)

@@ -44,7 +44,7 @@ class Call:
     fresh: bool = False
 
 
-Statistics = tuple[Tensor, ...]
+SoftmaxStatistics = tuple[Tensor, ...]
 """What a kernel's backward is to know of the merged output, in its own form."""
 
 
@@ -55,7 +55,7 @@ class BackwardInputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    statistics: Statistics
+    statistics: SoftmaxStatistics
 
 
 class Gradients(NamedTuple):
@@ -94,13 +94,13 @@ class Kernel(Protocol):
         out: Tensor,
         lse: Tensor,
         dq: Tensor,
-        room: Tensor | None = None,
+        scratch: Tensor | None = None,
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
-    ) -> Statistics:
+    ) -> SoftmaxStatistics:
         """What ``backward`` is to know of the *merged* ``out`` and ``lse``, which the caller then forgets.
 
-        Clears ``dq``. ``room`` is a contiguous buffer of
+        Clears ``dq``. ``scratch`` is a contiguous buffer of
         ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
         ``delta = rowsum(dO ∘ O) - dlse (B, n, H)``, like ``lse``, if the caller has it already. ``dlse``, if the
         log-sum-exp has a gradient, is for kernels that compute delta on their own; ``delta`` is then given, too.
@@ -114,7 +114,7 @@ class Kernel(Protocol):
         """
 
 
-class WideSums:
+class WideAccumulation:
     """The part of the contract that is plain tensor algebra: sums in float32 or wider, in cleared buffers."""
 
     starts_fresh = False
@@ -132,10 +132,10 @@ class WideSums:
         out: Tensor,
         lse: Tensor,
         dq: Tensor,
-        room: Tensor | None = None,
+        scratch: Tensor | None = None,
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
-    ) -> Statistics:
+    ) -> SoftmaxStatistics:
         dq.zero_()
         return (out, lse) if dlse is None else (out, lse, dlse)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums, with_lse_gradient
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideAccumulation, with_lse_gradient
 from longnet_dist.attention.kernels.views import dense_problems, views
 
 MOST_PROBLEMS = 65_535  # the batch is a grid dimension of most flash kernels (flash-attention#1786)
@@ -99,7 +99,7 @@ class TorchFlash:
         return tuple(part.transpose(1, 2) for part in parts)
 
 
-class FlashKernel(WideSums):
+class FlashKernel(WideAccumulation):
     """The engine's results, merged by their softmax denominators in float32."""
 
     name = "flash"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Statistics, WideSums
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, SoftmaxStatistics, WideAccumulation
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.numerics import wide_dtype
 
@@ -70,7 +70,7 @@ def attended_counts(pattern: DilatedPattern, rows: int, kv_heads: int, causal: b
     return count.tril() if causal else count
 
 
-class ReferenceKernel(WideSums):
+class ReferenceKernel(WideAccumulation):
     """The contract, one (segment, head) after the other, with whole score matrices."""
 
     name = "reference"
@@ -90,10 +90,10 @@ class ReferenceKernel(WideSums):
         out: Tensor,
         lse: Tensor,
         dq: Tensor,
-        room: Tensor | None = None,
+        scratch: Tensor | None = None,
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
-    ) -> Statistics:
+    ) -> SoftmaxStatistics:
         dq.zero_()
         return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1) if delta is None else delta
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideSums, with_lse_gradient
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideAccumulation, with_lse_gradient
 from longnet_dist.attention.kernels.views import View, dense_problems, views
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -15,7 +15,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 _BLOCK_ELEMENTS = 1 << 22
 
 
-class SdpaKernel(WideSums):
+class SdpaKernel(WideAccumulation):
     """Each view is one call of torch's flash attention for CPUs; its backward takes the merged output and LSE."""
 
     name = "sdpa"

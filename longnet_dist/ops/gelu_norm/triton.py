@@ -23,7 +23,7 @@ LONGEST = 10240
 """Numbers of a row that fit in the registers of a program."""
 
 
-class _Form(NamedTuple):
+class _RowLayout(NamedTuple):
     """How a row is spread over the threads of a program; the fastest of those measured on an H100.
 
     Attributes:
@@ -37,11 +37,11 @@ class _Form(NamedTuple):
     programs: int = 1
 
     @classmethod
-    def of(cls, length: int) -> _Form:
+    def of(cls, length: int) -> _RowLayout:
         return cls(4 if length <= 4096 else 8)
 
     @classmethod
-    def of_gradients(cls, length: int) -> _Form:
+    def of_gradients(cls, length: int) -> _RowLayout:
         return cls(4, 1024, 3) if length <= 4096 else cls(8, 2048, 2)
 
     def split(self, length: int) -> int:
@@ -63,7 +63,7 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         eps: of the norm.
     """
     rows, length = h.shape
-    y, form = torch.empty_like(h), _Form.of(length)
+    y, layout = torch.empty_like(h), _RowLayout.of(length)
     affine = weight is not None
     _gelu_norm_kernel[(rows,)](
         h,
@@ -72,9 +72,9 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         y,
         eps,
         length,
-        form.split(length),
+        layout.split(length),
         affine,
-        num_warps=form.warps,
+        num_warps=layout.warps,
     )
     return y
 
@@ -98,10 +98,12 @@ def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tens
 )
 def _gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> Tensor:
     rows, length = h.shape
-    form = _Form.of_gradients(length)
-    programs = min(rows, form.programs * processors(h.device))
+    layout = _RowLayout.of_gradients(length)
+    programs = min(rows, layout.programs * processors(h.device))
     sums = h.new_empty(programs, length, dtype=torch.float32)
-    _gelu_norm_gradients_kernel[(programs,)](dy, h, sums, rows, eps, length, form.split(length), num_warps=form.warps)
+    _gelu_norm_gradients_kernel[(programs,)](
+        dy, h, sums, rows, eps, length, layout.split(length), num_warps=layout.warps
+    )
     return sums.sum(0)
 
 
@@ -117,7 +119,7 @@ def _(dy: Tensor, h: Tensor, eps: float) -> Tensor:
 
 def fits(length: int) -> bool:
     """Whether rows of ``length`` numbers lie in registers, in not too many pieces."""
-    return length <= LONGEST and length <= 16 * _Form.of(length).split(length)
+    return length <= LONGEST and length <= 16 * _RowLayout.of(length).split(length)
 
 
 @triton.jit
@@ -147,22 +149,22 @@ def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.c
     """A program a row of ``h`` and ``y (rows, LENGTH)``; ``weight, bias (LENGTH,)`` with ``AFFINE``."""
     start = tl.program_id(0).to(tl.int64) * LENGTH
     columns = tl.arange(0, PIECE)
-    values, sums = (), tl.zeros((PIECE,), tl.float32)
+    pieces, total = (), tl.zeros((PIECE,), tl.float32)
     for first in tl.static_range(0, LENGTH, PIECE):
-        value, _ = _gelu(tl.load(h + start + first + columns).to(tl.float32))
-        values, sums = values + (value,), sums + value
-    mean = tl.sum(sums) / LENGTH
+        a, _ = _gelu(tl.load(h + start + first + columns).to(tl.float32))
+        pieces, total = pieces + (a,), total + a
+    mean = tl.sum(total) / LENGTH
     squares = tl.zeros((PIECE,), tl.float32)
     for i in tl.static_range(LENGTH // PIECE):
-        squares += (values[i] - mean) * (values[i] - mean)
+        squares += (pieces[i] - mean) * (pieces[i] - mean)
     scale = tl.rsqrt(tl.sum(squares) / LENGTH + eps)
     shift = -mean * scale
     for i in tl.static_range(LENGTH // PIECE):
         at = i * PIECE + columns
-        value = values[i] * scale + shift
+        normed = pieces[i] * scale + shift
         if AFFINE:
-            value = value * tl.load(weight + at).to(tl.float32) + tl.load(bias + at).to(tl.float32)
-        tl.store(y + start + at, value)
+            normed = normed * tl.load(weight + at).to(tl.float32) + tl.load(bias + at).to(tl.float32)
+        tl.store(y + start + at, normed)
 
 
 @triton.jit
@@ -175,29 +177,29 @@ def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PI
         column_sums = column_sums + (tl.zeros((PIECE,), tl.float32),)
     for row in tl.range(program, rows, tl.num_programs(0), num_stages=2):
         start = tl.full((), LENGTH, tl.int64) * row
-        given, values, slopes = (), (), ()
-        value_sums = tl.zeros((PIECE,), tl.float32)
-        squares, given_sums, products = value_sums, value_sums, value_sums
+        dys, pieces, slopes = (), (), ()
+        a_sum = tl.zeros((PIECE,), tl.float32)
+        squares, dy_sum, products = a_sum, a_sum, a_sum
         for first in tl.static_range(0, LENGTH, PIECE):
-            gradient = tl.load(dy + start + first + columns).to(tl.float32)
-            value, slope = _gelu(tl.load(h + start + first + columns).to(tl.float32))
-            given, values, slopes = given + (gradient,), values + (value,), slopes + (slope,)
-            value_sums, squares = value_sums + value, squares + value * value
-            given_sums, products = given_sums + gradient, products + gradient * value
+            dy_piece = tl.load(dy + start + first + columns).to(tl.float32)
+            a, slope = _gelu(tl.load(h + start + first + columns).to(tl.float32))
+            dys, pieces, slopes = dys + (dy_piece,), pieces + (a,), slopes + (slope,)
+            a_sum, squares = a_sum + a, squares + a * a
+            dy_sum, products = dy_sum + dy_piece, products + dy_piece * a
         # All at once: a row waits for its program's threads once. gelu's mean is not large beside its deviation.
-        mean, square, given_mean, product = tl.reduce((value_sums, squares, given_sums, products), 0, _add)
-        mean, square, given_mean, product = mean / LENGTH, square / LENGTH, given_mean / LENGTH, product / LENGTH
+        mean, square, dy_mean, product = tl.reduce((a_sum, squares, dy_sum, products), 0, _add)
+        mean, square, dy_mean, product = mean / LENGTH, square / LENGTH, dy_mean / LENGTH, product / LENGTH
         scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-        along = (product - mean * given_mean) * scale * scale
-        shift, given_shift = -mean * scale, -given_mean * scale
+        projection = (product - mean * dy_mean) * scale * scale
+        shift, dy_shift = -mean * scale, -dy_mean * scale
         new_sums = ()
         for i in tl.static_range(LENGTH // PIECE):
-            value = values[i] * scale + shift
-            gradient = (given[i] * scale + given_shift - value * along) * slopes[i]
+            normed = pieces[i] * scale + shift
+            dh = (dys[i] * scale + dy_shift - normed * projection) * slopes[i]
             at = start + i * PIECE + columns
-            tl.store(h + at, value)
-            tl.store(dy + at, gradient)
-            new_sums = new_sums + (column_sums[i] + gradient,)
+            tl.store(h + at, normed)
+            tl.store(dy + at, dh)
+            new_sums = new_sums + (column_sums[i] + dh,)
         column_sums = new_sums
     for i in tl.static_range(LENGTH // PIECE):
         tl.store(sums + program.to(tl.int64) * LENGTH + i * PIECE + columns, column_sums[i])

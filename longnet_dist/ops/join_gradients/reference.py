@@ -21,6 +21,6 @@ def join_gradients(
         dtype: of the result; the sum is float32, or float64 for float64.
     """
     if table is not None:
-        dq, dk = rotate(dq, dk, table.inverse())
+        dq, dk = rotate(dq, dk, table.transposed())
     joined = torch.cat([gradient.to(dtype).flatten(1) for gradient in (dq, dk, dv)], 1)
     return joined, joined.sum(0, dtype=wide_dtype(dtype))

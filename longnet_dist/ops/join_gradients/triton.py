@@ -87,7 +87,7 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, table: list[Tensor], dtype: torch.dtyp
 @triton.jit
 def _join_piece(
     source, table, joined, row, rows, even_sums, odd_sums, first: tl.constexpr, start: tl.constexpr,
-    NUMBERS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+    NUMBERS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Pairs of numbers from pair ``first`` on of rows of ``source`` to pair ``start`` on of ``joined``; the new sums.
 
@@ -99,7 +99,7 @@ def _join_piece(
     columns = tl.arange(0, 2 * even_sums.shape[1])[None, :]
     numbers = tl.load(source + index * NUMBERS + 2 * first + columns, mask=valid, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(numbers, (even_sums.shape[0], even_sums.shape[1], 2)))
-    if TURN:
+    if ROTATE:
         factors = tl.load(table + index * 2 * HALF + (2 * first + columns) % (2 * HALF), mask=valid, other=0.0)
         c, s = tl.split(tl.reshape(factors, (even_sums.shape[0], even_sums.shape[1], 2)))
         even, odd = even * c + odd * s, odd * c - even * s
@@ -112,7 +112,7 @@ def _join_piece(
 def _join_gradients_kernel(
     dq, dk, dv, query_table, key_table, joined, sums, rows,
     QUERY: tl.constexpr, KEY: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-    TURN: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …; row ``p`` of ``sums`` is theirs.
 
@@ -130,13 +130,13 @@ def _join_gradients_kernel(
         for i in tl.static_range(QUERIES):
             even, odd = _join_piece(
                 dq, query_table, joined, row, rows, evens[i], odds[i],
-                i * PAIRS, i * PAIRS, QUERY, WIDTH, HALF, TURN,
+                i * PAIRS, i * PAIRS, QUERY, WIDTH, HALF, ROTATE,
             )  # fmt: skip
             new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
         for i in tl.static_range(KEYS):
             even, odd = _join_piece(
                 dk, key_table, joined, row, rows, evens[QUERIES + i], odds[QUERIES + i],
-                i * PAIRS, QUERY // 2 + i * PAIRS, KEY, WIDTH, HALF, TURN,
+                i * PAIRS, QUERY // 2 + i * PAIRS, KEY, WIDTH, HALF, ROTATE,
             )  # fmt: skip
             new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
         for i in tl.static_range(KEYS):

@@ -121,55 +121,55 @@ def _norm_gradients_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, PIECE)[None, :]
     nothing = tl.zeros((ROWS, PIECE), tl.float32)
-    WHOLE: tl.constexpr = HEADS * PIECE // LENGTH  # heads of a piece
-    gradient_sums, residual_sums = (), ()
+    PIECE_HEADS: tl.constexpr = HEADS * PIECE // LENGTH  # heads of a piece
+    dx_sums, residual_sums = (), ()
     for _ in tl.static_range(LENGTH // PIECE):
-        gradient_sums, residual_sums = gradient_sums + (nothing,), residual_sums + (nothing,)
+        dx_sums, residual_sums = dx_sums + (nothing,), residual_sums + (nothing,)
     for row in tl.range(program * ROWS, rows, programs * ROWS, num_stages=2):
         index = row + tl.arange(0, ROWS)[:, None]
         valid = index < rows
         start = index.to(tl.int64) * LENGTH + columns
-        values, given = (), ()
-        value_sum, given_sum = nothing, nothing
+        xs, dys = (), ()
+        x_sum, dy_sum = nothing, nothing
         for first in tl.static_range(0, LENGTH, PIECE):
-            value = tl.load(x + start + first, mask=valid, other=0.0).to(tl.float32)
-            gradient = tl.load(dy + start + first, mask=valid, other=0.0).to(tl.float32)
-            values, given = values + (value,), given + (gradient,)
-            value_sum, given_sum = value_sum + value, given_sum + gradient
-        mean, given_mean = tl.reduce((value_sum, given_sum), 1, _add)
-        mean, given_mean = (mean / LENGTH)[:, None], (given_mean / LENGTH)[:, None]
+            x_piece = tl.load(x + start + first, mask=valid, other=0.0).to(tl.float32)
+            dy_piece = tl.load(dy + start + first, mask=valid, other=0.0).to(tl.float32)
+            xs, dys = xs + (x_piece,), dys + (dy_piece,)
+            x_sum, dy_sum = x_sum + x_piece, dy_sum + dy_piece
+        mean, dy_mean = tl.reduce((x_sum, dy_sum), 1, _add)
+        mean, dy_mean = (mean / LENGTH)[:, None], (dy_mean / LENGTH)[:, None]
         squares, products = nothing, nothing
         for i in tl.static_range(LENGTH // PIECE):
-            value = values[i] - mean
-            squares, products = squares + value * value, products + value * given[i]
-        variance, along = tl.reduce((squares, products), 1, _add)
+            centred = xs[i] - mean
+            squares, products = squares + centred * centred, products + centred * dys[i]
+        variance, projection = tl.reduce((squares, products), 1, _add)
         scale = tl.rsqrt(variance / LENGTH + eps)[:, None]
-        along = (along / LENGTH)[:, None] * scale * scale * scale
-        new_gradient_sums, new_residual_sums = (), ()
+        projection = (projection / LENGTH)[:, None] * scale * scale * scale
+        new_dx_sums, new_residual_sums = (), ()
         for i in tl.static_range(LENGTH // PIECE):
-            gradient = (given[i] - given_mean) * scale - (values[i] - mean) * along
+            dx_piece = (dys[i] - dy_mean) * scale - (xs[i] - mean) * projection
             at = start + i * PIECE
             if RESIDUAL:
-                other = tl.load(residual_grad + at, mask=valid, other=0.0).to(tl.float32)
-                gradient += other
+                residual = tl.load(residual_grad + at, mask=valid, other=0.0).to(tl.float32)
+                dx_piece += residual
                 if SUMS:
-                    new_residual_sums = new_residual_sums + (residual_sums[i] + other,)
+                    new_residual_sums = new_residual_sums + (residual_sums[i] + residual,)
             if NORMED:
-                tl.store(normed + at, (values[i] - mean) * scale, mask=valid)
-            rounded = gradient.to(dx.dtype.element_ty)
+                tl.store(normed + at, (xs[i] - mean) * scale, mask=valid)
+            rounded = dx_piece.to(dx.dtype.element_ty)
             tl.store(dx + at, rounded, mask=valid)
             if HEADS:
-                products = tl.reshape(rounded.to(tl.float32) * values[i], (ROWS, WHOLE, PIECE // WHOLE))
-                place = index.to(tl.int64) * HEADS + i * WHOLE + tl.arange(0, WHOLE)[None, :]
+                products = tl.reshape(rounded.to(tl.float32) * xs[i], (ROWS, PIECE_HEADS, PIECE // PIECE_HEADS))
+                place = index.to(tl.int64) * HEADS + i * PIECE_HEADS + tl.arange(0, PIECE_HEADS)[None, :]
                 tl.store(delta + place, tl.sum(products, 2), mask=valid)
             if SUMS:
-                new_gradient_sums = new_gradient_sums + (gradient_sums[i] + gradient,)
+                new_dx_sums = new_dx_sums + (dx_sums[i] + dx_piece,)
         if SUMS:
-            gradient_sums = new_gradient_sums
+            dx_sums = new_dx_sums
             if RESIDUAL:
                 residual_sums = new_residual_sums
     if SUMS:
         place = sums + program.to(tl.int64) * 2 * LENGTH + tl.arange(0, PIECE)
         for i in tl.static_range(LENGTH // PIECE):
-            tl.store(place + i * PIECE, tl.sum(gradient_sums[i], 0))
+            tl.store(place + i * PIECE, tl.sum(dx_sums[i], 0))
             tl.store(place + LENGTH + i * PIECE, tl.sum(residual_sums[i], 0))

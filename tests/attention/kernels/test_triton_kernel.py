@@ -95,10 +95,10 @@ def test_scores_of_any_size(causal, rise):
 def test_statistics_stand_where_dq_will():
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
-    out, dout, room = torch.randn(2, 9, 3, 16).half(), torch.randn(2, 9, 3, 16).half(), torch.empty(2, 9, 3, 16).half()
+    out, dout, scratch = (torch.randn(2, 9, 3, 16).half() for _ in range(3))
     lse, dq = torch.randn(2, 9, 3), torch.ones(2, 9, 3, 16)
-    (statistics,) = TritonKernel().start_backward(dout, out, lse, dq, room)
-    assert statistics.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+    (statistics,) = TritonKernel().start_backward(dout, out, lse, dq, scratch)
+    assert statistics.untyped_storage().data_ptr() == scratch.untyped_storage().data_ptr()
     assert (statistics[..., 0] - lse / math.log(2)).abs().max() < 1e-6
     assert (statistics[..., 1] - (out.float() * dout.float()).sum(-1)).abs().max() < 1e-5
     assert not dq.any()

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Statistics
+from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, SoftmaxStatistics
 from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.triton.backward import key_gradient_kernel, query_gradient_kernel, statistics_kernel
 from longnet_dist.attention.kernels.triton.forward import forward_kernel
@@ -94,14 +94,14 @@ class TritonKernel:
         out: Tensor,
         lse: Tensor,
         dq: Tensor,
-        room: Tensor | None = None,
+        scratch: Tensor | None = None,
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
-    ) -> Statistics:
+    ) -> SoftmaxStatistics:
         batch, rows, heads, _ = out.shape
         needed = batch * heads * rows * 2 * lse.element_size()
-        if room is not None and room.nbytes >= needed:
-            space = room.flatten()[: needed // room.element_size()].view(lse.dtype)
+        if scratch is not None and scratch.nbytes >= needed:
+            space = scratch.flatten()[: needed // scratch.element_size()].view(lse.dtype)
         else:
             space = lse.new_empty(batch * heads * rows * 2)
         statistics = space.view(batch, heads, rows, 2).transpose(1, 2)
