@@ -1,4 +1,4 @@
-"""The contract of an attention kernel: one piece at a time, on a running result.
+r"""The contract of an attention kernel: it adds one piece at a time to a running result.
 
 Buffers, with the shape legend of the package:
 
@@ -7,6 +7,29 @@ Buffers, with the shape legend of the package:
 * All may be strided views; only ``D`` is contiguous.
 * The running ``out`` has the accumulator dtype that the kernel asks for, ``lse`` is float32 (float64 for
   float64 inputs), natural logarithm; a row and head without keys so far has ``out = 0`` and ``lse = -inf``.
+
+All kernels share this algebra. Query :math:`i` has the scores :math:`s_{ij} = \mathrm{scale}·q_i^\top k_j`. The keys
+that it saw so far are a multiset: a key counts once for each branch that holds it. Over them the running result is
+
+.. math::
+    \mathrm{LSE}_i = \log \sum_j e^{s_{ij}}, \qquad O_i = \sum_j e^{s_{ij} - \mathrm{LSE}_i} v_j .
+
+A piece whose keys alone have :math:`(O', \mathrm{LSE}')` changes it by LongNet's equations 9 and 10 to
+
+.. math::
+    \mathrm{LSE}'' = \log(e^{\mathrm{LSE}} + e^{\mathrm{LSE}'}), \qquad
+    O'' = e^{\mathrm{LSE} - \mathrm{LSE}''} O + e^{\mathrm{LSE}' - \mathrm{LSE}''} O' .
+
+So the mixture of all branches is one softmax. With the final :math:`(O, \mathrm{LSE})` and
+:math:`P_{ij} = e^{s_{ij} - \mathrm{LSE}_i}` its gradient is that of any softmax:
+
+.. math::
+    dV_j = \sum_i P_{ij}\, dO_i, \qquad dS_{ij} = P_{ij} (dO_i^\top v_j - δ_i), \qquad
+    δ_i = \sum_j P_{ij}\, dO_i^\top v_j = dO_i^\top O_i .
+
+Only :math:`δ` and LSE look at all keys. Given these two, each piece finds its own part of dQ, dK and dV alone. A
+gradient of LSE itself joins them there: as :math:`∂\mathrm{LSE}_i/∂s_{ij} = P_{ij}`, it makes
+:math:`δ_i = dO_i^\top O_i - d\mathrm{LSE}_i`.
 """
 
 from __future__ import annotations
@@ -24,16 +47,17 @@ from longnet_dist.numerics import wide_dtype
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is the same for all rows of a piece.
+    """Describe one launch: a piece and what is the same for all of its rows.
 
     Attributes:
-        piece: rows, segments and where the keys stand.
+        piece: its rows and segments, and where its keys are.
         offsets: offset of each key/value head in this branch.
         causal: whether a query sees only keys of index up to its own.
         scale: factor of the scores.
         deterministic: whether the gradients must be bitwise equal from run to run.
-        fresh: whether the running result, in backward ``dk`` and ``dv``, were never written and the piece covers all of
-            them, so that the kernel writes where it would add. Only for kernels with ``starts_fresh``.
+        fresh: whether the buffers were never written and the piece covers all of them, so that the kernel writes where
+            it would add. In forward these are ``out`` and ``lse``, in backward ``dk`` and ``dv``. Only for kernels with
+            ``starts_fresh``.
     """
 
     piece: Piece
@@ -45,11 +69,11 @@ class Call:
 
 
 SoftmaxStatistics = tuple[Tensor, ...]
-"""What a kernel's backward is to know of the merged output, in its own form."""
+"""The merged softmax of each query as a kernel's backward reads it: ``lse`` with ``delta``, or with ``out``."""
 
 
 class BackwardInputs(NamedTuple):
-    """What the backward of a piece reads; ``statistics`` are what ``start_backward`` gave."""
+    """Hold what the backward of a piece reads; ``statistics`` come from ``start_backward``."""
 
     dout: Tensor
     q: Tensor
@@ -59,7 +83,7 @@ class BackwardInputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What it adds to."""
+    """Hold the buffers to which the backward of a piece adds."""
 
     dq: Tensor
     dk: Tensor
@@ -67,10 +91,10 @@ class Gradients(NamedTuple):
 
 
 class Kernel(Protocol):
-    """A backend of dilated attention.
+    """Compute dilated attention piece by piece: the interface of a backend.
 
     Attributes:
-        name: as ``backend`` of ``dilated_attention``.
+        name: its name as ``backend`` of ``dilated_attention``.
         starts_fresh: whether the first call may find buffers that were never written (``Call.fresh``).
         merges_overlaps: whether it takes pieces of which other branches compute a part (``Piece.half, overlap_rates``).
     """
@@ -80,10 +104,10 @@ class Kernel(Protocol):
     merges_overlaps: bool
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype in which the running ``out`` is kept for inputs of ``dtype``."""
+        """Return the dtype in which the running ``out`` is kept for inputs of ``dtype``."""
 
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes of ``dq``, and of ``dk`` and ``dv``, for inputs of ``dtype``; ``dk, dv`` may come wider."""
+        """Return the dtypes of ``dq``, and of ``dk`` and ``dv``, for inputs of ``dtype``; ``dk, dv`` may be wider."""
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
@@ -98,24 +122,29 @@ class Kernel(Protocol):
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
     ) -> SoftmaxStatistics:
-        """What ``backward`` is to know of the *merged* ``out`` and ``lse``, which the caller then forgets.
+        """Clear ``dq`` and return what ``backward`` needs of the *merged* ``out`` and ``lse``.
 
-        Clears ``dq``. ``scratch`` is a contiguous buffer of
-        ``out``'s shape and dtype that nobody needs before the last call of ``backward``: the result may stand there.
-        ``delta = rowsum(dO ∘ O) - dlse (B, n, H)``, like ``lse``, if the caller has it already. ``dlse``, if the
-        log-sum-exp has a gradient, is for kernels that compute delta on their own; ``delta`` is then given, too.
+        The caller keeps neither of the two.
+
+        Args:
+            dout, out, lse, dq: the buffers, of which ``out`` and ``lse`` are final.
+            scratch: a contiguous buffer of ``out``'s shape and dtype that is free until the last call of ``backward``;
+                the statistics may be written there.
+            delta: ``rowsum(dO ∘ O) - dlse (B, n, H)`` in the dtype of ``lse``, if the caller has it already.
+            dlse: the gradient of ``lse (B, n, H)``, if it has one, for kernels that compute delta on their own;
+                ``delta`` is then given, too.
         """
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
         """Add the piece's part of the gradients to ``sums``, in place.
 
-        ``P_ij = exp(scale·q_i·k_j - lse_i)``, ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - delta)``, ``dQ = scale·dS K``,
+        ``P_ij = exp(scale·q_i·k_j - LSE_i)``, ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - delta)``, ``dQ = scale·dS K``,
         ``dK = scale·dSᵀ Q`` with ``delta = rowsum(dO ∘ O) - dlse``.
         """
 
 
 class WideAccumulation:
-    """The part of the contract that is plain tensor algebra: sums in float32 or wider, in cleared buffers."""
+    """Share what kernels have in common that add float32 or wider numbers to cleared buffers."""
 
     starts_fresh = False
     merges_overlaps = False
@@ -143,8 +172,8 @@ class WideAccumulation:
 def with_lse_gradient(tensors: Sequence[Tensor], dlse: Tensor, columns: int) -> list[Tensor]:
     """Return ``dout, q, k, v, out`` with more columns, so that a kernel that computes delta counts ``dlse``.
 
-    With a column 1 more of the values, ``dlse`` in that of ``dout`` and 0 in that of ``out``, dO Vᵀ grows by dlse while
-    rowsum(dO ∘ O) stays: dS = P ∘ (dO Vᵀ + dlse - delta). Columns of 0 in queries and keys leave the scores.
+    The new column of the values holds 1, that of ``dout`` holds ``dlse``, and the others hold 0. So dO Vᵀ grows by
+    dlse, rowsum(dO ∘ O) stays, and the scores stay: ``dS = P ∘ (dO Vᵀ + dlse - rowsum(dO ∘ O))``.
 
     Args:
         tensors: ``(…, D)`` each.

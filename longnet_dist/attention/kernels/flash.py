@@ -1,7 +1,8 @@
 """Dense attention kernels of others on strided views: flash-attn 4 where it is installed, else the one of torch.
 
-A view is one batch of dense problems whose rows stand ``r`` apart (``views.py``). The backward kernels take the merged
-output and LSE, which makes the gradient of the mixture exact.
+A view is one batch of dense problems whose rows are ``r`` apart (``views.py``). The backward kernels take the merged
+output and LSE, which makes the gradient of the mixture exact. The symbols are those of
+:mod:`longnet_dist.attention.kernels.contract`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ MOST_PROBLEMS = 65_535  # the batch is a grid dimension of most flash kernels (f
 
 
 class Engine(Protocol):
-    """A dense kernel; all tensors ``(batch, rows, heads, D)`` of any stride, lse ``(batch, heads, rows)``."""
+    """Compute dense attention: tensors ``(batch, rows, heads, D)`` of any stride, lse ``(batch, heads, rows)``."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """``(out, lse)``."""
+        """Return ``(out, lse)`` of the softmax over these keys alone."""
 
     def backward(
         self,
@@ -37,11 +38,11 @@ class Engine(Protocol):
         scale: float,
         deterministic: bool,
     ) -> tuple[Tensor, ...]:
-        """``(dq, dk, dv)``."""
+        """Return ``(dq, dk, dv)`` for an ``out`` and ``lse`` that may be of a softmax over more keys."""
 
 
 class FlashAttention4:
-    """flash-attn 4 (CuTe DSL; Hopper and Blackwell), through the functions beneath its autograd Function."""
+    """Call flash-attn 4 (CuTe DSL; Hopper and Blackwell) through the functions beneath its autograd Function."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd  # compiles at import: only where it is used
@@ -71,7 +72,7 @@ class FlashAttention4:
 
 
 class TorchFlash:
-    """FlashAttention-2 as torch carries it."""
+    """Call FlashAttention-2 as torch carries it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -100,7 +101,7 @@ class TorchFlash:
 
 
 class FlashKernel(WideAccumulation):
-    """The engine's results, merged by their softmax denominators in float32."""
+    """Merge the engine's results by their softmax denominators, in float32."""
 
     name = "flash"
 
@@ -111,7 +112,9 @@ class FlashKernel(WideAccumulation):
         for (q_, out_, lse_), (k_, v_), causal in _problems(call, (q, out, lse), (k, v)):
             part, part_lse = self.engine.forward(q_, k_, v_, causal, call.scale)
             part_lse = part_lse.transpose(1, 2)
+            # LSE'' = ln(exp LSE + exp LSE').
             merged = torch.logaddexp(lse_, part_lse)
+            # O'' = exp(LSE - LSE'') O + exp(LSE' - LSE'') O'.
             out_.mul_((lse_ - merged).exp_()[..., None]).addcmul_(part, (part_lse - merged).exp_()[..., None])
             lse_.copy_(merged)
 
@@ -122,6 +125,8 @@ class FlashKernel(WideAccumulation):
             (dout_, q_, out_, lse_, dq_, *dlse_), (k_, v_, dk_, dv_) = queries, keys
             if dlse_:  # kernels of a GPU take head dims that are multiples of 8
                 dout_, q_, k_, v_, out_ = with_lse_gradient((dout_, q_, k_, v_, out_), dlse_[0], 8)
+            # The engine computes P = exp(s - LSE) and delta = rowsum(dO ∘ O). From the merged LSE and O these are those
+            # of the softmax over all branches, so its results are this view's parts of dQ, dK and dV.
             parts = self.engine.backward(
                 dout_, q_, k_, v_, out_, lse_.transpose(1, 2), causal, call.scale, call.deterministic
             )
@@ -130,7 +135,7 @@ class FlashKernel(WideAccumulation):
 
 
 def find_engine() -> Engine:
-    """flash-attn 4 if it is installed and the device is one of its own, else FlashAttention-2 of torch."""
+    """Return flash-attn 4 if it is installed and supports the device, else torch's FlashAttention-2."""
     modern = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
     if modern and importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         return FlashAttention4()
@@ -140,7 +145,7 @@ def find_engine() -> Engine:
 def _problems(
     call: Call, query_buffers: tuple[Tensor, ...], key_buffers: tuple[Tensor, ...]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], bool]]:
-    """The dense problems of a piece, no more than a launch can hold at a time."""
+    """Yield the dense problems of a piece, at most :data:`MOST_PROBLEMS` at a time."""
     for view in views(call):
         for queries, keys, causal in dense_problems(view, query_buffers, key_buffers):
             for start in range(0, len(keys[0]), MOST_PROBLEMS):

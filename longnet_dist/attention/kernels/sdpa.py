@@ -1,4 +1,7 @@
-"""The attention kernel that torch carries for CPUs, on strided views: no copy of the sequence, linear memory."""
+"""The attention kernel that torch carries for CPUs, on strided views: no copy of the sequence, linear memory.
+
+The symbols are those of :mod:`longnet_dist.attention.kernels.contract`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 class SdpaKernel(WideAccumulation):
-    """Each view is one call of torch's flash attention for CPUs; its backward takes the merged output and LSE."""
+    """Compute each view by one call of torch's flash attention for CPUs.
+
+    Its backward takes the merged output and LSE, which makes the gradient of the mixture exact.
+    """
 
     name = "sdpa"
 
@@ -24,8 +30,10 @@ class SdpaKernel(WideAccumulation):
         for view in _blocks(call, q.shape[3]):
             for queries, keys, causal in dense_problems(view, (q, out, lse), (k, v)):
                 (q_, out_, lse_), (k_, v_) = _heads_first(queries), _heads_first(keys)
-                part, part_lse = _forward(q_, k_, v_, is_causal=causal, scale=call.scale)
+                part, part_lse = _forward(q_, k_, v_, is_causal=causal, scale=call.scale)  # O', LSE'
+                # LSE'' = ln(exp LSE + exp LSE').
                 merged = torch.logaddexp(lse_, part_lse)
+                # O'' = exp(LSE - LSE'') O + exp(LSE' - LSE'') O'.
                 out_.mul_((lse_ - merged).exp_()[..., None]).add_(part * (part_lse - merged).exp_()[..., None])
                 lse_.copy_(merged)
 
@@ -37,13 +45,15 @@ class SdpaKernel(WideAccumulation):
                 (dout_, q_, out_, lse_, dq_, *dlse_), (k_, v_, dk_, dv_) = _heads_first(queries), _heads_first(keys)
                 if dlse_:
                     dout_, q_, k_, v_, out_ = with_lse_gradient((dout_, q_, k_, v_, out_), dlse_[0], 1)
+                # torch computes P = exp(s - LSE) and delta = rowsum(dO ∘ O) from the LSE and O that it is given. Given
+                # the merged ones, its results are these keys' parts of the whole softmax's gradients.
                 parts = _backward(dout_, q_, k_, v_, out_, lse_, 0.0, causal, scale=call.scale)
                 for total, part in zip((dq_, dk_, dv_), parts, strict=True):
                     total.add_(part[..., : total.shape[-1]])
 
 
 def _blocks(call: Call, head_dim: int) -> Iterator[View]:
-    """The views, cut where their segments are many, so that the memory of a kernel's results is used again and again.
+    """Cut views of many segments, so that the memory of the kernel's results is used again and again.
 
     Fresh memory costs a page fault every 4 KiB: 15 % of the time of a long sequence.
     """

@@ -1,7 +1,7 @@
 """Strided views of a piece: the problems of a dense attention kernel, without copying a row.
 
 All segments of equal length and all key/value heads of equal, or of evenly rising, offset form one batch of attention
-problems whose rows are ``r`` apart in the sequence. A kernel that takes strides computes them where they stand.
+problems whose rows are ``r`` apart in the sequence. A kernel that takes strides computes them in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longnet_dist.attention.kernels.contract import Call
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One batch of equal problems: ``segments`` segments, the kv heads ``heads``, ``queries`` rows against ``keys``.
+    """Describe a batch of equal problems: ``segments`` segments, the kv heads ``heads``, ``queries`` rows by ``keys``.
 
     Attributes:
         first_query: index ``j`` of the first query; a causal query ``j`` sees keys ``i <= j``.
@@ -35,19 +35,19 @@ class View:
     slant: int = 0
 
     def query_rows(self, x: Tensor) -> Tensor:
-        """The queries' rows of a ``(B, n, H, ...)`` buffer: a view ``(B, segments, queries, heads, H / Hkv, ...)``."""
+        """View the queries' rows of a ``(B, n, H, …)`` buffer as ``(B, segments, queries, heads, H / Hkv, …)``."""
         piece = self.call.piece
         row = piece.queries(self.first_segment, self.offset)[0]
         return self._rows(_grouped(x, len(self.call.offsets)), row, self.queries, piece.dilation_rate, self.slant)
 
     def key_rows(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys ``start … stop-1`` of a ``(B, rows, Hkv, D)`` buffer: a view ``(B, segments, keys, heads, D)``."""
+        """View keys ``start … stop-1`` of a ``(B, rows, Hkv, D)`` buffer as ``(B, segments, keys, heads, D)``."""
         row, _, step = self.call.piece.keys(self.first_segment, self.offset)
         stop = self.keys if stop is None else stop
         return self._rows(x, row + start * step, stop - start, step, self.slant)
 
     def split(self, most_segments: int) -> Iterator[View]:
-        """The same rows in views of at most ``most_segments`` segments."""
+        """Yield the same rows in views of at most ``most_segments`` segments."""
         for done in range(0, self.segments, most_segments):
             count = min(most_segments, self.segments - done)
             yield replace(self, first_segment=self.first_segment + done, segments=count)
@@ -56,6 +56,7 @@ class View:
         x = x[:, :, self.heads]
         strides = list(x.stride())
         width = self.call.piece.segment_length
+        # Row i of segment s and head h is at row + s·w + i·step + h·slant: an affine map, so strides reach all of them.
         return x.as_strided(
             (x.shape[0], self.segments, count, *x.shape[2:]),
             (strides[0], width * strides[1], step * strides[1], strides[2] + slant * strides[1], *strides[3:]),
@@ -64,7 +65,7 @@ class View:
 
 
 def views(call: Call) -> Iterator[View]:
-    """The views of a piece, those without queries or keys left out."""
+    """Yield the views of a piece, without those that have no queries or no keys."""
     for first_segment, segments in call.piece.runs():
         for heads, offset, slant in _head_groups(call, first_segment):
             _, queries, first_query = call.piece.queries(first_segment, offset)
@@ -74,9 +75,10 @@ def views(call: Call) -> Iterator[View]:
 
 
 def _head_groups(call: Call, segment: int) -> Iterator[tuple[slice, int, int]]:
-    """``(heads, offset of the first, slant)`` of the fewest groups of heads that one stride reaches.
+    """Yield ``(heads, offset of the first, slant)`` of the fewest groups of heads that one stride reaches.
 
-    That is all heads of an offset or, where all offsets keep equally many rows, a run of heads with offsets 0, 1, 2, ….
+    A group is all heads of an offset. Where all offsets keep equally many rows, it is a run of heads with offsets 0, 1,
+    2, ….
     """
     offsets, rate = call.offsets, call.piece.dilation_rate
     distinct = sorted(set(offsets))
@@ -94,7 +96,7 @@ def _head_groups(call: Call, segment: int) -> Iterator[tuple[slice, int, int]]:
 def dense_problems(
     view: View, query_buffers: tuple[Tensor, ...], key_buffers: tuple[Tensor, ...]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], bool]]:
-    """The view as problems ``(segments, rows, heads, ...)`` of a kernel whose causal mask starts at index 0.
+    """Yield the view as problems ``(segments, rows, heads, …)`` of a kernel whose causal mask starts at index 0.
 
     Queries that do not start at index 0 see all earlier keys, then a triangle: two problems. The query heads of a
     key/value head are problems of their own, and batch elements too, unless one stride reaches all their segments.
@@ -102,6 +104,8 @@ def dense_problems(
     batch, heads_per_kv = query_buffers[0].shape[0], query_buffers[0].shape[2] // len(view.call.offsets)
     queries = [view.query_rows(x) for x in query_buffers]
     first = view.first_query
+    # A causal query j sees the keys i <= j, so queries f … f+m-1 see the keys i < f whole and the next m as a triangle.
+    # Two calls may cover them, since the running softmax merges any split of the keys.
     if view.call.causal and view.queries == 1:  # a decoded row
         spans = [(0, min(first + 1, view.keys), False)]
     elif view.call.causal:
@@ -122,7 +126,7 @@ def dense_problems(
 
 
 def _heads(offsets: tuple[int, ...], offset: int) -> slice:
-    """The heads of one offset; under both rules of ``DilatedPattern`` they are evenly spaced."""
+    """Return the heads of one offset; under both rules of ``DilatedPattern`` they are evenly spaced."""
     heads = [head for head, value in enumerate(offsets) if value == offset]
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     return slice(heads[0], heads[-1] + 1, step)
