@@ -15,6 +15,9 @@ MODULES = {
     "hf": ("accelerate", "peft", "transformers"),
 }
 
+DESTRUCTIVE_DEEPSPEED = ("0.19.5", "0.19.6", "0.19.7")
+"""Versions in which a gradient that is not finite makes every weight NaN, while the step counts as skipped."""
+
 
 def require_extra(extra: str, purpose: str) -> None:
     """Check that the packages of an extra are installed, without importing them.

@@ -20,7 +20,7 @@ from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.deepspeed import deepspeed_config
 from longnet_dist.config.schema import Config, Precision, TrainConfig
 from longnet_dist.errors import ConfigError
-from longnet_dist.extras import install_command
+from longnet_dist.extras import DESTRUCTIVE_DEEPSPEED, install_command
 from longnet_dist.model.block import Block
 
 # What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
@@ -28,10 +28,6 @@ _FOREIGN_WARNINGS = (
     (r".?torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).? is deprecated", FutureWarning),
     (r".?torch\.jit\.script_method.? is deprecated", DeprecationWarning),
 )
-
-
-# One gradient that is not finite makes every weight NaN in these, while the step counts as skipped.
-DESTRUCTIVE_VERSIONS = ("0.19.5", "0.19.6", "0.19.7")
 
 
 def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
@@ -56,7 +52,7 @@ def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
 
 
 def _refuse_destructive(installed: str) -> None:
-    if installed in DESTRUCTIVE_VERSIONS:
+    if installed in DESTRUCTIVE_DEEPSPEED:
         raise ConfigError(
             f"DeepSpeed {installed} makes every weight NaN after one gradient that is not finite; install 0.19.8 or "
             f"newer: {install_command('train')}"

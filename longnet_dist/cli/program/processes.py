@@ -1,8 +1,11 @@
-"""How many ranks a command starts, and what each of them runs."""
+"""How many ranks a command starts, and how a process with this package is started."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import longnet_dist
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,12 @@ class Processes:
     on_cpus: int = 1
     each_gpu: bool = True
     starts: bool = True
+
+
+def python_options() -> list[str]:
+    """Return the options of Python for a process that shall find this package as this process has.
+
+    It imports nothing from the current folder, unless the package itself was found there.
+    """
+    here = Path(longnet_dist.__file__).resolve().parent.parent == Path.cwd().resolve()
+    return ["-u"] if here else ["-u", "-P"]

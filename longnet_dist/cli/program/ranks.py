@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-import longnet_dist
-from longnet_dist.cli.program.processes import Processes
+from longnet_dist.cli.program.processes import Processes, python_options
 from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
 from longnet_dist.errors import ConfigError
 
@@ -87,7 +86,9 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> int:
             "--local-addr=127.0.0.1",
             "--no-python",
             sys.executable,
-            *_python_options(),
+            *python_options(),
+            "-m",
+            "longnet_dist",
             *command,
         ]
     )
@@ -129,12 +130,6 @@ def _quiet_launcher() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-def _python_options() -> list[str]:
-    """How a rank's Python finds this package: not in the current folder, unless it was found there."""
-    here = Path(longnet_dist.__file__).resolve().parent.parent == Path.cwd().resolve()
-    return ["-u", *([] if here else ["-P"]), "-m", "longnet_dist"]
 
 
 def _hand_on(number: int, _frame: FrameType | None) -> None:

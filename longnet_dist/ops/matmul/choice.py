@@ -83,6 +83,15 @@ def choose_matmul(
     return REFERENCE
 
 
+def describe_matmul(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the backend that ``"auto"`` takes in a pass over many tokens, and why it is not quack's.
+
+    The reason is an empty string where quack's kernels run. They are imported for the answer, but not compiled.
+    """
+    found = _obstacle(device, dtype, ()) or _quack()
+    return ("torch", found) if isinstance(found, str) else ("quack", "")
+
+
 @lru_cache(maxsize=1)
 def _quack() -> Matmul | str:
     """Return quack's kernels, or why they cannot be had.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longnet_dist.cli.program import ranks
-from longnet_dist.cli.program.processes import Processes
+from longnet_dist.cli.program.processes import Processes, python_options
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.errors import ConfigError
 
@@ -148,7 +148,7 @@ def run_launcher(folder: Path, rank_program: str, **options: int) -> subprocess.
     parent = (
         "import sys\n"
         "from longnet_dist.cli.program import ranks\n"
-        f"ranks._python_options = lambda: ['-u', '-c', {rank_program!r}]\n"
+        f"ranks.python_options = lambda: ['-u', '-c', {rank_program!r}]\n"
         "sys.exit(ranks.start_ranks(['word'], 2))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -217,9 +217,9 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
 
 def test_a_rank_does_not_import_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "-P" in ranks._python_options()
+    assert "-P" in python_options()
     monkeypatch.chdir(ROOT)  # where the package itself may have been found
-    assert "-P" not in ranks._python_options()
+    assert "-P" not in python_options()
 
 
 def test_children_are_found_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
