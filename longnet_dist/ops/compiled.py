@@ -1,4 +1,4 @@
-"""Functions of tensors, compiled by torch."""
+"""Functions of tensors that torch compiles."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _choices() -> Any:
     from torch._inductor.virtualized import V
 
     class WholeRows(InductorChoices):
-        """Inductor's own choices, but for rows that fit in registers."""
+        """Make Inductor's own choices, except for rows that fit in registers."""
 
         @staticmethod
         def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
@@ -76,7 +76,7 @@ def _choices() -> Any:
             return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
         def uuid(self) -> str:
-            """What a compiled graph is found by again depends on it."""
+            """Return a part of the key of torch's cache, so that graphs of other choices are not reused."""
             return f"longnet_dist rows of {WIDEST_ROW}"
 
     return WholeRows()

@@ -1,4 +1,4 @@
-"""The middle of a feed-forward network, ``LayerNorm(gelu(h))``, and its gradient without a graph."""
+"""The choice between torch and a GPU kernel for ``LayerNorm(gelu(h))``, the middle of a feed-forward network."""
 
 from __future__ import annotations
 

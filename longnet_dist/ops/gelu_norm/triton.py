@@ -3,9 +3,10 @@
 # ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
 """``LayerNorm(gelu(h))``, the middle of a feed-forward network, and its gradient, each in one pass over the rows.
 
-Rows of thousands of numbers are too long for Inductor's kernels, which read them twice forward and three times
-backward, or hold a quarter of them in vain; and its error function costs as much time as the memory. Here a row lies in
-registers, in pieces of a power of two, and one exponential gives both gelu and its derivative.
+Rows of thousands of numbers are too long for Inductor's kernels. They read a row twice forward and three times
+backward, or waste a quarter of their registers, and their error function costs as much time as the memory.
+Here a row lies in registers, in pieces of a power of two, and one exponential gives both gelu and its derivative.
+The algebra is that of :mod:`longnet_dist.ops.gelu_norm.reference`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LONGEST = 10240
 
 
 class _RowLayout(NamedTuple):
-    """How a row is spread over the threads of a program; the fastest of those measured on an H100.
+    """Say how a row is spread over the threads of a program; these are the fastest of those measured on an H100.
 
     Attributes:
         warps: of a program.
@@ -45,7 +46,7 @@ class _RowLayout(NamedTuple):
         return cls(4, 1024, 3) if length <= 4096 else cls(8, 2048, 2)
 
     def split(self, length: int) -> int:
-        """Numbers of a piece: the largest power of two that divides the row."""
+        """Return the numbers of a piece: the largest power of two that divides the row, at most :attr:`piece`."""
         return min(length & -length, self.piece)
 
 
@@ -55,7 +56,7 @@ class _RowLayout(NamedTuple):
     schema="(Tensor h, Tensor? weight, Tensor? bias, float eps) -> Tensor",
 )
 def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``LayerNorm(gelu(h)) (rows, F)``, computed in float32.
+    """Return ``LayerNorm(gelu(h)) (rows, F)``, computed in float32, in the dtype of ``h``.
 
     Args:
         h: ``(rows, F)``, contiguous, ``F`` at most ``LONGEST``.
@@ -80,9 +81,9 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
 
 
 def gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``y``, ``dh (rows, F)`` and the float32 sum ``(F,)`` of the rows of ``dh``, for a norm without weights.
+    """Return ``y``, ``dh (rows, F)`` and the float32 sum ``(F,)`` of the rows of ``dh``, for a norm without weights.
 
-    ``y`` stands where ``h`` stood, ``dh`` where ``dy`` did: no tensors of a backward are larger.
+    ``y`` overwrites ``h``, and ``dh`` overwrites ``dy``: no tensors of a block's backward are larger.
 
     Args:
         dy: gradient of ``y = LayerNorm(gelu(h))``, ``(rows, F)``, contiguous.
@@ -118,13 +119,13 @@ def _(dy: Tensor, h: Tensor, eps: float) -> Tensor:
 
 
 def fits(length: int) -> bool:
-    """Whether rows of ``length`` numbers lie in registers, in not too many pieces."""
+    """Return whether rows of ``length`` numbers fit in registers, in at most 16 pieces."""
     return length <= LONGEST and length <= 16 * _RowLayout.of(length).split(length)
 
 
 @triton.jit
 def _gelu(h):
-    r"""``gelu(h) = h·Φ(h)`` and its derivative.
+    r"""Return ``gelu(h) = h·Φ(h)`` and its derivative ``Φ(h) + h·φ(h)``.
 
     :math:`Φ(-|h|) = \tfrac12 t\,p(t)\,e^{-h^2/2}` with :math:`t = 1 / (1 + 0.3275911·|h|/\sqrt 2)`: Abramowitz and
     Stegun, 7.1.26, within 7.5e-8, and better where it is small.
@@ -132,9 +133,12 @@ def _gelu(h):
     size = tl.abs(h)
     root = tl.rsqrt(1.0 + 0.23164188 * size)
     t = root * root  # a division takes nine instructions
-    bell = tl.exp2(-0.72134752 * h * h)
+    bell = tl.exp2(-0.72134752 * h * h)  # exp(-h²/2)
+    # ½ t p(t), whose coefficients are half of those in the source; the tail is Φ(-|h|).
     series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
     tail = series * bell
+    # φ(h) = exp(-h²/2) / √(2π). With Φ(h) = 1 - tail for h > 0 and tail otherwise,
+    # gelu = h - |h|·tail or -|h|·tail, and gelu' = 1 + (|h| φ - tail) or -(|h| φ - tail).
     slope = 0.39894228 * size * bell - tail
     return tl.maximum(h, 0.0) - size * tail, tl.where(h > 0, 1.0 + slope, -slope)
 
@@ -146,19 +150,19 @@ def _add(a, b, c, d, w, x, y, z):
 
 @triton.jit
 def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr, AFFINE: tl.constexpr):
-    """A program a row of ``h`` and ``y (rows, LENGTH)``; ``weight, bias (LENGTH,)`` with ``AFFINE``."""
+    """Compute one row of ``y (rows, LENGTH)`` in each program; ``weight, bias (LENGTH,)`` are read with ``AFFINE``."""
     start = tl.program_id(0).to(tl.int64) * LENGTH
     columns = tl.arange(0, PIECE)
     pieces, total = (), tl.zeros((PIECE,), tl.float32)
     for first in tl.static_range(0, LENGTH, PIECE):
         a, _ = _gelu(tl.load(h + start + first + columns).to(tl.float32))
         pieces, total = pieces + (a,), total + a
-    mean = tl.sum(total) / LENGTH
+    mean = tl.sum(total) / LENGTH  # μ of a = gelu(h)
     squares = tl.zeros((PIECE,), tl.float32)
     for i in tl.static_range(LENGTH // PIECE):
         squares += (pieces[i] - mean) * (pieces[i] - mean)
-    scale = tl.rsqrt(tl.sum(squares) / LENGTH + eps)
-    shift = -mean * scale
+    scale = tl.rsqrt(tl.sum(squares) / LENGTH + eps)  # 1/σ
+    shift = -mean * scale  # â = (a - μ)/σ = a·scale + shift
     for i in tl.static_range(LENGTH // PIECE):
         at = i * PIECE + columns
         normed = pieces[i] * scale + shift
@@ -169,7 +173,10 @@ def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.c
 
 @triton.jit
 def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr):
-    """Program ``p`` of ``P`` takes rows ``p, p + P, …``, in place, and sums their ``dh`` in ``sums[p] (LENGTH,)``."""
+    """Compute rows ``p, p + P, …`` in program ``p`` of ``P``, in place, and sum their ``dh`` in ``sums[p] (LENGTH,)``.
+
+    ``y`` overwrites ``h``, ``dh`` overwrites ``dy``, both ``(rows, LENGTH)``.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, PIECE)
     column_sums = ()
@@ -186,15 +193,18 @@ def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PI
             dys, pieces, slopes = dys + (dy_piece,), pieces + (a,), slopes + (slope,)
             a_sum, squares = a_sum + a, squares + a * a
             dy_sum, products = dy_sum + dy_piece, products + dy_piece * a
-        # All at once: a row waits for its program's threads once. gelu's mean is not large beside its deviation.
+        # The averages of a, a², dy and dy∘a, all at once: a row waits for its program's threads once. The difference
+        # σ² = mean(a²) - μ² loses little, since the mean of gelu is not large against its deviation.
         mean, square, dy_mean, product = tl.reduce((a_sum, squares, dy_sum, products), 0, _add)
         mean, square, dy_mean, product = mean / LENGTH, square / LENGTH, dy_mean / LENGTH, product / LENGTH
-        scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+        scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)  # 1/σ
+        # With y = (a - μ)/σ: mean(dy∘y)/σ = (mean(dy∘a) - μ mean(dy))/σ².
         projection = (product - mean * dy_mean) * scale * scale
         shift, dy_shift = -mean * scale, -dy_mean * scale
         new_sums = ()
         for i in tl.static_range(LENGTH // PIECE):
-            normed = pieces[i] * scale + shift
+            normed = pieces[i] * scale + shift  # y
+            # da = dy/σ - mean(dy)/σ - y mean(dy∘y)/σ, and dh = da ∘ gelu'(h).
             dh = (dys[i] * scale + dy_shift - normed * projection) * slopes[i]
             at = start + i * PIECE + columns
             tl.store(h + at, normed)

@@ -1,4 +1,4 @@
-"""Gradients of queries, keys and values side by side, as one factor of the products behind them."""
+"""The choice between torch and a GPU kernel that puts the gradients of queries, keys and values side by side."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 # ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
 """Gradients of queries, keys and values rotated back, rounded, put side by side and summed, in one pass over them.
 
-Inductor rotates, copies and sums in kernels of their own, each of which reads the gradients again.
+Inductor rotates, copies and sums in kernels of their own, each of which reads the gradients again. The algebra is that
+of :mod:`longnet_dist.ops.join_gradients.reference`.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ PROGRAMS = 4
 def join_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As in ``longnet_dist/ops/join_gradients/choice.py``, for heads that :func:`fits` knows."""
+    """Compute what ``reference.py`` does, for heads that :func:`fits` accepts."""
     gradients = (gradient.contiguous() for gradient in (dq, dk, dv))
     joined, sums = _join_gradients(*gradients, [table.contiguous() for table in table or ()], dtype)
     return joined, sums
 
 
 def fits(head_dim: int, heads: int, kv_heads: int) -> bool:
-    """Whether a row falls into pieces that are large enough, and its sums into registers."""
+    """Return whether the pieces of a row are large enough and its sums fit in registers."""
     return head_dim % 2 == 0 and _piece(head_dim, heads, kv_heads) >= 64 and (heads + 2 * kv_heads) * head_dim <= WIDEST
 
 
 def _piece(head_dim: int, heads: int, kv_heads: int) -> int:
-    """The largest power of two, at most 512, that divides queries and keys of a row."""
+    """Return the largest power of two, at most 512, that divides the numbers of a row's queries and of its keys."""
     numbers = heads * head_dim | kv_heads * head_dim
     return min(numbers & -numbers, 512)
 
@@ -89,9 +90,10 @@ def _join_piece(
     source, table, joined, row, rows, even_sums, odd_sums, first: tl.constexpr, start: tl.constexpr,
     NUMBERS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Pairs of numbers from pair ``first`` on of rows of ``source`` to pair ``start`` on of ``joined``; the new sums.
+    """Copy pairs of channels from pair ``first`` on of ``source`` to pair ``start`` on of ``joined``; return the sums.
 
-    As many rows, from ``row`` on, and pairs as the sums ``(rows, pairs)`` have; ``NUMBERS, WIDTH`` of a whole row.
+    The shape of the sums, ``(rows, pairs)``, says how many rows, from ``row`` on, and pairs. A whole row has
+    ``NUMBERS`` numbers in ``source`` and ``WIDTH`` in ``joined``. With ``ROTATE`` the pairs are multiplied by ``Rᵀ``.
     """
     index = row + tl.arange(0, even_sums.shape[0])[:, None]
     valid = index < rows
@@ -101,10 +103,11 @@ def _join_piece(
     even, odd = tl.split(tl.reshape(numbers, (even_sums.shape[0], even_sums.shape[1], 2)))
     if ROTATE:
         factors = tl.load(table + index * 2 * HALF + (2 * first + columns) % (2 * HALF), mask=valid, other=0.0)
+        # R = [[c, -s], [s, c]] of a pair, so Rᵀ (x, y) = (c x + s y, c y - s x).
         c, s = tl.split(tl.reshape(factors, (even_sums.shape[0], even_sums.shape[1], 2)))
         even, odd = even * c + odd * s, odd * c - even * s
     numbers = tl.reshape(tl.join(even, odd), (even_sums.shape[0], 2 * even_sums.shape[1]))
-    tl.store(joined + index * WIDTH + 2 * start + columns, numbers, mask=valid)
+    tl.store(joined + index * WIDTH + 2 * start + columns, numbers, mask=valid)  # rounds to the result's dtype, once
     return even_sums + even, odd_sums + odd
 
 
@@ -114,7 +117,7 @@ def _join_gradients_kernel(
     QUERY: tl.constexpr, KEY: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …; row ``p`` of ``sums`` is theirs.
+    """Join ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, … in program ``p`` of ``P``; sum them in ``sums[p]``.
 
     ``dq (rows, QUERY)``, ``dk, dv (rows, KEY)``, tables ``(rows, HALF, 2)``, ``joined (rows, QUERY + 2·KEY)``.
     """
@@ -146,6 +149,7 @@ def _join_gradients_kernel(
             )  # fmt: skip
             new_evens, new_odds = new_evens + (even,), new_odds + (odd,)
         evens, odds = new_evens, new_odds
+    # db = Σ g, even and odd channels apart; the caller adds up the programs.
     start = sums + program.to(tl.int64) * WIDTH
     for i in tl.static_range(QUERIES + 2 * KEYS):
         place = 2 * (i * PAIRS + tl.arange(0, PAIRS))

@@ -24,7 +24,7 @@ FEWEST_ROWS = 4096
 
 
 class Matmul(NamedTuple):
-    """Hold a backend's functions of tokens ``x (n, K)``; those without ``write`` may be compiled.
+    """Hold a backend's functions of tokens ``x (n, K)``, of which those without ``write`` may be compiled.
 
     Attributes:
         normed: ``(x, weight, bias, eps)`` to :data:`Normed`, for ``linear``; weight and bias of the norm, or neither.
@@ -56,13 +56,13 @@ REFERENCE = Matmul(
     reference.ROTATED_DIMS,
     folded=False,
 )
-"""torch's matmuls, with norms that its compiler makes kernels of."""
+"""torch's matmuls. Its compiler fuses the norms before them into kernels."""
 
 
 def choose_matmul(
     name: MatmulName, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...]
 ) -> Matmul:
-    """Return the backend for a pass over ``rows`` tokens, whose lengths are among ``widths``.
+    """Return the backend for a pass over ``rows`` tokens through linear layers of ``widths`` outputs.
 
     ``"auto"`` takes quack's kernels where they run: in bfloat16 and float16 on a Hopper GPU, with quack-kernels
     installed. That the package is missing is logged once. Fewer than :data:`FEWEST_ROWS` tokens take torch's.

@@ -3,9 +3,9 @@
 """Matmuls by quack (from flash-attn 4's authors), which applies a function to each number of the result: a norm, a
 bias, a rotation, a sum.
 
-The norm comes *behind* the matmul. With mean μ and scale s of a token,
-``LayerNorm(x) Wᵀ = s·(x Wᵀ) - s·μ·(row sums of W)``. So the normed tokens are never written, only two numbers a token,
-and they are not rounded before they are multiplied.
+The norm comes *behind* the matmul. With mean μ and deviation σ of a token,
+``LayerNorm(x) Wᵀ = ((x - μ)/σ) Wᵀ = scale·(x Wᵀ) + shift·(row sums of W)`` with ``scale = 1/σ`` and ``shift = -μ/σ``.
+So the normed tokens are never written, only two numbers a token, and they are not rounded before they are multiplied.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def _with_sum(acc, c, bias):
     return {"D": acc + bias + c}
 
 
+# acc = x wᵀ for an output channel with weights w, and sums = Σ w: x̂ wᵀ + b = scale·acc + shift·sums + b.
 @gemm_epilogue(ops=_NORM)
 def _with_norm(acc, scale, shift, sums, bias):
     return {"D": acc * scale + shift * sums + bias}
@@ -61,6 +62,7 @@ def _with_norm_and_sum(acc, c, scale, shift, sums, bias):
 
 @gemm_epilogue(ops=_NORM | {"table": rotary_cos_sin_load("table")}, mode="acc_pair")
 def _with_norm_and_rotation(acc, table, scale, shift, sums, bias):
+    # The query or key of a pair of channels, then R = [[cos, -sin], [sin, cos]], scaled with xPos.
     even, odd = unpack(acc * scale + sums * shift + bias)
     cos, sin = unpack(table)
     return {"D": pack(even * cos - odd * sin, odd * cos + even * sin)}
@@ -102,8 +104,8 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
     """Return the tokens and ``scale, shift (n,)`` in float32 of a norm without weights, ``scale·x + shift``."""
     assert weight is bias is None, "the norms' weights are folded"
     wide = x.float()
-    mean = wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt((wide - mean).square().mean(-1) + eps)
+    mean = wide.mean(-1, keepdim=True)  # μ
+    scale = torch.rsqrt((wide - mean).square().mean(-1) + eps)  # 1/σ
     return x, scale, -mean.squeeze(-1) * scale
 
 

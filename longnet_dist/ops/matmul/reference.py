@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROTATED_DIMS: tuple[int, ...] = ()
-"""No head dim: queries and keys are rotated behind the matmul."""
+"""No head dim: queries and keys are rotated after the matmul, not by it."""
 
 
 def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """Return the normed tokens, alone."""
+    """Return the normed tokens ``(n, K)`` without moments."""
     return (F.layer_norm(x, x.shape[-1:], weight, bias, eps),)
 
 
@@ -32,5 +32,5 @@ def write_linear(tokens: tuple[Tensor, ...], weight: Tensor, bias: Tensor, added
 
 
 def write_rotated(tokens: tuple[Tensor, ...], weight: Tensor, bias: Tensor, table: Tensor, out: Tensor) -> None:
-    """Raise: there is no head dim in :data:`ROTATED_DIMS`."""
+    """Raise NotImplementedError: there is no head dim in :data:`ROTATED_DIMS`."""
     raise NotImplementedError("torch's matmuls do not rotate")

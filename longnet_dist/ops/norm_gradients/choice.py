@@ -1,4 +1,4 @@
-"""The gradient of a LayerNorm without weights, with what is added to it and the sums that follow."""
+"""The choice between torch and a GPU kernel for the gradient of a LayerNorm without weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def norm_gradients_of(device: torch.device, dtype: torch.dtype, length: int) -> 
 
 
 def gives_delta(device: torch.device, dtype: torch.dtype, length: int, heads: int) -> bool:
-    """Return whether that kernel runs and gives ``delta`` as well."""
+    """Return whether that kernel runs and also computes ``delta``, the attention backward's ``rowsum(dO ∘ O)``."""
     if not takes_triton(device, dtype):
         return False
     from longnet_dist.ops.norm_gradients import triton as kernels

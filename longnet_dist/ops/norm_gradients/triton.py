@@ -1,9 +1,10 @@
 # Device code: Triton's compiler gives its values their types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 # ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
-"""Gradient of a LayerNorm of the model's width, added to the residual's, with the sums of rows, in one pass.
+"""Gradient of a LayerNorm of the model's width, added to the residual path's, with the sums of rows, in one pass.
 
-Inductor sums the rows in kernels of their own, or holds a row and its sums less well.
+Inductor sums the rows in kernels of their own, or holds a row and its sums less well. The algebra is that of
+:mod:`longnet_dist.ops.norm_gradients.reference`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def fits_heads(length: int, heads: int) -> bool:
 
 
 def _piece(length: int) -> int:
-    """Numbers of a piece: a power of two that divides the row, for one warp a row where that is enough."""
+    """Return the numbers of a piece: a power of two that divides the row, for one warp a row where that is enough."""
     return min(length & -length, 256 if length <= 1024 else 512 if length <= 2560 else 1024)
 
 
@@ -112,7 +113,7 @@ def _norm_gradients_kernel(
     LENGTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     RESIDUAL: tl.constexpr, SUMS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Program ``p`` of ``P`` takes ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, …, and sums them in ``sums[p]``.
+    """Compute ``ROWS`` rows from ``ROWS·p``, ``ROWS·(p + P)``, … in program ``p`` of ``P``; sum them in ``sums[p]``.
 
     ``dy, x, residual_grad, dx (rows, LENGTH)``, of which ``residual_grad`` and ``dx`` may be one;
     ``sums (P, 2, LENGTH)``; ``delta (rows, HEADS)`` if there are heads;
@@ -136,6 +137,7 @@ def _norm_gradients_kernel(
             dy_piece = tl.load(dy + start + first, mask=valid, other=0.0).to(tl.float32)
             xs, dys = xs + (x_piece,), dys + (dy_piece,)
             x_sum, dy_sum = x_sum + x_piece, dy_sum + dy_piece
+        # μ and mean(dy) of each row.
         mean, dy_mean = tl.reduce((x_sum, dy_sum), 1, _add)
         mean, dy_mean = (mean / LENGTH)[:, None], (dy_mean / LENGTH)[:, None]
         squares, products = nothing, nothing
@@ -143,13 +145,16 @@ def _norm_gradients_kernel(
             centred = xs[i] - mean
             squares, products = squares + centred * centred, products + centred * dys[i]
         variance, projection = tl.reduce((squares, products), 1, _add)
-        scale = tl.rsqrt(variance / LENGTH + eps)[:, None]
+        scale = tl.rsqrt(variance / LENGTH + eps)[:, None]  # 1/σ
+        # With x̂ = (x - μ)/σ: x̂ mean(dy∘x̂)/σ = (x - μ) · mean(dy∘(x - μ))/σ³.
         projection = (projection / LENGTH)[:, None] * scale * scale * scale
         new_dx_sums, new_residual_sums = (), ()
         for i in tl.static_range(LENGTH // PIECE):
+            # J_LNᵀ dy = (dy - mean(dy))/σ - x̂ mean(dy∘x̂)/σ.
             dx_piece = (dys[i] - dy_mean) * scale - (xs[i] - mean) * projection
             at = start + i * PIECE
             if RESIDUAL:
+                # dx = residual_grad + J_LNᵀ dy.
                 residual = tl.load(residual_grad + at, mask=valid, other=0.0).to(tl.float32)
                 dx_piece += residual
                 if SUMS:
@@ -159,6 +164,7 @@ def _norm_gradients_kernel(
             rounded = dx_piece.to(dx.dtype.element_ty)
             tl.store(dx + at, rounded, mask=valid)
             if HEADS:
+                # delta = rowsum(dx ∘ x) of each head, from dx as it was rounded: the attention's backward reads that.
                 products = tl.reshape(rounded.to(tl.float32) * xs[i], (ROWS, PIECE_HEADS, PIECE // PIECE_HEADS))
                 place = index.to(tl.int64) * HEADS + i * PIECE_HEADS + tl.arange(0, PIECE_HEADS)[None, :]
                 tl.store(delta + place, tl.sum(products, 2), mask=valid)
@@ -169,6 +175,7 @@ def _norm_gradients_kernel(
             if RESIDUAL:
                 residual_sums = new_residual_sums
     if SUMS:
+        # Σ dx and Σ residual_grad over the program's rows; the caller adds up the programs.
         place = sums + program.to(tl.int64) * 2 * LENGTH + tl.arange(0, PIECE)
         for i in tl.static_range(LENGTH // PIECE):
             tl.store(place + i * PIECE, tl.sum(dx_sums[i], 0))
