@@ -113,7 +113,10 @@ def attention(device_name: str, dtype_name: str, head_dim: str) -> None:
     assert isinstance(out, torch.Tensor)
     found = [out, *torch.autograd.grad(out, inputs, tensors[3])]
     wanted = [expected, *torch.autograd.grad(expected, exact_inputs, tensors[3].double().cpu())]
-    errors = [float((a.double().cpu() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    errors = [
+        float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm())
+        for a, b in zip(found, wanted, strict=True)
+    ]
     # A NaN is no number of JSON, and greater than nothing.
     error = max(errors) if all(map(_is_number, errors)) else 1.0
     tell(error=error, allowed=ALLOWED_ROUNDINGS[dtype_name] * torch.finfo(dtype).eps)
