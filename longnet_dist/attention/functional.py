@@ -33,7 +33,7 @@ from longnet_dist.geometry.window import (
 from longnet_dist.numerics import wide_dtype
 
 LEAST_SCALE = 2.0**-10
-"""Of the scores, and 1 over the largest, at which the logarithm of a multiplicity can be added to them in float16."""
+"""Smallest factor of the scores, and 1 over the largest, with which float16 can hold a multiplicity's logarithm."""
 
 
 def dilated_attention(
@@ -53,7 +53,7 @@ def dilated_attention(
     cache: LayerCache | None = None,
     sink: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Dilated attention (LongNet, section 2.2; across ranks, section 3), exact in output and gradients.
+    r"""Compute dilated attention (LongNet, section 2.2; across ranks, section 3), exact in output and gradients.
 
     .. math::
         \mathrm{LSE}(n,h) = \log \sum_i e^{\mathrm{LSE}_i(n,h)}, \qquad
@@ -99,14 +99,14 @@ def dilated_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`dilated_attention` as ``spec`` says: out, lse."""
+    """Return out and lse of :func:`dilated_attention` for a call that was checked; autograd records it."""
     out, lse = _DilatedAttention.apply(q, k, v, sink, spec)  # type: ignore[no-untyped-call]
     return out, lse
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """All of a call that is not a tensor; made by :meth:`of`, which checks it.
+    """Hold all of a call that is not a tensor; :meth:`of` makes and checks it.
 
     Attributes:
         merges: whether pairs that several branches hold are computed once.
@@ -141,7 +141,10 @@ class AttentionSpec:
         cache: LayerCache | None,
         sink: Tensor | None = None,
     ) -> AttentionSpec:
-        """Of a call with the arguments of :func:`dilated_attention`; of q, k, v only shape, dtype and device count."""
+        """Build and check the spec of a call; the arguments and errors are those of :func:`dilated_attention`.
+
+        Only the shapes, dtypes and devices of q, k and v are used.
+        """
         kernel, refusal = None, None
         try:
             kernel = choose_kernel(backend, q.device, q.dtype, deterministic)
@@ -167,37 +170,42 @@ class AttentionSpec:
 
     @property
     def window(self) -> tuple[int, int]:
+        """Return the first row of this rank's queries and the row behind the last."""
         return self.shards.window(self.rank)
 
     @property
     def exchanges(self) -> bool:
-        """Whether rows are shared at all, between ranks or chunks."""
+        """Whether a query sees keys of another rank or chunk."""
         return needs_exchange(self.pattern, self.shards)
 
     @property
     def halves(self) -> tuple[int, ...]:
-        """Which rows ranks need of each other then; chunks leave all for the next, so that any kernel goes on."""
+        """Return :func:`first_halves` where they limit what ranks exchange; else an empty tuple, for all rows.
+
+        Chunks leave all rows for the next chunk, which another kernel may compute.
+        """
         whole = self.shards.stop - self.shards.start == self.shards.total_rows
         return first_halves(self.pattern) if self.merges and self.causal and whole else ()
 
     def plan(self, kv_heads: int) -> ExchangePlan:
+        """Return which sparse rows this rank sends and receives."""
         return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal, self.halves)
 
     def shared(self) -> tuple[Segment, ...]:
-        """The segments whose keys this window takes from compact buffers."""
+        """Return the segments whose keys this window takes from compact buffers."""
         return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal, self.halves)
 
     def dense_calls(self, kv_heads: int) -> tuple[Call, ...]:
-        """The calls whose keys are the window's own rows.
+        """Return the calls whose keys are the window's own rows.
 
-        One that covers every row and head (r = 1) comes first; it is fresh if the kernel can write buffers that were
-        never written, where later calls add.
+        A call that covers every row and head (r = 1) comes first. It is fresh if the kernel can write buffers that were
+        never written; later calls add to them.
         """
         total, fresh = self.shards.total_rows, self.kernel.starts_fresh
         return _dense_calls(self._maker(kv_heads), self.pattern, self.window, total, fresh)
 
     def shared_calls(self, kv_heads: int) -> tuple[tuple[Call, ...], ...]:
-        """The calls of each shared segment, in their order."""
+        """Return the calls of each segment of :meth:`shared`."""
         return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
 
     def _maker(self, kv_heads: int) -> _CallMaker:
@@ -205,7 +213,7 @@ class AttentionSpec:
 
 
 class _CallMaker(NamedTuple):
-    """What calls of all pieces have in common."""
+    """Make the calls of pieces, from what all of them have in common."""
 
     kv_heads: int
     causal: bool
@@ -241,24 +249,31 @@ def _shared_calls(
 
 
 def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a number a row and head, ``(B, n, H)``, with the rows of a head side by side: kernels read it so."""
+    """Return an empty ``(B, n, H)`` in which the rows of a head are adjacent, as kernels read them."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype).transpose(1, 2)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Start the gather, dense pieces, await it, shared pieces: out, lse, and the keys and values of shared segments."""
+    """Compute the local pieces while the sparse rows of other ranks travel, then the pieces that need them.
+
+    Returns:
+        out ``(B, n, H, D)``, lse ``(B, n, H)`` and, for backward, keys and values of the shared segments.
+    """
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     gather = None
     if exchanges and not (spec.cache and spec.cache.complete):
+        # The paper's exchange (section 3.1): sparse rows of K and V alone, as many for any N.
         gather = Gather(spec.plan(kv_heads), spec.group, k, v, spec.overlap)
     calls = spec.dense_calls(kv_heads)
     out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
     lse = _per_head(q, wide_dtype(q.dtype))
     if not (calls and calls[0].fresh):
+        # A softmax over no keys: O = 0, LSE = ln 0.
         out.zero_()
         lse.fill_(-torch.inf)
+    # Each call merges its keys into the running (O, LSE): LSE'' = ln(e^LSE + e^LSE'), equations 9 and 10.
     for call in calls:
         kernel.forward(call, q, k, v, out, lse)
     shared: list[Tensor] = []
@@ -278,12 +293,12 @@ def attention_forward(
 
 
 class BackwardStart(NamedTuple):
-    """What the backward of attention takes from its output, so that the caller may forget that before it has q, k, v.
+    """Carry what a backward needs of the output, so that the caller can free the output before it has q, k, v.
 
     Attributes:
         dout: gradient of the output.
-        statistics: what the kernel is to know of the output.
-        dq: cleared, as wide as it is summed.
+        statistics: LSE and delta, or the output, in the kernel's form.
+        dq: zeros in the dtype in which dQ is summed.
         copy: scratch in the inputs' dtype, to which dq is rounded at the end if the caller wants that; None otherwise.
             Until then it may hold the statistics.
     """
@@ -303,13 +318,13 @@ def start_attention_backward(
     narrow: bool = True,
     dlse: Tensor | None = None,
 ) -> BackwardStart:
-    """Start a backward, after which the caller may forget the output.
+    """Start a backward, after which the caller may free the output.
 
     Args:
         dout, out, lse: gradient of the output, output and log-sum-exp, merged over all branches and the sink.
         spec: of the call.
         delta: ``rowsum(dout ∘ out) - dlse (B, n, H)``, if it is known; it must be where there is a ``dlse``.
-        narrow: whether dq gets the dtype of q; a wide one, as it was summed, spares its narrow copy.
+        narrow: whether dq gets the dtype of q. Left as wide as it was summed, it needs no second buffer.
         dlse: gradient of the log-sum-exp, if it has one.
     """
     query_dtype, _ = spec.kernel.gradient_dtypes(out.dtype)
@@ -321,7 +336,14 @@ def start_attention_backward(
 def attention_backward(
     start: BackwardStart, q: Tensor, k: Tensor, v: Tensor, shared: list[Tensor], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shared pieces, start the reduce-scatter, dense pieces, await it: dk, dv as wide as they were summed, and dq."""
+    """Compute the pieces with rows of other ranks, then the local pieces while those gradients travel back.
+
+    With the merged LSE and delta each piece adds its own part: dQ = Σ scale·dS K, dK = Σ scale·dSᵀ Q, dV = Σ Pᵀ dO over
+    the pieces.
+
+    Returns:
+        dq, and dk and dv in the dtype in which they were summed.
+    """
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
     dout, statistics, dq, copy = start
@@ -343,6 +365,7 @@ def attention_backward(
         for parts, (key, value, (dkey, dvalue)) in zip(spec.shared_calls(kv_heads), buffers, strict=True):
             for call in parts:
                 kernel.backward(call, given._replace(k=key, v=value), Gradients(dq, dkey, dvalue))
+        # A key's gradient is the sum over all queries that saw it, so the ranks' parts are summed at its owner.
         scatter = ReduceScatter(plan, spec.group, gradients, spec.overlap)
     for call in calls:
         kernel.backward(call, given, Gradients(dq, dk, dv))
@@ -352,10 +375,10 @@ def attention_backward(
 
 
 class _DilatedAttention(torch.autograd.Function):
-    """Saves q, k, v, out, lse, and the gathered keys and values of shared segments.
+    """Compute dilated attention; save q, k, v, out, lse, and the gathered keys and values of shared segments.
 
-    The latter are ``2·D·Hkv·Σ w/r`` numbers, whatever ``N`` is, and so never gathered again: see ARCHITECTURE.md, "The
-    exchange".
+    The latter are ``2·D·Hkv·Σ w/r`` numbers, whatever ``N`` is. So they are kept and not gathered again: see
+    ARCHITECTURE.md, "The exchange".
     """
 
     @staticmethod
