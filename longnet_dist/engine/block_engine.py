@@ -1,4 +1,4 @@
-"""What runs a block in place of its own modules."""
+"""The engine's entry: it runs one block in place of the block's own modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BlockEngine:
     """Run one block as its execution says.
 
     Args:
-        execution: of this block.
+        execution: the options of this block.
         pool: pinned memory that all blocks of a model share; None if none of them offloads.
     """
 

@@ -38,9 +38,9 @@ class BlockRun:
     Attributes:
         parts: the row-wise parts of the block.
         spec: its attention.
-        execution: what it saves.
-        shape: batch and tokens of a sequence on this rank.
-        saved: where it saves; None if there will be no backward.
+        execution: its options, which say what it saves.
+        shape: ``(B, n)``, the sequences and their tokens on this rank.
+        saved: the tensors saved for backward; None if there will be none.
     """
 
     parts: RowParts
@@ -96,12 +96,13 @@ class BlockRun:
                 "the backward of a block can run once: it empties what the forward saved; run the forward again, or "
                 "use activation_checkpointing=none with retain_graph=True"
             )
-        if out is None or lse is None:
+        if out is None or lse is None:  # "full": the attention is computed again
             qkv = self._qkv(x)
             out, lse, shared = attention_forward(qkv[0], qkv[1], qkv[2], self.spec)
         else:
             qkv = [kept for kept in map(self.saved.take, "qkv") if kept is not None]
             lse, shared = lse.transpose(1, 2), self._shared
+        # z  ⇒  dout = dO, dx of the residual path, and delta = rowsum(dO ∘ O) if a kernel has it on the way.
         moments, self._moments = self._moments, []
         dx, dout, delta, gradients = self.parts.output_gradients(x, out.flatten(0, 1), dz.contiguous(), moments)
         if delta is not None:
@@ -116,12 +117,14 @@ class BlockRun:
         dout = torch.unflatten(dout, 0, self.shape)
         start = start_attention_backward(dout, kept.out, kept.lse, self.spec, kept.delta, narrow=False)
         x, dx, qkv, shared = kept.x, kept.dx, kept.qkv, kept.shared
-        del kept  # and with it the output: the kernel may have no need of it any more
+        del kept  # and with it the output: the kernel may not need it any more, as it has LSE and delta
         q, k, v = qkv or self._qkv(x)
+        # P = exp(s - LSE), dS = P ∘ (dO Vᵀ - delta)  ⇒  dQ, dK, dV, as wide as they were summed.
         gradients = attention_backward(start, q, k, v, shared, self.spec)
         del q, k, v, qkv, start, dout
         assert self.saved is not None
-        self.saved.fetch_below()  # which "full" leaves until now, when most memory is free again
+        self.saved.fetch_below()  # "full" waits until now, when most memory is free again
+        # x reaches z through q, k and v too  ⇒  dx grows by J_LNᵀ du.
         return dx, self.parts.add_projection_gradients(x, tuple(part.flatten(0, 1) for part in gradients), dx)
 
     def _qkv(self, x: Tensor) -> list[Tensor]:
@@ -156,7 +159,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _Output(torch.autograd.Function):
-    """Compute what follows the attention; the gradient of ``x`` leaves in one piece, through :class:`_Attention`."""
+    """Compute what follows the attention.
+
+    ``x`` reaches the output on two paths. :class:`_Attention` returns the sum of both gradients, which are added in one
+    buffer, so the gradient of ``x`` here is None.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, out: Tensor, run: BlockRun, *weights: Tensor) -> Tensor:

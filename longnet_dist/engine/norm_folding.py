@@ -30,6 +30,7 @@ def fold_norms(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     changed = dict(weights)
     for norm, linear in _pairs(weights):
         weight = weights[f"{linear}.weight"]
+        # b' = b + W β, W' = W ∘ γ: γ scales the columns of W, one for each channel of x̂.
         changed[f"{linear}.bias"] = weights[f"{linear}.bias"] + (weight * weights[f"{norm}.bias"]).sum(-1)
         changed[f"{linear}.weight"] = weight * weights[f"{norm}.weight"]
         changed.pop(f"{norm}.weight", None)
@@ -52,8 +53,10 @@ def unfold_gradients(gradients: Mapping[str, Tensor], weights: Mapping[str, Tens
         gain, shift = weights[f"{norm}.weight"], weights[f"{norm}.bias"]
         wide, bias = gradients[f"{linear}.weight"], gradients[f"{linear}.bias"]
         weight = weights[f"{linear}.weight"].to(wide.dtype)
+        # dγ = Σ_o dW'_o ∘ W_o, dβ = db' W; both are added up over the layers behind one norm.
         for name, part in ((f"{norm}.weight", (wide * weight).sum(0)), (f"{norm}.bias", bias @ weight)):
             found[name] = found[name] + part if name in found else part
+        # dW = dW' ∘ γ + db' βᵀ, and db = db' as it is.
         found[f"{linear}.weight"] = wide * gain + bias[:, None] * shift
     return found
 

@@ -151,10 +151,11 @@ def write_output_gradients(
     # h = ŷ W₁ᵀ + b₁  ⇒  dŷ = dh W₁, dW₁ = dhᵀ ŷ.
     dnormed_y = matmul.matmul(dh, weights["ffn.fc1.weight"])
     # y reaches z directly and through ŷ  ⇒  dy = dz + J_LNᵀ dŷ. This is dx so far, as x reaches y directly.
-    # With y = x + ô W_oᵀ + b_o also db_o = Σ dy.
+    # The same pass sums rows: db₂ = Σ dz and, with y = x + ô W_oᵀ + b_o, db_o = Σ dy.
     (db_o, db2), y_hat = norm_gradients(dnormed_y, y, dz, eps, True, True, dx, None)
     dy = dx
-    # ô  ⇒  dô = dy W_o, dW_o = dyᵀ ô, do = J_LNᵀ dô, and delta = rowsum(do ∘ o) for the attention's backward.
+    # y = x + ô W_oᵀ + b_o  ⇒  dô = dy W_o, dW_o = dyᵀ ô. Then do = J_LNᵀ dô, since o has no residual path, and
+    # delta = rowsum(do ∘ o) of each head for the attention's backward.
     dnormed_o = matmul.matmul(dy, weights["self_attn.out_proj.weight"])
     _, o_hat = norm_gradients(dnormed_o, o, None, eps, False, True, dout, delta)
     gradients = {"ffn.fc2.weight": dz.T @ f, "ffn.fc2.bias": db2}
@@ -184,7 +185,8 @@ def add_projection_gradients(
     dq, dk, dv = gradients
     gains = {name: weight for name, weight in weights.items() if name.endswith("_norm.weight")}
     if gains:
-        # q = R(RMSNorm(u W_qᵀ + b_q)) with a rotation R  ⇒  first Rᵀ dq, then the RMSNorm's own gradient.
+        # q = R RMSNorm(u W_qᵀ + b_q) with the token's linear map R  ⇒  first Rᵀ dq, then the RMSNorm's own gradient,
+        # which is that of u W_qᵀ + b_q; k likewise.
         heads = [dq.shape[1], dk.shape[1]]
         u = _normed(x, weights, "self_attn_layer_norm", eps, matmul)
         weight, bias = (weights[STACKED + kind][: sum(heads) * head_dim] for kind in ("weight", "bias"))
@@ -195,10 +197,11 @@ def add_projection_gradients(
             dq, dk = rotate(dq, dk, table.transposed())
         dq, dk, *gain_gradients = backward((dq.to(x.dtype), dk.to(x.dtype)))
         _add(sums, dict(zip(gains, gain_gradients, strict=True)))
-    # g = [Rᵀdq, Rᵀdk, dv], W = [W_q; W_k; W_v]  ⇒  du = g W, dW = gᵀ u, db = Σ g.
+    # g = [dq', dk', dv] are the gradients of u Wᵀ + b with W = [W_q; W_k; W_v]. Here dq' = Rᵀ dq, or what the RMSNorm
+    # gave above; dk' likewise  ⇒  du = g W, dW = gᵀ u, db = Σ g.
     g, db = join(dq, dk, dv, None if gains else table, x.dtype)
     du = matmul.matmul(g, weights[STACKED + "weight"])
-    # x reaches the output directly (dx so far) and through u  ⇒  dx += J_LNᵀ du.
+    # x reaches the output directly (dx so far) and through u = x̂  ⇒  dx += J_LNᵀ du.
     _, u_hat = norm_gradients(du, x, dx, eps, False, True, dx, None)
     _add(sums, {STACKED + "weight": g.T @ u_hat, STACKED + "bias": db})
 

@@ -38,7 +38,11 @@ _BEFORE += ("self_attn.q_norm.", "self_attn.k_norm.")
 
 @dataclass(frozen=True)
 class RowParts:
-    """Compute the row-wise parts of a block, tile by tile. Autograd records the first two methods alone.
+    """Compute the row-wise parts of a block, tile by tile.
+
+    Autograd records :meth:`graph_before` and :meth:`graph_after`. The other methods run without graph, with the
+    hand-written gradients of :mod:`longnet_dist.engine.row_functions`. Gradients of weights are summed over the tiles
+    in float32 or float64.
 
     Attributes:
         weights: the block's parameters by name.
@@ -88,12 +92,12 @@ class RowParts:
         return norm_gradients_of(weight.device, weight.dtype, weight.shape[1])
 
     def graph_before(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return q, k, v ``(n, heads, D)``, recorded by autograd."""
+        """Return q, k, v ``(n, heads, D)``; autograd records it."""
         parts = [self._run(before_attention, x[rows], *self._before(rows, self.before)) for rows in self._tiles(x)]
         return tuple(_joined(tiles) for tiles in zip(*parts, strict=True))
 
     def graph_after(self, x: Tensor, out: Tensor) -> Tensor:
-        """Return the block's output ``(n, E)``, recorded by autograd."""
+        """Return the block's output ``(n, E)``; autograd records it."""
         return _joined(
             [self._run(after_attention, x[rows], out[rows], self.after, self.eps) for rows in self._tiles(x)]
         )
@@ -135,6 +139,7 @@ class RowParts:
         dx, dout, weights = torch.empty_like(x), torch.empty_like(out), self._run(fold_norms, _detached(self.after))
         with_delta = gives_delta(x.device, x.dtype, x.shape[1], out.shape[1])
         delta = x.new_empty(out.shape[:2], dtype=torch.float32) if with_delta else None
+        # A weight acts on every token, so its gradient is a sum over tokens: over the rows of a tile, then over tiles.
         sums, tiles = _zeros(weights), list(self._tiles(x))
         for rows, of_tile in zip(tiles, moments or [()] * len(tiles), strict=True):
             given = x[rows], out[rows], dz[rows], of_tile, weights, self.eps, self.matmul
@@ -144,6 +149,7 @@ class RowParts:
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:
         """Add what comes through q, k, v to ``dx``; return the gradients of the weights before the attention."""
+        # One linear layer [W_q; W_k; W_v]: one matmul for du, one for dW.
         folded_weights = self._run(fold_norms, _detached(self.before))
         weights = _stacked(folded_weights)
         sums = _zeros(weights)
@@ -189,7 +195,10 @@ def _joined(tiles: Sequence[Tensor]) -> Tensor:
 
 
 def _detached(weights: Weights) -> dict[str, Tensor]:
-    """Detach the weights for one compiled call, which would ask for gradients otherwise; ZeRO moves its weights."""
+    """Return the weights without graph, since a compiled call would ask for gradients otherwise.
+
+    It is done for each call, because ZeRO moves its weights.
+    """
     return {name: weight.detach() for name, weight in weights.items()}
 
 

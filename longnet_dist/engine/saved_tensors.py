@@ -1,4 +1,4 @@
-"""What blocks save from forward to backward, on the device or in pinned host memory.
+"""Tensors that blocks save from forward to backward, on the device or in pinned host memory.
 
 Copies to the host and back run on a CUDA stream of their own. torch's ``save_on_cpu`` waits for each copy and pins new
 memory for it.
@@ -17,7 +17,7 @@ SLAB_BYTES = 2**26
 
 
 class SavedTensors:
-    """Hold what one block saves, by name; backward empties them in the opposite order of their making.
+    """Hold the tensors that one block saves, by name; backward takes the blocks in reverse and empties them.
 
     Args:
         pool: pinned memory that the blocks of a model share; None if none of them offloads.
@@ -59,7 +59,7 @@ class SavedTensors:
             saved.fetch()
 
     def release(self) -> None:
-        """Forget the device's copy of what was offloaded."""
+        """Free the device's copies of offloaded tensors."""
         for kept in self._offloaded():
             kept.release()
 
@@ -100,7 +100,7 @@ class PinnedPool:
         return saved
 
     def settle(self, most: int = 0) -> None:
-        """Release what was copied to the host, but for the last ``most`` blocks."""
+        """Free the device memory of offloaded tensors, except for the last ``most`` blocks."""
         while len(self._leaving) > most:
             saved = self._leaving.popleft()
             if saved is not None:
@@ -116,11 +116,11 @@ class PinnedPool:
         return [self._free.pop() for _ in range(number)]
 
     def give_back(self, slabs: list[Tensor]) -> None:
-        """Take slabs back whose content was copied, or is being copied on the side stream."""
+        """Take back slabs whose content was copied, or is being copied on the side stream."""
         self._free += slabs
 
     def side_stream(self, device: torch.device) -> AbstractContextManager[object]:
-        """Run what is started inside on the side stream of ``device``, behind what the compute stream has now."""
+        """Start work on the side stream of ``device``, where it waits for what the compute stream has been given."""
         if device.type != "cuda":
             return nullcontext()
         if device not in self._streams:
@@ -153,7 +153,7 @@ class OffloadedTensor:
         self._pool.give_back(self._slabs)
 
     def release(self) -> None:
-        """Forget the tensor on the device; what is computed from now on waits for its copy."""
+        """Free the tensor on the device; later work on the compute stream waits for its copy to the host."""
         if self._leaving is not None:
             self._await(self._copied)
         self._leaving = None
@@ -172,7 +172,7 @@ class OffloadedTensor:
         self._slabs, self._fetched = [], tensor
 
     def take(self) -> Tensor:
-        """Hand out the tensor, once; what is computed from now on waits for it."""
+        """Hand out the tensor, once; later work on the compute stream waits for its copy to the device."""
         self.fetch()
         tensor, self._fetched = self._fetched, None
         assert tensor is not None
@@ -180,7 +180,7 @@ class OffloadedTensor:
         return tensor
 
     def _event(self) -> torch.cuda.Event | None:
-        """Mark what runs on the present stream."""
+        """Record an event on the present stream; None on a CPU."""
         return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
 
     def _await(self, event: torch.cuda.Event | None) -> None:

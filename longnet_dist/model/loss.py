@@ -17,17 +17,26 @@ IGNORE_INDEX = -100
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool = False) -> Tensor:
-    """Sum of the cross-entropies of ``softmax(x weightᵀ)``; ``chunk`` rows of logits exist at a time.
+    r"""Return the sum of the cross-entropies of ``softmax(x weightᵀ)``; only ``chunk`` rows of logits exist at a time.
 
-    Softmax, the loss and the sum of the chunks' gradients of ``weight`` are float32 (float64 for float64 inputs). With
-    a graph, forward makes the gradients too, while it has the logits; backward multiplies them.
+    With logits :math:`l_i = x_i W^\top` and label :math:`y_i` of row :math:`i`,
+
+    .. math::
+        L = \sum_i \Big(\log \sum_v e^{l_{iv}} - l_{iy_i}\Big), \qquad dl_{iv} = p_{iv} - [v = y_i], \qquad
+        p_{iv} = \frac{e^{l_{iv}}}{\sum_u e^{l_{iu}}},
+
+    .. math::
+        dx = dl\,W, \qquad dW = dl^\top x .
+
+    Forward computes these gradients while it has the logits, if there is a graph. Backward multiplies them by the
+    gradient of the loss. Softmax, loss and the sum of the chunks' dW are float32 (float64 for float64 inputs).
 
     Args:
         x: ``(rows, E)``.
         weight: ``(V, E)``, in the dtype of ``x``.
         labels: ``(rows,)`` int64 in ``0 … V-1``, or :data:`IGNORE_INDEX` for a row without label.
-        chunk: rows, at least 1.
-        compile: whether what happens to a chunk of logits is compiled.
+        chunk: rows of logits at once, at least 1.
+        compile: whether the work on a chunk of logits is compiled.
 
     Returns:
         Scalar, float32 or float64.
@@ -42,6 +51,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Compute the loss and its gradients chunk by chunk in forward; scale the gradients in backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool) -> Tensor:
         x, weight, vocab = x.detach(), _aligned(weight.detach()), len(weight)
@@ -57,6 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gradient, dweight = ctx.saved_tensors
+        # Forward took dL = 1; the chain rule leaves the factor dL. The saved gradients stay for a second backward.
         dx = torch.empty_like(gradient)
         for rows in _chunks(len(dx), ctx.chunk):
             run(_write_scaled, ctx.compile, gradient[rows], dloss, dx[rows])
@@ -64,48 +76,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """With rows of zeros behind it, so that rows of logits begin where products are fast."""
+    """Append rows of zeros to the weight, so that rows of logits begin at addresses where matmuls are fast."""
     missing = -len(weight) % _alignment(weight.device)
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
 def _alignment(device: torch.device) -> int:
-    """Rows of logits hold a multiple of it."""
+    """Return the number of which a row of logits has a multiple."""
     return 64 if device.type == "cuda" else 1
 
 
 def _loss_of(x: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    """Return the loss sum of one chunk of rows."""
     loss, _, _ = _softmax(F.linear(x, weight), labels, vocab)
     return loss
 
 
 def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: Tensor, dweight: Tensor) -> Tensor:
-    """The loss of some rows; write its gradient, add that of the weight."""
+    """Return the loss sum of one chunk of rows; write its ``dx`` and add its ``dweight``."""
+    # exponentials = exp(l - max l), total their row sums.
     loss, exponentials, total = _softmax(F.linear(x, weight), labels, vocab)
     right = torch.arange(len(weight), device=x.device) == labels.unsqueeze(1)
     labelled = (labels != IGNORE_INDEX).unsqueeze(1)
+    # dl = p - onehot(y) for labelled rows, 0 for the others. It overwrites the exponentials: no tensor is larger.
     dlogits = exponentials.div_(total).add_(right, alpha=-1).mul_(labelled).to(x.dtype)
+    # l = x Wᵀ  ⇒  dx = dl W, dW = dlᵀ x.
     dx.copy_(dlogits @ weight)
     dweight.add_(dlogits.T @ x)
     return loss
 
 
 def _write_scaled(gradient: Tensor, dloss: Tensor, dx: Tensor) -> None:
-    """The gradient of a loss that counts ``dloss`` times."""
+    """Write the gradient of ``dloss`` times the loss."""
     dx.copy_(gradient * dloss)
 
 
 def _softmax(logits: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of the labelled rows; numerators, as ``logits``, and denominators ``(rows, 1)`` of the softmax.
+    """Return the loss sum, and numerators ``(rows, V)`` and denominators ``(rows, 1)`` of the softmax.
 
-    The first ``vocab`` logits of a row count. torch's cross-entropy would make the logarithms of all probabilities, to
-    read one a row.
+    Only the first ``vocab`` logits of a row count. torch's cross-entropy would compute the logarithms of all
+    probabilities and read one of each row.
     """
     wide, labelled = logits.to(wide_dtype(logits.dtype)), labels != IGNORE_INDEX
     label = torch.where(labelled, labels, 0).unsqueeze(1)
+    # l_iy. A row without label reads logit 0, and its loss is not summed.
     of_label = wide[:, :vocab].gather(1, label)
-    if wide.shape[1] > vocab:
+    if wide.shape[1] > vocab:  # the logits of the rows of zeros: exp(-inf) = 0
         wide = wide.masked_fill(torch.arange(wide.shape[1], device=wide.device) >= vocab, -torch.inf)
+    # log Σ exp(l) = m + log Σ exp(l - m) with m = max l, which cannot overflow.
     largest = wide.amax(-1, keepdim=True)
     exponentials = (wide - largest).exp_()
     total = exponentials.sum(-1, keepdim=True)
