@@ -77,7 +77,7 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        """The number of all ranks."""
+        """Return the number of all ranks."""
         return self.shape.data * self.shape.sequence
 
 

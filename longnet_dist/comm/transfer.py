@@ -81,7 +81,7 @@ class CompactBuffers:
 
     @property
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """The keys and the values of all slots, each ``(B, slots, 1, D)``: slots in place of rows, and one head."""
+        """Return keys and values, each ``(B, slots, 1, D)``: as for one head, with a slot in place of a row."""
         key, value = self.records.unsqueeze(3)
         return key, value
 

@@ -1,7 +1,8 @@
-"""Bytes of a block's activations: what it keeps for backward, and what it holds while it is computed.
+"""A block's activations take memory twice: some are saved for backward, others exist only while it is computed.
 
-A row of a block passes ``x → norm → q, k, v → attention → norm → projection → y → norm → fc1 → gelu → norm → fc2``;
-every arrow's end is a tensor that autograd keeps, except the two projections that are only added.
+A token passes ``x → norm → q, k, v → attention → norm → out_proj → y → norm → fc1 → gelu → norm → fc2`` in a block.
+Autograd saves the result of every arrow except those of ``out_proj`` and ``fc2``, which are only added to the residual
+stream.
 """
 
 from __future__ import annotations
@@ -10,107 +11,110 @@ from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.model_cost import block_parameters, inner_dim, key_dim
 
 WIDE = 4  # bytes of a float32
-SDPA_BLOCK_NUMBERS = 1 << 22  # as kernels/sdpa.py cuts its views
-_BEHIND = ("norm_out", "y", "norm2", "fc1", "gelu", "norm3")  # the attention
+SDPA_BLOCK_NUMBERS = 1 << 22  # numbers of a block of queries in attention/kernels/sdpa.py
+_AFTER_ATTENTION = ("norm_out", "y", "norm2", "fc1", "gelu", "norm3")
 
 
-def kept_by_block(layout: RunLayout) -> int:
-    """Bytes that a block keeps from forward to backward, on the device or offloaded, for the rows of a micro-batch."""
+def saved_by_block(layout: RunLayout) -> int:
+    """Return the bytes that a block saves from forward to backward, on the device or offloaded, for a micro-batch."""
     mode, tensors = layout.config.train.activation_checkpointing, _tensors(layout)
-    kept = {"none": list(tensors), "selective": ["x", "out", "lse"], "full": ["x"]}[mode]
-    return layout.local_rows * sum(tensors[name] for name in kept)
+    saved = {"none": list(tensors), "selective": ["x", "out", "lse"], "full": ["x"]}[mode]
+    return layout.local_tokens * sum(tensors[name] for name in saved)
 
 
-def projections_kept(layout: RunLayout) -> int:
-    """Bytes of queries, keys and values that a block keeps as well where ``train.cache_qkv`` says so."""
-    return layout.local_rows * _projections(layout)
+def saved_qkv(layout: RunLayout) -> int:
+    """Return the bytes of queries, keys and values that a block saves in addition with ``train.cache_qkv``."""
+    return layout.local_tokens * _qkv(layout)
 
 
-def held_by_block(layout: RunLayout) -> int:
-    """Bytes that the backward of the last block holds at most beyond what all blocks keep."""
+def backward_peak_of_block(layout: RunLayout) -> int:
+    """Return the peak of the bytes in the backward of the last block, beyond what all blocks have saved."""
     if layout.config.train.activation_checkpointing == "none":
-        return _held_by_autograd(layout)
-    return _held_by_checkpointing(layout)
+        return _peak_with_autograd(layout)
+    return _peak_with_checkpointing(layout)
 
 
-def _held_by_autograd(layout: RunLayout) -> int:
-    """Gradients on their way.
+def _peak_with_autograd(layout: RunLayout) -> int:
+    """Return the peak where autograd has saved everything, so that only gradients are added.
 
-    Two moments can be the largest: within the feed-forward, when the whole block is there, and within the attention,
-    when the feed-forward has been differentiated and attention has float32 sums of its own.
+    The largest of two moments: in the feed-forward, while everything saved is still there; and in the attention, when
+    what the feed-forward had saved is free again, but the attention needs float32 sums.
     """
-    model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
+    model, itemsize, tokens, tensors = layout.config.model, layout.itemsize, layout.local_tokens, _tensors(layout)
     width = model.dim * itemsize
-    behind = sum(tensors[name] for name in _BEHIND)
-    in_attention = 2 * width + attention_backward_bytes(layout) - behind
-    return rows * max(width + inner_dim(model) * itemsize, in_attention)
+    freed = sum(tensors[name] for name in _AFTER_ATTENTION)
+    in_attention = 2 * width + attention_backward_bytes(layout) - freed
+    return tokens * max(width + inner_dim(model) * itemsize, in_attention)
 
 
-def _held_by_checkpointing(layout: RunLayout) -> int:
-    """Gradients on their way and what is computed again (model/checkpointing.py), row-wise parts a tile at a time.
+def _peak_with_checkpointing(layout: RunLayout) -> int:
+    """Return the peak where the engine recomputes (``engine/block_run.py``): gradients and recomputed activations.
 
-    The largest of three moments: behind the attention, within it, before it. Compiled, results of the model's width on
-    their way to the next are not stored.
+    The largest of three moments, in the order of backward: after the attention (row-wise parts, one tile of tokens at a
+    time), in it, and before it (one tile at a time again).
     """
-    model, itemsize, rows, tensors = layout.config.model, layout.itemsize, layout.local_rows, _tensors(layout)
-    tile = min(layout.config.train.feed_forward_tile or rows, rows)
+    model, itemsize, tokens, tensors = layout.config.model, layout.itemsize, layout.local_tokens, _tensors(layout)
+    tile = min(layout.config.train.feed_forward_tile or tokens, tokens)
     width, inner = model.dim * itemsize, inner_dim(model) * itemsize
-    projections = _projections(layout)
-    made = 0 if layout.config.train.cache_qkv else projections  # in the attention
+    qkv = _qkv(layout)
+    recomputed_qkv = 0 if layout.config.train.cache_qkv else qkv
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
-    behind = sum(tensors[name] for name in _BEHIND) + 2 * inner + (0 if layout.compiled else 5 * width)
-    before = tensors["norm1"] + 2 * projections + 2 * model.dim * WIDE  # positions are float32
-    # A GPU's kernel needs no output once it has its statistics.
+    # Compiled code does not store the five results of the model's width between row-wise operations.
+    after = sum(tensors[name] for name in _AFTER_ATTENTION) + 2 * inner + (0 if layout.compiled else 5 * width)
+    before = tensors["norm1"] + 2 * qkv + 2 * model.dim * WIDE  # RoPE computes in float32
     gradients = attention_backward_bytes(layout)
-    forgotten = tensors["out"] + tensors["lse"] if layout.device_type == "cuda" else 0
+    # On a GPU, the output and the LSE are freed once their statistics are computed.
+    freed = tensors["out"] + tensors["lse"] if layout.device_type == "cuda" else 0
     weights = block_parameters(model)
     return max(
-        rows * (3 * width + attended + (projections if full else 0)) + tile * behind + weights * WIDE,
-        rows * (2 * width + attended - forgotten + made + gradients) + weights * itemsize,
-        rows * (width + _gradients(layout)) + tile * before + weights * WIDE,
+        tokens * (3 * width + attended + (qkv if full else 0)) + tile * after + weights * WIDE,
+        tokens * (2 * width + attended - freed + recomputed_qkv + gradients) + weights * itemsize,
+        tokens * (width + _gradients(layout)) + tile * before + weights * WIDE,
     )
 
 
 def attention_backward_bytes(layout: RunLayout) -> int:
-    """Bytes a row that the backward of attention holds: gradients of q, k, v, and their sums where these are wider.
+    """Return the bytes for each token in the backward of attention: gradients of q, k, v, and wider sums of them.
 
-    On a GPU (kernels/triton_kernel.py) dQ alone is summed apart, in float32; its statistics of the rows stand in the
-    room of the result, or apart where a checkpointed block takes dQ as it was summed. On a CPU (kernels/sdpa.py) all
-    sums are float32, and as many rows as fill a block have theirs twice.
+    On a GPU (``attention/kernels/triton``) only dQ has a float32 sum. Where it is rounded into a tensor of the run's
+    precision, the statistics of the queries use that tensor as scratch. A checkpointed block takes the float32 sum
+    itself, so the statistics need memory of their own. On a CPU (``attention/kernels/sdpa.py``) all sums are float32,
+    and the tokens of one block have theirs twice.
     """
     model, itemsize = layout.config.model, layout.itemsize
     gradients = _gradients(layout)
     if layout.device_type == "cuda":
         return gradients + WIDE * (model.dim if _copies_dq(layout) else 2 * model.heads)
     numbers = model.dim + 2 * key_dim(model)
-    block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_rows * model.dim))
+    block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_tokens * model.dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
     return gradients + wide + int(block * numbers * itemsize) + WIDE * model.heads
 
 
-def _projections(layout: RunLayout) -> int:
-    """Bytes a row of queries, keys and values."""
+def _qkv(layout: RunLayout) -> int:
+    """Return the bytes of queries, keys and values for each token."""
     tensors = _tensors(layout)
     return tensors["q"] + tensors["k"] + tensors["v"]
 
 
 def _gradients(layout: RunLayout) -> int:
-    """Bytes a row of the gradients of q, k, v as the attention's backward leaves them."""
+    """Return the bytes for each token of the gradients of q, k and v that the backward of attention returns."""
     model, itemsize = layout.config.model, layout.itemsize
     wide = layout.device_type == "cuda" and not _copies_dq(layout)
     return model.dim * (WIDE if wide else itemsize) + 2 * key_dim(model) * itemsize
 
 
 def _copies_dq(layout: RunLayout) -> bool:
-    """Whether a GPU's dQ is copied from its float32 sums into the precision of the run."""
+    """Say whether dQ is rounded from its float32 sum into a tensor of the run's precision, on a GPU."""
     return layout.itemsize < WIDE and layout.config.train.activation_checkpointing == "none"
 
 
 def _tensors(layout: RunLayout) -> dict[str, int]:
-    """Bytes a row of every tensor that a block's autograd graph keeps; a norm also keeps two float32 numbers a row.
+    """Return the bytes for each token of every tensor that the autograd graph of a block saves, by name.
 
-    Compiled, the feed-forward's gelu is made from its input wherever it is read.
+    A LayerNorm saves its mean and its inverse deviation too, both float32. Compiled code does not save the output of
+    the GELU: it is recomputed from ``fc1`` wherever it is read.
     """
     model, itemsize = layout.config.model, layout.itemsize
     width, keys, inner = model.dim * itemsize, key_dim(model) * itemsize, inner_dim(model) * itemsize
@@ -134,7 +138,11 @@ def _tensors(layout: RunLayout) -> dict[str, int]:
 
 
 def _head_norms(layout: RunLayout) -> dict[str, int]:
-    """What the RMSNorms of queries and keys keep: their inputs; on a CPU torch makes them of parts, in float32."""
+    """Return the bytes for each token that the RMSNorms of queries and keys save.
+
+    On a GPU these are their inputs and a float32 number for each head. On a CPU torch composes the norm of smaller
+    operations, which save float32 tensors.
+    """
     model = layout.config.model
     if not model.qk_norm:
         return {}

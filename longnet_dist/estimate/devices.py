@@ -1,7 +1,7 @@
-"""What devices can do: the one table of their data sheets, and of the shares of these that were measured.
+"""This table has the data sheets of devices, and the measured shares of them that this package reaches.
 
-A row is matched by the name that ``torch.cuda.get_device_name`` gives. What ``benchmarks/planner.py``
-fits, and prints to be put there, stands in :class:`Rates`.
+A device is found by the name that ``torch.cuda.get_device_name`` returns. ``benchmarks/planner.py`` fits the measured
+shares and prints them, to be copied into :class:`Rates`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the data sheet that this package's work reaches; taken from an H100 SXM for all GPUs.
+    """Rates are the shares of the data sheet that this package reaches, measured on an H100 SXM and used for all GPUs.
 
     The rates of matmul, attention and row-wise work, and the memory outside of tensors, are fitted to the steps of
     ``benchmarks/results/planner_h100.json``.
 
     Attributes:
-        matmul: share of the peak in the matrix products of a block: 655 TFLOP/s of 989 with the work around them.
-        attention_forward: share of the peak at head dim 64 (357 TFLOP/s).
-        attention_backward: the same, counting 2.5 times the forward's FLOPs (333 TFLOP/s).
-        attention_seconds: of a forward of attention whatever its length, above its rate (32,768 rows of
-            ``benchmarks/results/attention_speed.json``).
-        wide_heads: by how much head dim 128 is faster.
-        bandwidth: share of the memory's bandwidth in row-wise work (3.0 of 3.35 TB/s).
-        host_link: share of the link to the host in copies of pinned memory (50 of 64 GB/s).
-        step_seconds: of a step whatever it computes: launches, the host's part, reading data.
-        collective_seconds: latency of one exchange (NCCL on two H200: 41–102 µs up to 4 MiB a rank).
-        fragmentation: share of the allocated memory that the allocator holds beyond it.
-        context_bytes: what CUDA, NCCL and compiled kernels occupy outside of torch's allocator.
+        matmul: share of the peak in the matmuls of a block, with the work around them: 655 of 989 TFLOP/s.
+        attention_forward: share of the peak at head dim 64: 357 of 989 TFLOP/s.
+        attention_backward: the same for backward, counting 2.5 times the FLOPs of forward: 333 of 989 TFLOP/s.
+        attention_seconds: seconds of a forward of attention that do not depend on its length, from the 32,768 tokens
+            of ``benchmarks/results/attention_speed.json``.
+        wide_heads: factor by which head dim 128 is faster than 64.
+        bandwidth: share of the memory bandwidth in row-wise work: 3.0 of 3.35 TB/s.
+        host_link: share of the link to the host in copies of pinned memory: 50 of 64 GB/s.
+        step_seconds: seconds of a step that do not depend on its size: launches, host work, reading data.
+        collective_seconds: latency of one exchange, seconds; NCCL on two H200: 41–102 µs up to 4 MiB for each rank.
+        fragmentation: memory that the allocator reserves beyond the allocated bytes, as a share of them.
+        context_bytes: memory of CUDA, NCCL and compiled kernels outside of torch's allocator, bytes.
     """
 
     matmul: float = 0.662
@@ -54,18 +54,18 @@ class Rates:
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of device.
+    """A Device is one kind of device with its peak rates.
 
     Attributes:
-        name: as ``--device`` takes it.
-        pattern: regular expression that finds it in torch's name of it; None for a CPU.
-        memory_bytes: as torch reports it: the data sheet's less what the driver keeps.
-        bf16_tflops: peak of dense bf16 with float32 sums, TFLOP/s; None if unknown.
+        name: name for ``longnet plan --device``.
+        pattern: regular expression that matches torch's name of the device; None for a CPU.
+        memory_bytes: memory that torch reports, which is that of the data sheet less what the driver reserves.
+        bf16_tflops: peak of dense bf16 with float32 accumulation, TFLOP/s; None if unknown.
         fp32_tflops: peak of float32, TFLOP/s; None if unknown.
-        bandwidth: of its memory, bytes/s.
-        link: to the other GPUs of the host, bytes/s in one direction.
-        host_link: to the host, bytes/s in one direction.
-        rates: measured shares.
+        bandwidth: memory bandwidth, bytes/s.
+        link: bandwidth to the other GPUs of the host, bytes/s in one direction.
+        host_link: bandwidth to host memory, bytes/s in one direction.
+        rates: measured shares of these peaks.
     """
 
     name: str
@@ -80,12 +80,12 @@ class Device:
 
     @property
     def type(self) -> str:
-        """``"cuda"`` or ``"cpu"``, as torch calls it."""
+        """Return torch's device type, ``"cuda"`` or ``"cpu"``."""
         return "cpu" if self.pattern is None else "cuda"
 
     @property
     def peak_tflops(self) -> float | None:
-        """What a model FLOPs utilization is a share of: dense bf16 on a GPU, nothing on a CPU."""
+        """Return the peak for the model FLOPs utilization, TFLOP/s: dense bf16 on a GPU, None on a CPU."""
         return self.bf16_tflops if self.type == "cuda" else None
 
 
@@ -103,9 +103,10 @@ def _gpu(
     return Device(name, pattern, memory, peak_tflops, fp32, tb_s * 1e12, link_gb_s * 1e9, pcie_gb_s * 1e9)
 
 
-# NVIDIA's data sheets (H100, H200, A100, L40S, L4, A10, A40, RTX A6000; DGX B200) and white papers (GA102, Ada): dense
-# bf16 with float32 sums (the sheets' sparse figure halved), GiB that torch sees, TB/s of memory, GB/s of NVLink or else
-# PCIe in one direction, GB/s of PCIe, float32 TFLOP/s. The first match counts, so variants come before the main one.
+# Sources: NVIDIA's data sheets (H100, H200, A100, L40S, L4, A10, A40, RTX A6000; DGX B200) and white papers (GA102,
+# Ada). Columns: dense bf16 TFLOP/s with float32 accumulation (half of the sheets' sparse figure), GiB that torch sees,
+# TB/s of memory, GB/s of NVLink or else PCIe in one direction, GB/s of PCIe, float32 TFLOP/s. The first match counts,
+# so variants come before the main model.
 GPUS = (
     _gpu("h100-nvl", r"H100 NVL", 835.5, 93.0, 3.9, 300, 64, 60),
     _gpu("h100-pcie", r"H100 PCIe", 756.0, 79.1, 2.0, 64, 64, 51.2),
@@ -126,7 +127,7 @@ GPUS = (
     _gpu("rtx-3090", r"RTX 3090", 71.0, 23.5, 0.936, 32, 32, 35.6),
 )
 
-# A core's float32 rate is an assumption, for an order of magnitude: no step time of a CPU is promised.
+# This float32 rate of a core is an assumption: step times on a CPU are right in their order of magnitude only.
 CPU_CORE_TFLOPS = 0.03
 CPU_RATES = Rates(
     matmul=1.0, attention_forward=0.5, attention_backward=0.5, attention_seconds=0.0, wide_heads=1.0, bandwidth=0.5,
@@ -135,10 +136,10 @@ CPU_RATES = Rates(
 
 
 def named_device(name: str) -> Device:
-    """The device of a name in the table, or ``"cpu"``: this machine without its GPUs.
+    """Return the device of a name in the table, or for ``"cpu"`` this machine without its GPUs.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the table has no such name.
     """
     if name == "cpu":
         return this_machine()
@@ -149,12 +150,12 @@ def named_device(name: str) -> Device:
 
 
 def match_device(torch_name: str) -> Device | None:
-    """The row of the table for a name that torch gives; None for an unknown GPU."""
+    """Return the device that matches torch's name of a GPU; None if the GPU is not in the table."""
     return next((device for device in GPUS if device.pattern and re.search(device.pattern, torch_name)), None)
 
 
 def device_of(device: torch.device) -> Device:
-    """What a device of this machine can do, with the memory that it really has; an unknown GPU has no peak."""
+    """Return a device of this machine, with the memory that it really has; an unknown GPU has no peak rates."""
     if device.type != "cuda":
         return this_machine()
     name = torch.cuda.get_device_name(device)
@@ -164,6 +165,6 @@ def device_of(device: torch.device) -> Device:
 
 
 def this_machine() -> Device:
-    """This machine's processors and memory."""
+    """Return the CPU of this machine, with its cores and its memory."""
     tflops = usable_cores() * CPU_CORE_TFLOPS
     return Device("cpu", None, host_memory_bytes(), tflops, tflops, 20e9, 10e9, 10e9, CPU_RATES)

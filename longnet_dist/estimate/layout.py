@@ -1,4 +1,4 @@
-"""How the work of a step is split: over ranks, micro-batches and chunks."""
+"""A RunLayout splits the work of a step over ranks, micro-batches and chunks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from longnet_dist.geometry.window import Shards
 
 @dataclass(frozen=True)
 class RunLayout:
-    """A configuration on a number of ranks, the same on every rank.
+    """A RunLayout says how a configuration runs on a number of ranks; it is the same on every rank.
 
     Attributes:
-        config: as given.
+        config: the configuration of the run.
         device_type: ``"cuda"`` or ``"cpu"``.
-        precision: for the devices of the run.
+        precision: ``"bf16"`` or ``"fp32"``, with ``auto`` resolved for the device.
         mesh: ranks along each axis.
-        micro_batch_size: sequences that a data rank holds at once.
+        micro_batch_size: sequences that a data rank computes at once.
         accumulation: micro-batches of a step.
-        chunk_length: rows of a sequence that its ranks hold together at once.
-        passes: chunks of all micro-batches of a step.
+        chunk_length: tokens of a sequence that its ranks compute at once, all together.
+        passes: chunks of all micro-batches of a step, each one forward and backward.
     """
 
     config: Config
@@ -44,8 +44,8 @@ class RunLayout:
             device_type: ``"cuda"`` or ``"cpu"``.
 
         Raises:
-            ConfigError: ranks, batch, micro-batch and chunk do not fit, or the precision cannot be trained in.
-            ShapeError: a rank would hold no row.
+            ConfigError: ranks, batch, micro-batch and chunk do not fit together, or the precision cannot be trained in.
+            ShapeError: a rank would have no token.
         """
         mesh = MeshShape.of(config.parallel, world_size)
         micro_batch_size, accumulation = _split_batch(config, mesh)
@@ -60,48 +60,48 @@ class RunLayout:
             chunk_length=chunk_length,
             passes=accumulation * -(-config.data.sequence_length // chunk_length),
         )
-        layout.last_chunk  # noqa: B018 (raises if a rank has no row in it; the others are whole multiples of the ranks)
+        layout.last_chunk  # noqa: B018 (raises if a rank has no token of it; the other chunks divide evenly)
         return layout
 
     @property
     def num_ranks(self) -> int:
-        """All ranks."""
+        """Return the number of all ranks, data × sequence."""
         return self.mesh.data * self.mesh.sequence
 
     @property
     def compiled(self) -> bool:
-        """Whether the row-wise parts of the blocks are compiled."""
+        """Say whether ``torch.compile`` compiles the row-wise parts of the blocks."""
         return self.config.train.compiles(self.device_type)
 
     @property
     def merges_overlaps(self) -> bool:
-        """Whether pairs that several branches hold are computed once: by the kernels of a GPU."""
+        """Say whether the kernels compute a pair that several branches have only once; those of a GPU do."""
         return self.device_type == "cuda"
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of a sequence."""
+        """Return the number of chunks of a sequence."""
         return self.passes // self.accumulation
 
     @property
     def last_chunk(self) -> Shards:
-        """The slices of the sequence's last chunk, which reaches furthest back."""
+        """Return the slices of the last chunk of a sequence, which needs the most rows of earlier chunks."""
         length = self.config.data.sequence_length
         return Shards.even(length, self.mesh.sequence, (self.num_chunks - 1) * self.chunk_length)
 
     @property
-    def local_rows(self) -> int:
-        """Rows that a rank holds at once, of all sequences of a micro-batch."""
+    def local_tokens(self) -> int:
+        """Return the tokens that a rank computes at once, of all sequences of a micro-batch."""
         return -(-self.chunk_length // self.mesh.sequence) * self.micro_batch_size
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of the activations."""
+        """Return the bytes of a number in the activations."""
         return 2 if self.precision == "bf16" else 4
 
 
 def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:
-    """Sequences of a micro-batch, and micro-batches of a step."""
+    """Return the sequences of a micro-batch and the micro-batches of a step."""
     batch_size = config.train.batch_size
     micro_batch_size = config.train.micro_batch_size or max(1, batch_size // mesh.data)
     if batch_size % (micro_batch_size * mesh.data):
@@ -114,7 +114,7 @@ def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:
 
 
 def _chunk_length(config: Config, mesh: MeshShape) -> int:
-    """Rows of a chunk, all sequence ranks together."""
+    """Return the tokens of a chunk, of all sequence ranks together."""
     length = config.train.chunk_length
     if length is None or length >= config.data.sequence_length:
         return config.data.sequence_length

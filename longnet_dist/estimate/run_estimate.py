@@ -1,4 +1,4 @@
-"""The plan of a run: what it needs on a device, and whether it fits."""
+"""An Estimate predicts the memory and the time of a run on a device, and whether it fits."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from longnet_dist.estimate.step_time import step_seconds
 from longnet_dist.estimate.traffic import exchange_of
 
 MARGIN = 0.10
-"""A prediction may be this much too high: the trainer refuses only what would not fit even then."""
+"""The share by which a prediction may be too high: the trainer refuses only runs that would not fit even then."""
 SPARE = 0.05
-"""More than planned, as a share, for which a suggestion must leave room."""
+"""The share of the predicted memory that a suggestion must leave free in addition."""
 LONGEST = 2**34
-"""Rows behind which no search for the longest sequence goes."""
+"""The most tokens that a search for the longest sequence tries."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs, by arithmetic alone.
+    """An Estimate predicts what a run needs, by arithmetic alone: nothing is allocated.
 
     Attributes:
-        layout: of the run.
-        device: that each rank has.
-        local_ranks: ranks of one machine.
-        host_limit: memory of that machine, bytes; None if it is not known.
-        memory: of the rank that needs most.
-        seconds: of a step by part; empty if the device's speed is unknown.
+        layout: how the run is split over ranks.
+        device: the device of each rank.
+        local_ranks: ranks on one machine.
+        host_limit: memory of that machine, bytes; None if unknown.
+        memory: peak memory of the rank that needs most.
+        seconds: seconds of a step by part; empty if the speed of the device is unknown.
     """
 
     layout: RunLayout
@@ -49,13 +49,13 @@ class Estimate:
         """Estimate a run.
 
         Args:
-            layout: of the run.
-            device: that each rank has; a CPU's memory is that of the whole machine.
-            local_ranks: ranks of one machine, which share its memory.
-            host_limit: memory of the machine, bytes, if it is known.
+            layout: how the run is split over ranks.
+            device: the device of each rank; a CPU has the memory of the whole machine.
+            local_ranks: ranks on one machine, which share its memory.
+            host_limit: memory of the machine, bytes; None if unknown.
 
         Raises:
-            ConfigError: sizes behind all numbers of the machine.
+            ConfigError: the sizes are so large that floating-point numbers overflow.
         """
         try:
             return cls(layout, device, local_ranks, host_limit, memory_of(layout), step_seconds(layout, device))
@@ -64,60 +64,60 @@ class Estimate:
 
     @property
     def peak_gpu_bytes(self) -> int:
-        """What torch's allocator hands out at most on a rank's GPU; 0 on a CPU."""
+        """Return the peak of the bytes that torch's allocator hands out on a rank's GPU; 0 on a CPU."""
         return self.memory.device_bytes if self.device.type == "cuda" else 0
 
     @property
     def peak_host_bytes(self) -> int:
-        """Memory of a machine that all its ranks take together."""
-        beside = sum(self.host_parts.values())
+        """Return the bytes of host memory that all ranks of a machine need together."""
+        parts = sum(self.host_parts.values())
         if self.device.type == "cuda":
-            return beside
-        return beside + self.local_ranks * (self.memory.device_bytes + self.overhead_bytes)
+            return parts
+        return parts + self.local_ranks * (self.memory.device_bytes + self.overhead_bytes)
 
     @property
     def host_parts(self) -> dict[str, int]:
-        """What a machine's ranks take of its memory beside their devices', by part."""
+        """Return the bytes of host memory by part, for all ranks of a machine, without the tensors of CPU ranks."""
         return self.memory.host_parts(self.local_ranks)
 
     @property
     def overhead_bytes(self) -> int:
-        """What a process takes on the device beyond its tensors: the context, and what the allocator cannot use."""
+        """Return the bytes that a process needs on the device beyond its tensors: CUDA's context and fragmentation."""
         rates = self.device.rates
         return rates.context_bytes + int(rates.fragmentation * self.memory.device_bytes)
 
     @property
     def step_seconds(self) -> float | None:
-        """Of an optimizer step; None if the device's speed is unknown."""
+        """Return the seconds of an optimizer step; None if the speed of the device is unknown."""
         return sum(self.seconds.values()) or None
 
     @property
     def flops_per_token(self) -> float:
-        """Model FLOPs of a training step for each token."""
+        """Return the model FLOPs of a training step for each token."""
         return flops_per_token(self.layout.config.model, self.layout.config.data.sequence_length)
 
     @property
     def mfu(self) -> float | None:
-        """Share of the peak in model FLOPs; None without a peak."""
+        """Return the model FLOPs utilization, a share of the device's peak; None if the peak is unknown."""
         if self.step_seconds is None or self.device.peak_tflops is None:
             return None
         return self.flops_per_token * self.tokens_per_second / self.layout.num_ranks / (1e12 * self.device.peak_tflops)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks; 0 if the device's speed is unknown."""
+        """Return the tokens that all ranks train in a second; 0 if the speed of the device is unknown."""
         config = self.layout.config
         return config.train.batch_size * config.data.sequence_length / (self.step_seconds or float("inf"))
 
     def fits(self, margin: float = 0.0) -> bool:
-        """Whether device and host hold the run, if it needs less than planned by a share of ``margin``."""
+        """Say whether device and host have enough memory, if the run needs a share ``margin`` less than predicted."""
         device = self.memory.device_bytes + self.overhead_bytes if self.device.type == "cuda" else 0
         limit = self.host_limit if self.device.type == "cuda" else self.device.memory_bytes
         host = limit is None or (1 - margin) * self.peak_host_bytes <= limit
         return host and (1 - margin) * device <= self.device.memory_bytes
 
-    def having(self, **settings: Any) -> Estimate | None:
-        """The plan of the same run with other settings (``section__key=value``); None where that cannot be."""
+    def with_settings(self, **settings: Any) -> Estimate | None:
+        """Estimate the same run with other settings (``section__key=value``); return None if they are invalid."""
         try:
             layout = RunLayout.of(_changed(self.layout.config, settings), self.layout.num_ranks, self.device.type)
             return Estimate.of(layout, self.device, self.local_ranks, self.host_limit)
@@ -126,12 +126,12 @@ class Estimate:
 
     @cached_property
     def longest_sequence(self) -> int:
-        """Rows of the longest sequence that fits with these settings, to a thousandth, up to ``LONGEST``; 0: none."""
+        """Return the longest sequence that fits, in tokens, to a thousandth and up to ``LONGEST``; 0 if none fits."""
         return self._longest()
 
     @cached_property
     def longest_in_chunks(self) -> tuple[int, int]:
-        """The longest sequence that fits in chunks (train.chunk_length), and the length of these; 0, 0: none."""
+        """Return the longest sequence that fits in chunks, and ``train.chunk_length`` for it; 0, 0 if none fits."""
         if not self.layout.config.model.causal or not self.longest_sequence:
             return 0, 0
         chunk = 1 << max(0, (self.longest_sequence // 2).bit_length() - 1)
@@ -139,23 +139,23 @@ class Estimate:
         return self._longest(train__chunk_length=chunk), chunk
 
     @cached_property
-    def projections_that_fit(self) -> int:
-        """Blocks of a selective model that can keep their projections and leave ``SPARE`` of the memory free."""
+    def cache_qkv_that_fits(self) -> int:
+        """Return the largest ``train.cache_qkv`` that leaves ``SPARE`` free; 0 without selective checkpointing."""
         if self.layout.config.train.activation_checkpointing != "selective":
             return 0
         fitting = (
             number
             for number in range(self.layout.config.model.layers, 0, -1)
-            if (plan := self.having(train__cache_qkv=number)) and plan.fits(-SPARE)
+            if (estimate := self.with_settings(train__cache_qkv=number)) and estimate.fits(-SPARE)
         )
         return next(fitting, 0)
 
     def _longest(self, **settings: Any) -> int:
-        """Search by doubling, then by halving the interval."""
+        """Search the longest sequence by doubling, then by bisection."""
 
-        def fits(rows: int) -> bool:
-            plan = self.having(data__sequence_length=rows, **settings)
-            return plan is not None and plan.fits()
+        def fits(length: int) -> bool:
+            estimate = self.with_settings(data__sequence_length=length, **settings)
+            return estimate is not None and estimate.fits()
 
         low = self.layout.mesh.sequence
         if not fits(low):
@@ -170,7 +170,7 @@ class Estimate:
         return low
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain values."""
+        """Return the estimate as plain values, the output of ``longnet plan --json``."""
         longest_in_chunks, chunk = self.longest_in_chunks
         exchange = exchange_of(self.layout)
         return {
@@ -181,7 +181,7 @@ class Estimate:
             "step_seconds": self.step_seconds,
             "longest_sequence": self.longest_sequence,
             "fits": self.fits(),
-            "projections_that_fit": self.projections_that_fit,
+            "projections_that_fit": self.cache_qkv_that_fits,
             "mfu": self.mfu,
             "longest_sequence_in_chunks": {"rows": longest_in_chunks, "chunk_length": chunk},
             "peak_moment": self.memory.moment,
@@ -196,7 +196,7 @@ class Estimate:
 
 
 def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with other values of ``section__key``."""
+    """Return the configuration with other values of ``section__key``."""
     for name, value in settings.items():
         section, _, key = name.partition("__")
         config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})

@@ -1,4 +1,4 @@
-"""Bytes of parameters, gradients and optimizer: what DeepSpeed 0.19 keeps at each ZeRO stage."""
+"""DeepSpeed 0.19 keeps parameters, gradients and optimizer state, whose bytes depend on the ZeRO stage."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.model_cost import num_parameters
 
 WIDE = 4
-STAGE_3_GATHERED = 1_000_000_000  # parameters that stay gathered: max_live_parameters, max_reuse_distance
+STAGE_3_GATHERED = 1_000_000_000  # DeepSpeed's default of max_live_parameters and max_reuse_distance
 
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of a rank.
+    """A State lists the bytes of parameters, gradients and optimizer on one rank.
 
     Attributes:
-        parameters: in the precision of the run.
-        optimizer: float32 master weights (bf16, or sharded) and the two running means, where they are updated.
-        gathered: parameters that stage 3 has gathered while a pass computes.
-        gradients_before: buffers of gradients that are always there.
+        parameters: parameters in the precision of the run.
+        optimizer: float32 master weights (with bf16, or if sharded) and the two moments, on the device.
+        gathered: parameters that stage 3 has gathered during a pass.
+        gradients_before: gradient buffers that exist all the time.
         gradients_after: all gradients at the end of a backward, with the bucket that is being reduced.
-        gradients_at_update: those that the update needs, with its own copies.
-        host: optimizer and gradients on the host.
+        gradients_at_update: gradients during the update, with the copies that it makes.
+        host: optimizer and gradients in host memory.
     """
 
     parameters: int
@@ -36,10 +36,10 @@ class State:
 
 
 def state_of(layout: RunLayout) -> State:
-    """The state of a rank, by ZeRO stage, precision and offload."""
+    """Estimate the state of a rank from ZeRO stage, precision and offload."""
     number, itemsize, deepspeed = num_parameters(layout.config.model), layout.itemsize, layout.config.deepspeed
     shard = -(-number // layout.num_ranks)
-    # torch's AdamW on a CPU is not fused: a denominator as large as the group.
+    # torch's AdamW is not fused on a CPU, so its denominator is a tensor as large as the parameter group.
     unfused = 0 if layout.device_type == "cuda" or deepspeed.offload_optimizer else WIDE
     if deepspeed.zero_stage == 0:
         gradients = itemsize * number
@@ -47,15 +47,16 @@ def state_of(layout: RunLayout) -> State:
     on_device = 0 if deepspeed.offload_optimizer else shard
     host = 0 if on_device else (4 * WIDE + itemsize) * shard
     optimizer = 3 * WIDE * on_device
-    # A CPU has only the pages of it that are written.
+    # A CPU allocates only those pages of the bucket that are written.
     numbers = REDUCE_BUCKET_NUMBERS if layout.device_type == "cuda" else min(number, REDUCE_BUCKET_NUMBERS)
     bucket = numbers * (WIDE if deepspeed.zero_stage == 3 else itemsize)
-    # Sums of a shard, the same side by side, and in float32 runs those that autograd made.
+    # The summed gradients of a shard, a flattened copy of them, and in float32 runs those that autograd made.
     update = on_device * ((3 if itemsize == WIDE else 2) * WIDE + unfused)
     if deepspeed.zero_stage == 3:
         gathered, sums = itemsize * min(number, STAGE_3_GATHERED), WIDE * on_device + bucket
         return State(itemsize * shard, optimizer, gathered, sums, sums, sums + update, host)
-    if deepspeed.zero_stage == 1 and itemsize < WIDE and on_device:  # DeepSpeed's BF16_Optimizer: whole sums, no bucket
+    # At stage 1 with bf16, DeepSpeed takes its BF16_Optimizer, which sums all gradients unsharded and has no bucket.
+    if deepspeed.zero_stage == 1 and itemsize < WIDE and on_device:
         sums = WIDE * number
         gradients = sums + itemsize * number
         return State(itemsize * number, optimizer, 0, sums, gradients, gradients + 2 * unfused * shard, host)

@@ -1,4 +1,4 @@
-"""Seconds of a step by part: FLOPs and bytes over the rates of the device."""
+"""The time of a step is estimated by part: FLOPs and bytes divided by the rates of the device."""
 
 from __future__ import annotations
 
@@ -17,25 +17,40 @@ from longnet_dist.estimate.traffic import exchange_of
 from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.numerics import block_dim
 
-# Tensors of a row that row-wise work reads and writes: (of the model's width, of the inner width).
-# Forward: two norms 2 each, positions 4, a sum with its norm 4; gelu with its norm 2. Backward: norms 3, 5 and 5, the
-# zeros of dQ 2, gradients of q, k, v side by side 7; gelu with its norm 4.
+# Tensors that row-wise work reads or writes for each token: (of the model's width, of the inner width).
+# Forward: two norms 2 each, RoPE 4, the residual sum with its norm 4; GELU with its norm 2.
+# Backward: norms 3, 5 and 5, zeroing dQ 2, concatenating the gradients of q, k and v 7; GELU with its norm 4.
 FORWARD_PASSES = (12, 2)
 BACKWARD_PASSES = (22, 4)
-FORWARD_SHARE = 0.28  # of the computation of a step; the rest is backward, with what it computes again
-PROJECTION_PASSES = 6  # of the forward's: a norm and positions
-ATTENTION_BACKWARD = 1.7  # what a backward of attention takes at least, over a forward: attention_speed.json
-EAGER = 3.1  # without torch.compile intermediate results travel, too; from benchmarks/results/training_h100.md
-LOGIT_PASSES = 6  # of a logit and its gradient, each written once and read twice
-LOGIT_SUM_PASSES = (
-    6  # of the output projection, a chunk: its gradient written and read, their float32 sum read and written
-)
-UPDATE_BYTES = 50  # of a sharded parameter: gradient, its norm, clipping, moments, master weight
-HOST_UPDATE_BYTES_PER_SECOND = 30e9  # AdamW on the processors of the host
+# The share of forward in the computation of a step; the rest is backward with what it recomputes.
+FORWARD_SHARE = 0.28
+# Those of FORWARD_PASSES that recomputing q, k and v costs: a norm and RoPE.
+QKV_PASSES = 6
+# The shortest backward of attention takes this many times the shortest forward: attention_speed.json.
+ATTENTION_BACKWARD = 1.7
+# Without torch.compile, intermediate results are written and read too: benchmarks/results/training_h100.md.
+EAGER = 3.1
+# A logit and its gradient are each written once and read twice.
+LOGIT_PASSES = 6
+# For each chunk of logits, the gradient of the output projection is written and read (one pass each), and its float32
+# sum read and written (two passes each).
+LOGIT_SUM_PASSES = 6
+# Bytes that an update reads or writes for a sharded parameter: gradient, norm, clipping, moments, master weight.
+UPDATE_BYTES = 50
+# AdamW on the cores of the host.
+HOST_UPDATE_BYTES_PER_SECOND = 30e9
 
 
 def step_seconds(layout: RunLayout, device: Device) -> dict[str, float]:
-    """Seconds of each part of an optimizer step on one rank; empty where the device's speed is unknown."""
+    """Estimate the seconds of each part of an optimizer step on one rank.
+
+    Args:
+        layout: how the run is split over ranks.
+        device: the device of each rank.
+
+    Returns:
+        seconds by part, which add up to the step; empty if the speed of the device is unknown.
+    """
     tflops = device.bf16_tflops if layout.precision == "bf16" else device.fp32_tflops
     if tflops is None:
         return {}
@@ -53,19 +68,19 @@ def step_seconds(layout: RunLayout, device: Device) -> dict[str, float]:
     return seconds
 
 
-def _rows(layout: RunLayout) -> float:
-    """Rows of a step on a rank."""
+def _tokens(layout: RunLayout) -> float:
+    """Return the tokens that a rank trains in a step."""
     sequences = layout.micro_batch_size * layout.accumulation
     return layout.config.data.sequence_length / layout.mesh.sequence * sequences
 
 
-def _recorded(layout: RunLayout) -> float:
-    """Forwards of a streamed step beyond the first: all chunks but the last pass twice."""
+def _extra_forwards(layout: RunLayout) -> float:
+    """Return the additional forwards of a streamed step: all chunks but the last are computed twice."""
     return (layout.num_chunks - 1) / layout.num_chunks
 
 
-def _again(layout: RunLayout) -> tuple[float, float]:
-    """How many blocks compute their projections, and what comes behind the attention, again in backward."""
+def _recomputed_blocks(layout: RunLayout) -> tuple[float, float]:
+    """Return the number of blocks that recompute q, k, v, and of those that recompute what follows the attention."""
     train, layers = layout.config.train, layout.config.model.layers
     if train.activation_checkpointing == "none":
         return 0, 0
@@ -73,14 +88,17 @@ def _again(layout: RunLayout) -> tuple[float, float]:
 
 
 def _matmul_flops(layout: RunLayout) -> float:
-    """Of a step; what is computed again leaves out the last product of a block, which no gradient needs."""
+    """Return the FLOPs of all matmuls of a step, with those that are recomputed.
+
+    The last matmul of a block, ``fc2``, is not recomputed: no gradient needs its result.
+    """
     model = layout.config.model
-    projections, behind = _again(layout)
+    with_qkv, with_rest = _recomputed_blocks(layout)
     qkv = model.dim * (model.dim + 2 * key_dim(model))
-    again = projections * qkv + behind * model.dim * (model.dim + inner_dim(model))
-    blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _recorded(layout)) + 2 * again
-    head = model.vocab_size * model.dim * 6  # the loss makes its gradients in forward
-    return _rows(layout) * (blocks + head)
+    recomputed = with_qkv * qkv + with_rest * model.dim * (model.dim + inner_dim(model))
+    blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _extra_forwards(layout)) + 2 * recomputed
+    head = model.vocab_size * model.dim * 6  # the loss computes its gradients in forward, so nothing is recomputed
+    return _tokens(layout) * (blocks + head)
 
 
 def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
@@ -90,34 +108,37 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     flops = model.layers * attention_flops(model, length) * sequences
     if layout.merges_overlaps:
         flops *= computed_share(model.pattern, length, model.kv_heads or model.heads, model.causal)
-    forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _recorded(layout)
+    forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _extra_forwards(layout)
     if layout.device_type == "cuda":
-        flops *= block_dim(model.head_dim) / model.head_dim
+        flops *= block_dim(model.head_dim) / model.head_dim  # kernels pad the head dim
     wide = rates.wide_heads if model.head_dim > 64 else 1.0
-    begun = model.layers * layout.passes * rates.attention_seconds * (forwards + ATTENTION_BACKWARD)
-    return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide) + begun
+    fixed = model.layers * layout.passes * rates.attention_seconds * (forwards + ATTENTION_BACKWARD)
+    return flops * (forwards / rates.attention_forward + 2.5 / rates.attention_backward) / (peak * wide) + fixed
 
 
 def _row_wise_bytes(layout: RunLayout) -> float:
-    model, forwards = layout.config.model, 1 + _recorded(layout)
-    projections, behind = (blocks / model.layers for blocks in _again(layout))
-    again = projections * PROJECTION_PASSES + behind * (FORWARD_PASSES[0] - PROJECTION_PASSES)
-    width = FORWARD_PASSES[0] * forwards + again + BACKWARD_PASSES[0]
+    model, forwards = layout.config.model, 1 + _extra_forwards(layout)
+    with_qkv, with_rest = (blocks / model.layers for blocks in _recomputed_blocks(layout))
+    recomputed = with_qkv * QKV_PASSES + with_rest * (FORWARD_PASSES[0] - QKV_PASSES)
+    width = FORWARD_PASSES[0] * forwards + recomputed + BACKWARD_PASSES[0]
     inner = FORWARD_PASSES[1] * forwards + BACKWARD_PASSES[1]
     blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize
-    sums = LOGIT_SUM_PASSES * model.dim / min(model.logits_rows, layout.local_rows)
+    sums = LOGIT_SUM_PASSES * model.dim / min(model.logits_rows, layout.local_tokens)
     logits = model.vocab_size * (LOGIT_PASSES + sums) * layout.itemsize
-    return _rows(layout) * (blocks + logits) * (1 if layout.compiled else EAGER)
+    return _tokens(layout) * (blocks + logits) * (1 if layout.compiled else EAGER)
 
 
 def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> float:
-    """What copies to the host take beyond the forward that they run beside; the backward has more time for as much."""
+    """Return how long forward waits for copies to the host, beyond the computation that they overlap with.
+
+    Backward copies as much back, but takes longer than forward, so it does not wait.
+    """
     moved = offloaded_bytes(layout) * layout.passes
     return max(0.0, moved / (device.host_link * device.rates.host_link) - FORWARD_SHARE * computing)
 
 
 def _exchange_seconds(layout: RunLayout, device: Device) -> float:
-    """Exchanges of rows: what their latency exposes, and their bytes if they do not run beside the computation."""
+    """Return the time of the exchanges: their latency, and their bytes unless they overlap with the computation."""
     exchange = exchange_of(layout)
     exposed = 0.0 if layout.config.parallel.overlap else exchange.bytes / device.link
     latency = exchange.collectives * device.rates.collective_seconds
@@ -125,7 +146,7 @@ def _exchange_seconds(layout: RunLayout, device: Device) -> float:
 
 
 def _update_seconds(layout: RunLayout, device: Device) -> float:
-    """Reduction of gradients, AdamW, and the new weights' way to all ranks."""
+    """Return the time to reduce the gradients, update with AdamW, and gather the new weights."""
     number, ranks, stage = num_parameters(layout.config.model), layout.num_ranks, layout.config.deepspeed.zero_stage
     shard = number / ranks if stage else number
     memory = (shard * UPDATE_BYTES + number * (WIDE + layout.itemsize)) / (device.bandwidth * device.rates.bandwidth)

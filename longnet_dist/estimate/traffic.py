@@ -1,4 +1,4 @@
-"""What the exchange of a layer moves, counted and not built."""
+"""The traffic of a layer's exchange is counted by formulas, without building its plan."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from longnet_dist.geometry.window import Segment, needs_exchange
 
 @dataclass(frozen=True)
 class Exchange:
-    """One layer's exchange in the last chunk, on the rank that receives most.
+    """An Exchange describes one layer's exchange in the last chunk, on the rank that receives most.
 
     Attributes:
-        received: records of other ranks and its own, a key and a value of one head each.
-        foreign: those of other ranks among them.
-        held_rows: rows of the compact buffers, of all heads.
-        bytes: from other ranks in forward, and gradients back to them in backward.
-        collectives: of a layer and chunk, forward and backward.
+        received: records that the rank receives; a record is the key and the value of one row and one head.
+        foreign: the number of them that come from other ranks.
+        buffered_rows: rows of the compact buffers, each with all key/value heads.
+        bytes: bytes from other ranks in forward, and of their gradients in backward.
+        collectives: collectives of a layer and chunk, forward and backward together.
     """
 
     received: int
     foreign: int
-    held_rows: int
+    buffered_rows: int
     bytes: int
     collectives: int
 
 
 def exchange_of(layout: RunLayout) -> Exchange:
-    """The exchange of a layer; nothing where no segment crosses an edge."""
+    """Count the exchange of a layer; all counts are 0 if no segment crosses an edge."""
     model, shards = layout.config.model, layout.last_chunk
     pattern, kv_heads = model.pattern, model.kv_heads or model.heads
     if not needs_exchange(pattern, shards):
         return Exchange(0, 0, 0, 0, 0)
+    # A causal rank receives from all before it, so the last receives most.
     rank = shards.num_ranks - 1 if model.causal else shards.num_ranks // 2
     halved = layout.merges_overlaps and model.causal and layout.num_chunks == 1  # as AttentionSpec.halves
     segments = buffered_segments(pattern, shards, rank, model.causal, first_halves(pattern) if halved else ())
@@ -53,7 +54,7 @@ def exchange_of(layout: RunLayout) -> Exchange:
 
 
 def _records(pattern: DilatedPattern, segment: Segment, kv_heads: int, start: int, stop: int) -> int:
-    """(row, head) pairs that a segment keeps among rows ``[start, stop)``."""
+    """Count the (row, head) pairs that a segment keeps in rows ``[start, stop)``."""
     first, last = max(segment.start, start) - segment.start, min(segment.stop, stop) - segment.start
     rate, offsets = segment.dilation_rate, pattern.offsets(pattern.branches[segment.branch], kv_heads)
     return sum(kept_rows(last, o, rate) - kept_rows(first, o, rate) for o in offsets) if last > first else 0

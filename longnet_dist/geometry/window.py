@@ -100,7 +100,7 @@ class Segment:
 
     @property
     def compact_rows(self) -> int:
-        """The rows of the segment's compact buffer: the largest number that any head keeps, that of offset 0."""
+        """Return the rows of the segment's compact buffer: the largest number that any head keeps, that of offset 0."""
         return kept_rows(self.stop - self.start, 0, self.dilation_rate)
 
     def exchange_bounds(self, halves: tuple[int, ...]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Layouts of small runs."""
+"""Helpers of the tests: layouts of small runs."""
 
 from longnet_dist.config.loading import parse_config
 from longnet_dist.estimate.layout import RunLayout
@@ -7,7 +7,7 @@ SMALL = {"dim": 128, "layers": 4, "heads": 4, "segment_lengths": [256, 512], "di
 
 
 def small_layout(rows=2048, ranks=1, device_type="cuda", model=None, train=None, **sections):
-    """A run of one sequence a step, on a GPU unless said."""
+    """Return the layout of a run with one sequence for each step, on a GPU by default."""
     values = {
         "model": SMALL | (model or {}),
         "data": {"sequence_length": rows},

@@ -1,4 +1,4 @@
-"""The bytes of all tensors alive during some code, on the CPU: what CUDA's allocator would count."""
+"""LiveBytes counts the bytes of all living tensors on the CPU, as CUDA's allocator does on a GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside give, until they are freed; those of before by ``add``.
+    """LiveBytes counts the storages that operations inside its context make, until they are freed.
+
+    Storages from before the context are counted if they are given to :meth:`add`.
 
     Attributes:
-        now: bytes alive after the last operation.
-        peak: the most of them until now.
+        now: living bytes after the last operation.
+        peak: the largest ``now`` so far.
     """
 
     def __init__(self) -> None:

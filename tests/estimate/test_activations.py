@@ -1,11 +1,11 @@
-"""The formulas against counted bytes: on the CPU with its kernel, and with buffers as the GPU's kernel has them."""
+"""The formulas agree with counted bytes, for the CPU's kernel and for the buffers of the GPU's kernel."""
 
 import pytest
 import torch
 
 from longnet_dist.attention import functional
 from longnet_dist.engine.execution import Execution
-from longnet_dist.estimate.activations import held_by_block, kept_by_block, projections_kept
+from longnet_dist.estimate.activations import backward_peak_of_block, saved_by_block, saved_qkv
 from longnet_dist.estimate.model_cost import inner_dim
 from longnet_dist.model.block import Block
 from longnet_dist.model.longnet import LongNet, positions_of
@@ -17,7 +17,7 @@ MODELS = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_nor
 
 
 class BuffersOfTriton:
-    """A kernel with the buffers of kernels/triton_kernel.py, which runs on GPUs alone, and none of its work."""
+    """This kernel allocates the buffers of the Triton kernel, which needs a GPU, and computes nothing."""
 
     starts_fresh = True
     merges_overlaps = False
@@ -32,7 +32,7 @@ class BuffersOfTriton:
         out.zero_()
         lse.zero_()
 
-    def start_backward(self, dout, out, lse, dq, scratch=None, delta=None):
+    def start_backward(self, dout, out, lse, dq, scratch=None, delta=None, dlse=None):
         dq.zero_()
         return (torch.cat([lse, lse]) if scratch is None else scratch,)
 
@@ -43,8 +43,8 @@ class BuffersOfTriton:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_what_autograd_keeps_of_a_block(precision, model):
-    """Every storage that is saved for backward, once; parameters and tables are not the block's."""
+def test_bytes_that_autograd_saves_of_a_block(precision, model):
+    """The bytes are those of all storages saved for backward, each once, without parameters and tables."""
     layout = small_layout(rows=512, device_type="cpu", model=model, train={"precision": precision})
     config, saved = layout.config.model, {}
     block = Block(config, positions_of(config), None).to(DTYPES[precision])
@@ -60,7 +60,7 @@ def test_what_autograd_keeps_of_a_block(precision, model):
     others = [*block.parameters(), *(block.self_attn.positions._cached[1] if config.positions != "none" else [])]
     known = {tensor.untyped_storage()._cdata for tensor in others}
     counted = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
-    assert kept_by_block(layout) == pytest.approx(counted, rel=0.01)
+    assert saved_by_block(layout) == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_autograd_keeps_of_a_block(precision, model):
     ],
 )
 def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
-    """Forward and backward with all activations of all blocks, by the live bytes of every tensor."""
+    """The peak is that of the bytes of all living tensors in a forward and backward of all blocks."""
     monkeypatch.setattr(functional, "choose_kernel", lambda *_: BuffersOfTriton())
     train = {"activation_checkpointing": mode, "feed_forward_tile": tile, "cache_qkv": kept, "compile": False}
     layout = small_layout(rows=2048, model=model, train=train)
@@ -88,14 +88,16 @@ def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):
         live.add([*network.parameters(), *(p.grad for p in network.parameters()), tokens, *tables])
         before = live.now
         network(tokens, tokens).loss.backward()
-    planned = layout.config.model.layers * kept_by_block(layout) + held_by_block(layout)
-    planned += kept * projections_kept(layout)
+    planned = layout.config.model.layers * saved_by_block(layout) + backward_peak_of_block(layout)
+    planned += kept * saved_qkv(layout)
     assert planned == pytest.approx(live.peak - before, rel=0.05)
 
 
 def test_compiled_blocks_make_the_gelu_again():
     sizes = {
-        compiled: kept_by_block(small_layout(rows=512, train={"compile": compiled, "activation_checkpointing": "none"}))
+        compiled: saved_by_block(
+            small_layout(rows=512, train={"compile": compiled, "activation_checkpointing": "none"})
+        )
         for compiled in (True, False, "auto")
     }
     assert sizes["auto"] == sizes[True]

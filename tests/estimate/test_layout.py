@@ -14,7 +14,7 @@ def layout(world_size, device_type="cuda", **sections):
 def test_the_rows_of_a_rank():
     split = layout(4, data={"sequence_length": 1000}, parallel={"data": 2}, train={"chunk_length": 300})
     assert (split.num_ranks, split.num_chunks, split.accumulation, split.passes) == (4, 4, 1, 4)
-    assert (split.micro_batch_size, split.local_rows, split.itemsize) == (2, 300, 2)
+    assert (split.micro_batch_size, split.local_tokens, split.itemsize) == (2, 300, 2)
     assert (split.last_chunk.start, split.last_chunk.stop, split.last_chunk.rows_per_rank) == (900, 1000, 50)
 
 

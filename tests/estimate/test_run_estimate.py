@@ -12,13 +12,13 @@ from tests.estimate.layouts import small_layout
 PAPER = {"dim": 768, "layers": 12, "heads": 12, "segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
 
 
-def plan(rows=2**19, ranks=1, device="h100", local_ranks=1, host_limit=None, **sections):
+def estimate(rows=2**19, ranks=1, device="h100", local_ranks=1, host_limit=None, **sections):
     layout = small_layout(rows, ranks, "cpu" if device == "cpu" else "cuda", **({"model": PAPER} | sections))
     return Estimate.of(layout, named_device(device), local_ranks, host_limit)
 
 
 def test_the_parts_make_up_the_peak():
-    values = plan(train={"activation_checkpointing": "selective"}).to_json()
+    values = estimate(train={"activation_checkpointing": "selective"}).to_json()
     assert values["peak_gpu_bytes"] == sum(values["device_parts"].values()) > GIB
     assert values["peak_host_bytes"] == sum(values["host_parts"].values())
     assert values["step_seconds"] == sum(values["step_parts"].values())
@@ -28,7 +28,7 @@ def test_the_parts_make_up_the_peak():
 
 
 def test_a_cpu_holds_everything_in_its_memory():
-    values = plan(1024, device="cpu", local_ranks=2).to_json()
+    values = estimate(1024, device="cpu", local_ranks=2).to_json()
     assert values["peak_gpu_bytes"] == 0
     ranks = 2 * (sum(values["device_parts"].values()) + values["overhead_bytes"])
     assert values["peak_host_bytes"] == ranks + values["host_parts"]["checkpoint"]
@@ -36,11 +36,11 @@ def test_a_cpu_holds_everything_in_its_memory():
 
 
 def test_the_longest_sequence_fits_and_little_more_does_not():
-    short = plan(2**12)
+    short = estimate(2**12)
     rows = short.longest_sequence
-    assert short.having(data__sequence_length=rows).fits()
-    assert not short.having(data__sequence_length=rows + rows // 500).fits()
-    assert plan(2**19).longest_sequence == rows
+    assert short.with_settings(data__sequence_length=rows).fits()
+    assert not short.with_settings(data__sequence_length=rows + rows // 500).fits()
+    assert estimate(2**19).longest_sequence == rows
     in_chunks, chunk = short.longest_in_chunks
     assert in_chunks > 10 * rows
     assert chunk < rows
@@ -56,73 +56,73 @@ def test_the_longest_sequence_fits_and_little_more_does_not():
     ],
 )
 def test_what_makes_a_run_smaller(settings, smaller):
-    before = plan()
-    assert (before.having(**settings).memory.device_bytes < before.memory.device_bytes) == smaller
+    before = estimate()
+    assert (before.with_settings(**settings).memory.device_bytes < before.memory.device_bytes) == smaller
 
 
 def test_offload_moves_activations_to_the_host():
-    kept = plan(train={"activation_checkpointing": "selective"})
-    offloaded = kept.having(train__offload_activations=True)
+    kept = estimate(train={"activation_checkpointing": "selective"})
+    offloaded = kept.with_settings(train__offload_activations=True)
     gone = kept.memory.device["activations"] - offloaded.memory.device["activations"]
     assert 0 < gone < offloaded.memory.host["activations"] + 1
     assert offloaded.memory.host["activations"] * 12 == kept.memory.device["activations"] * 10
-    resident = offloaded.having(train__resident_blocks=5)
+    resident = offloaded.with_settings(train__resident_blocks=5)
     assert resident.memory.device["activations"] * 2 == offloaded.memory.device["activations"] * 5
     assert resident.memory.host["activations"] * 10 == offloaded.memory.host["activations"] * 7
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table_and_what_fits():
     with pytest.raises(ConfigError, match="does not fit into the memory of h100") as error:
-        check_fits(plan())
+        check_fits(estimate())
     message = str(error.value)
-    assert table(plan()) in message
+    assert table(estimate()) in message
     assert "train.ignore_plan=true" in message
-    for words, other in remedies(plan()):
+    for words, other in remedies(estimate()):
         assert words in message
         assert other.fits()
-    seconds = [other.step_seconds for _, other in remedies(plan())]
+    seconds = [other.step_seconds for _, other in remedies(estimate())]
     assert seconds == sorted(seconds)
-    check_fits(plan(train={"ignore_plan": True}))
+    check_fits(estimate(train={"ignore_plan": True}))
 
 
 def test_the_margin_is_what_a_prediction_may_be_too_high():
-    edge = plan(plan().longest_sequence)
+    edge = estimate(estimate().longest_sequence)
     check_fits(edge)
-    above = edge.having(data__sequence_length=int(edge.longest_sequence * (1 + MARGIN / 2)))
+    above = edge.with_settings(data__sequence_length=int(edge.longest_sequence * (1 + MARGIN / 2)))
     assert not above.fits()
     check_fits(above)
     with pytest.raises(ConfigError):
-        check_fits(edge.having(data__sequence_length=int(edge.longest_sequence * (1 + 2 * MARGIN))))
+        check_fits(edge.with_settings(data__sequence_length=int(edge.longest_sequence * (1 + 2 * MARGIN))))
 
 
 def test_a_host_that_is_too_small():
-    assert plan(2**12, local_ranks=8).fits()
-    assert not plan(2**12, local_ranks=8, host_limit=16 * GIB).fits()
+    assert estimate(2**12, local_ranks=8).fits()
+    assert not estimate(2**12, local_ranks=8, host_limit=16 * GIB).fits()
 
 
 def test_sizes_behind_all_numbers():
     with pytest.raises(ConfigError, match="beyond any machine"):
-        plan(model=PAPER | {"dim": 12 * 10**310})
+        estimate(model=PAPER | {"dim": 12 * 10**310})
 
 
 def test_more_ranks_hold_a_longer_sequence():
-    assert plan(ranks=8).longest_sequence > 7 * plan().longest_sequence
+    assert estimate(ranks=8).longest_sequence > 7 * estimate().longest_sequence
 
 
-def test_memory_that_is_left_keeps_projections():
+def test_free_memory_is_suggested_for_cache_qkv():
     selective = {"activation_checkpointing": "selective", "feed_forward_tile": 2**16}
-    long = plan(2**20, train=selective)
-    kept = long.projections_that_fit
+    long = estimate(2**20, train=selective)
+    kept = long.cache_qkv_that_fits
     assert 0 < kept < 12
-    assert long.having(train__cache_qkv=kept).fits(-0.05)
-    assert not long.having(train__cache_qkv=kept + 1).fits(-0.05)
+    assert long.with_settings(train__cache_qkv=kept).fits(-0.05)
+    assert not long.with_settings(train__cache_qkv=kept + 1).fits(-0.05)
     assert "room for train.cache_qkv" in table(long)
-    assert long.having(train__activation_checkpointing="full").projections_that_fit == 0
+    assert long.with_settings(train__activation_checkpointing="full").cache_qkv_that_fits == 0
 
 
-def test_projections_on_the_host_leave_the_device():
+def test_offload_qkv_moves_bytes_from_the_device_to_the_host():
     selective = {"activation_checkpointing": "selective", "offload_activations": True}
-    kept, waiting = (plan(2**18, train=selective | {"cache_qkv": 8, "offload_qkv": number}) for number in (0, 5))
+    kept, waiting = (estimate(2**18, train=selective | {"cache_qkv": 8, "offload_qkv": number}) for number in (0, 5))
     block = 2**18 * 3 * 768 * 2  # bytes of q, k, v
     assert kept.to_json()["peak_gpu_bytes"] - waiting.to_json()["peak_gpu_bytes"] == 5 * block
     assert waiting.to_json()["peak_host_bytes"] - kept.to_json()["peak_host_bytes"] == 5 * block

@@ -1,4 +1,4 @@
-"""Bytes of DeepSpeed's state against those of a real engine."""
+"""The estimated bytes of DeepSpeed's state are those of a real engine."""
 
 import gc
 
@@ -23,7 +23,7 @@ def corpus(tmp_path_factory):
 
 
 def bytes_of_a_run(config):
-    """Bytes alive after a step, and at most in the next."""
+    """Return the living bytes after a step, and the peak of the next step."""
     with LiveBytes() as live:
         trainer = make_trainer(config)
         live.add([parameter.data for parameter in trainer.engine.module.parameters()])

@@ -21,7 +21,7 @@ def test_records_are_those_of_the_plan(ranks, rows, chunk, causal):
     assert counted.received == sum(plan.receive_counts)
     assert counted.foreign == sum(plan.receive_counts) - plan.receive_counts[rank]
     assert counted.bytes == counted.foreign * 2 * 32 * (2 + 4)
-    assert counted.held_rows == sum(segment.compact_rows for segment in plan.segments)
+    assert counted.buffered_rows == sum(segment.compact_rows for segment in plan.segments)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
