@@ -136,7 +136,7 @@ def forked(work: Callable[[], None], folder: Path, name: str) -> str:
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         os.environ["OMP_NUM_THREADS"] = "1"
-        # A fork has none of the threads that its parent may have started, and a command that uses them would wait for ever.
+        # A fork has none of the threads that its parent started; a command that uses them would wait for ever.
         torch.set_num_threads(1)
         torch.set_num_threads = lambda number: None
         status = 0
