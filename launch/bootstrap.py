@@ -23,7 +23,7 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 # The releases that all tests have run with. setup.cfg has no upper bound, but here a newer one's first warning would
 # fail the tests.
 TORCH = "torch>=2.11,<2.16"
-EXTRAS = {"train": "train,tokenizers", "test": "test,docs"}
+EXTRAS = {"train": "train,tokenizers", "test": "test"}
 CHECKS = {
     "style": ("ruff", "check", "."),
     "format": ("ruff", "format", "--check", "."),
