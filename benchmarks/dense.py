@@ -14,6 +14,7 @@ from longnet_dist import LongNet
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.engine.execution import Execution
 from longnet_dist.engine.rows import RowParts
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.block import Block
 
 
@@ -32,7 +33,13 @@ class DenseRunner:
         self.execution = execution
 
     def __call__(
-        self, block: Block, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+        self,
+        block: Block,
+        x: Tensor,
+        start: int | None,
+        total_rows: int | None,
+        cache: LayerCache | None,
+        documents: Documents | None,
     ) -> Tensor:
         """Return the block's output ``(B, n, E)``."""
         if self.execution.checkpointing == "none" or not torch.is_grad_enabled():

@@ -1,11 +1,10 @@
 #!/bin/bash
 # Train under MPI, a process for each rank. From the checkout, on a file system that all machines share:
 #
-#   RANKS=16 launch/mpi/train.sh [CONFIG] [key=value ...]
+#   RANKS=16 launch/mpi/train.sh [CONFIG.yaml] [key=value ...]
 #
 # MPI only says who the ranks are (through mpi4py: pip install '.[mpi]'); NCCL or gloo carry the data. Inside a job of SLURM,
 # PBS or LSF mpirun knows the machines; elsewhere name a file of lines "host slots=8" in HOSTFILE.
-# CONFIG is a YAML file or the name of a packaged configuration; without it the quick start is trained.
 # Written for Open MPI. MPICH and Intel MPI: mpiexec -n RANKS [-f HOSTFILE] python launch/train.py ...
 #
 # SIGUSR1 to mpirun reaches all ranks: they write a checkpoint and leave with status 75, which is then mpirun's; start the

@@ -13,11 +13,13 @@ from torch.autograd.function import once_differentiable
 
 from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Kernel, SoftmaxStatistics
 from longnet_dist.attention.kernels.registry import choose_kernel
+from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import agree_on_shards
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.exchange_plan import ExchangePlan, plan_exchange
 from longnet_dist.geometry.overlap import first_halves, overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -51,6 +53,7 @@ def dilated_attention(
     overlap: bool = True,
     total_rows: int | None = None,
     cache: LayerCache | None = None,
+    cu_seqlens: Any = None,
     sink: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Compute dilated attention (LongNet, section 2.2; across ranks, section 3), exact in output and gradients.
@@ -77,7 +80,12 @@ def dilated_attention(
         deterministic: gradients bitwise equal from run to run.
         overlap: compute the segments inside the slice while rows travel; else wait for them first. Same result.
         total_rows: ``N``, rows of all ranks together, if the caller wants them checked.
-        cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk.
+        cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk. The
+            stream has been given the documents of its whole sequence.
+        cu_seqlens: edges of packed documents, host integers in rows of the whole sequence over all ranks: ``[0, a, …,
+            N]``, or one such list for each batch item. Each document computes what it computes alone. A list may begin
+            above 0 and end below ``N``: rows outside are padding, with output 0, lse ``-inf`` and gradient 0. The same
+            on all ranks.
         sink: ``(H,)``, ``(n, H)`` or ``(B, n, H)``, the logarithm of the weight of one more key, whose value is 0
             (:mod:`longnet_dist.attention.sink`); differentiable. Over ranks, rows are this rank's, and the gradient of
             ``(H,)`` is this rank's part: their sum is the whole.
@@ -91,10 +99,15 @@ def dilated_attention(
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here; the other ranks of the group raise a ShapeError.
     """
-    spec = AttentionSpec.of(
-        q, k, v, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache, sink
-    )
-    out, lse = attend(q, k, v, spec, sink)
+    packed = PackedBatch.read(cu_seqlens, q, group, cache)
+    parts = []
+    for item in packed.items(q, k, v, sink):
+        spec = AttentionSpec.of(
+            *item.qkv, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache, item.sink,
+            item.documents, packed,
+        )  # fmt: skip
+        parts.append(attend(*item.qkv, spec, item.sink))
+    out, lse = packed.joined(parts, q)
     return (out, lse) if return_lse else out
 
 
@@ -123,6 +136,7 @@ class AttentionSpec:
     deterministic: bool
     overlap: bool
     cache: LayerCache | None
+    documents: Documents | None = None
 
     @classmethod
     def of(
@@ -140,6 +154,8 @@ class AttentionSpec:
         total_rows: int | None,
         cache: LayerCache | None,
         sink: Tensor | None = None,
+        documents: Documents | None = None,
+        packed: PackedBatch = ONE_DOCUMENT,
     ) -> AttentionSpec:
         """Build and check the spec of a call; the arguments and errors are those of :func:`dilated_attention`.
 
@@ -152,7 +168,9 @@ class AttentionSpec:
             refusal = error
         exact_in_float16 = scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE
         merges = kernel is not None and kernel.merges_overlaps and exact_in_float16
-        shards, rank = agree_on_shards(q, k, v, pattern, causal, group, total_rows, cache, merges, refusal, sink)
+        shards, rank = agree_on_shards(
+            q, k, v, pattern, causal, group, total_rows, cache, merges, refusal, sink, packed
+        )
         assert kernel is not None, "a rank without a kernel has raised why"
         return cls(
             pattern,
@@ -166,6 +184,7 @@ class AttentionSpec:
             deterministic,
             overlap,
             cache,
+            documents if cache is None else cache.stream.documents,
         )
 
     @property
@@ -176,7 +195,7 @@ class AttentionSpec:
     @property
     def exchanges(self) -> bool:
         """Whether a query sees keys of another rank or chunk."""
-        return needs_exchange(self.pattern, self.shards)
+        return needs_exchange(self.pattern, self.shards, self.documents)
 
     @property
     def halves(self) -> tuple[int, ...]:
@@ -189,11 +208,13 @@ class AttentionSpec:
 
     def plan(self, kv_heads: int) -> ExchangePlan:
         """Return which sparse rows this rank sends and receives."""
-        return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal, self.halves)
+        return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal, self.halves, self.documents)
 
     def shared(self) -> tuple[Segment, ...]:
         """Return the segments whose keys this window takes from compact buffers."""
-        return shared_segments(self.pattern, *self.window, self.shards.total_rows, self.causal, self.halves)
+        return shared_segments(
+            self.pattern, *self.window, self.shards.total_rows, self.causal, self.halves, self.documents
+        )
 
     def dense_calls(self, kv_heads: int) -> tuple[Call, ...]:
         """Return the calls whose keys are the window's own rows.
@@ -202,11 +223,11 @@ class AttentionSpec:
         never written; later calls add to them.
         """
         total, fresh = self.shards.total_rows, self.kernel.starts_fresh
-        return _dense_calls(self._maker(kv_heads), self.pattern, self.window, total, fresh)
+        return _dense_calls(self._maker(kv_heads), self.pattern, self.window, total, fresh, self.documents)
 
     def shared_calls(self, kv_heads: int) -> tuple[tuple[Call, ...], ...]:
         """Return the calls of each segment of :meth:`shared`."""
-        return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared())
+        return _shared_calls(self._maker(kv_heads), self.pattern, self.window, self.shared(), self.documents)
 
     def _maker(self, kv_heads: int) -> _CallMaker:
         return _CallMaker(kv_heads, self.causal, self.scale, self.deterministic, self.merges)
@@ -229,12 +250,20 @@ class _CallMaker(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _dense_calls(
-    maker: _CallMaker, pattern: DilatedPattern, window: tuple[int, int], total_rows: int, starts_fresh: bool
+    maker: _CallMaker,
+    pattern: DilatedPattern,
+    window: tuple[int, int],
+    total_rows: int,
+    starts_fresh: bool,
+    documents: Documents | None,
 ) -> tuple[Call, ...]:
-    def covers_all(piece: Piece) -> bool:
-        return piece.dilation_rate == 1 and not piece.half and (piece.query_start, piece.query_stop) == window
+    no_padding = documents is None or documents.covers(*window)
 
-    pieces = dense_pieces(pattern, *window, total_rows, maker.causal)
+    def covers_all(piece: Piece) -> bool:
+        whole = no_padding and not piece.half and (piece.query_start, piece.query_stop) == window
+        return whole and piece.dilation_rate == 1
+
+    pieces = dense_pieces(pattern, *window, total_rows, maker.causal, documents)
     calls = sorted((y for x in pieces for y in maker.calls(x, pattern)), key=lambda call: not covers_all(call.piece))
     if starts_fresh and calls and covers_all(calls[0].piece):
         calls[0] = replace(calls[0], fresh=True)
@@ -243,9 +272,13 @@ def _dense_calls(
 
 @lru_cache(maxsize=256)
 def _shared_calls(
-    maker: _CallMaker, pattern: DilatedPattern, window: tuple[int, int], segments: tuple[Segment, ...]
+    maker: _CallMaker,
+    pattern: DilatedPattern,
+    window: tuple[int, int],
+    segments: tuple[Segment, ...],
+    documents: Documents | None,
 ) -> tuple[tuple[Call, ...], ...]:
-    return tuple(maker.calls(compact_piece(pattern, segment, *window), pattern) for segment in segments)
+    return tuple(maker.calls(compact_piece(pattern, segment, *window, documents), pattern) for segment in segments)
 
 
 def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -287,7 +320,7 @@ def attention_forward(
                 kernel.forward(call, q, key, value, out, lse)
             shared += [key, value]
     if sink is not None:
-        join_sink(out, lse, sink)
+        join_sink(out, lse, sink, spec.documents.padding(*spec.window) if spec.documents else ())
     out = out.to(q.dtype)
     return out, lse, shared
 

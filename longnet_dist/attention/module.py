@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
 from longnet_dist.attention.functional import AttentionSpec, attend
+from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch, documents_of_model
 from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
 
 
@@ -99,6 +103,7 @@ class DilatedAttention(nn.Module):
         start: int | None = None,
         total_rows: int | None = None,
         cache: LayerCache | None = None,
+        cu_seqlens: Any = None,
     ) -> Tensor:
         """Attend; with a group, all its ranks must call.
 
@@ -108,6 +113,8 @@ class DilatedAttention(nn.Module):
                 the group.
             total_rows: ``N``; if not given, one small collective finds it out.
             cache: this layer's cache in a stream, whose present chunk the rows are.
+            cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`; positions count from a
+                document's first row.
 
         Returns:
             ``(B, n, E)``.
@@ -116,7 +123,11 @@ class DilatedAttention(nn.Module):
             ShapeError: shapes, rows or ``start`` that do not fit the group.
             ConfigError: xPos cannot span the pattern.
         """
-        spec, table = self.prepare(x, start, total_rows, cache)
+        documents, as_one = documents_of_model(cu_seqlens, x.shape[0], x.shape[1], self.group)
+        if as_one:
+            joined: Tensor = self(x.flatten(0, 1)[None], cu_seqlens=documents)
+            return joined.view_as(x)
+        spec, table = self.prepare(x, start, total_rows, cache, documents)
         q, k, v = self.project(x, table)
         out, _ = attend(q, k, v, spec)
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
@@ -140,7 +151,12 @@ class DilatedAttention(nn.Module):
         return q, k, v
 
     def prepare(
-        self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        start: int | None,
+        total_rows: int | None,
+        cache: LayerCache | None,
+        documents: Documents | None = None,
     ) -> tuple[AttentionSpec, RotaryTable | None]:
         """Return the checked attention of these rows and their rotations; arguments and errors of :meth:`forward`."""
         batch, rows, dim = x.shape
@@ -163,6 +179,8 @@ class DilatedAttention(nn.Module):
             self.overlap,
             total_rows,
             cache,
+            documents=documents,
+            packed=ONE_DOCUMENT if documents is None else PackedBatch((documents,)),
         )
         first_row, _ = spec.window
         if start not in (None, first_row):
@@ -170,4 +188,4 @@ class DilatedAttention(nn.Module):
         if self.positions is None:
             return spec, None
         place = first_row, rows, spec.shards.total_rows
-        return spec, self.positions.table(self.pattern, *place, self.head_dim, dtype, x.device, batch)
+        return spec, self.positions.table(self.pattern, *place, self.head_dim, dtype, x.device, batch, spec.documents)

@@ -18,10 +18,12 @@ from decimal import Decimal, localcontext
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.numerics import wide_dtype
 
@@ -94,6 +96,7 @@ class Positions:
         dtype: torch.dtype,
         device: torch.device,
         batch: int = 1,
+        documents: Documents | None = None,
     ) -> RotaryTable:
         """Tables for rows ``start … start+rows-1`` of ``batch`` sequences, one behind the other.
 
@@ -102,13 +105,14 @@ class Positions:
         Raises:
             ConfigError: as :meth:`__call__`.
         """
-        self.check(pattern, total_rows, head_dim, dtype)
-        span, wide = attending_span(pattern, total_rows), wide_dtype(dtype)
-        key = (start, rows, span, head_dim, wide, device, batch)
+        longest = total_rows if documents is None else documents.longest
+        self.check(pattern, longest, head_dim, dtype)
+        span, wide = attending_span(pattern, longest), wide_dtype(dtype)
+        key = (start, rows, span, head_dim, wide, device, batch, documents)
         if self._cached is None or self._cached[0] != key:
             self._cached = None  # so that the old tables' memory is free for the new
             with torch.inference_mode(False):  # the tables of a validation step may serve a training step
-                self._cached = key, self._tables(start, rows, span, head_dim, wide, device, batch)
+                self._cached = key, self._tables(start, rows, span, head_dim, wide, device, batch, documents)
         return self._cached[1]
 
     def check(self, pattern: DilatedPattern, total_rows: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -132,7 +136,15 @@ class Positions:
             )
 
     def _tables(
-        self, start: int, rows: int, span: int, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int
+        self,
+        start: int,
+        rows: int,
+        span: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int,
+        documents: Documents | None,
     ) -> RotaryTable:
         turns = torch.tensor(_turns(self.theta, head_dim), device=device)
         zeta = (torch.arange(0, head_dim, 2, device=device).double() / head_dim + 0.4) / 1.4
@@ -140,17 +152,34 @@ class Positions:
         tables = torch.empty(number, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
         for first in range(0, rows, _TABLE_ROWS):
             part = tables[:, first : first + _TABLE_ROWS]
-            n = torch.arange(start + first, start + first + part.shape[1], device=device).view(-1, 1, 1)
+            n, spans = _indices(start + first, part.shape[1], span, device, documents)
             angle = (n * turns).double() * (2 * math.pi / 2**64)
             factors = torch.stack([angle.cos(), angle.sin()], -1)
             if self.xpos_base is None:
                 part[0] = factors
             else:
-                scale = zeta.pow((n % span - span / 2) / self.xpos_base).unsqueeze(-1)
+                scale = zeta.pow((n % spans - spans / 2) / self.xpos_base).unsqueeze(-1)
                 part[0], part[1] = factors * scale, factors / scale
         if batch > 1:
             tables = tables.repeat(1, batch, 1, 1, 1)
         return RotaryTable(tables[0], tables[-1])
+
+
+def _indices(
+    start: int, rows: int, span: int, device: torch.device, documents: Documents | None
+) -> tuple[Tensor, Tensor | int]:
+    """Return the index ``(rows, 1, 1)`` of each row in its document, and the span over which xPos counts there.
+
+    Padding counts from row 0 of the sequence, which nobody sees.
+    """
+    n = torch.arange(start, start + rows, device=device)
+    if documents is None:
+        return n.view(-1, 1, 1), span
+    number = np.searchsorted(documents.array_starts, np.arange(start, start + rows), side="right") - 1
+    first = np.where(number < 0, 0, documents.array_starts[number])
+    length = np.where(number < 0, 1, (documents.array_stops - documents.array_starts)[number])
+    n = n - torch.from_numpy(first).to(device)
+    return n.view(-1, 1, 1), torch.from_numpy(np.minimum(length, span)).to(device).view(-1, 1, 1)
 
 
 def attending_span(pattern: DilatedPattern, total_rows: int) -> int:

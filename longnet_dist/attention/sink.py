@@ -13,6 +13,8 @@ is then the ordinary one with the merged :math:`(O', \mathrm{LSE}')`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,15 @@ def check_sink(sink: Tensor | None, q: Tensor) -> None:
         )
 
 
-def join_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
-    """Let ``sink`` join the softmax of ``out (B, n, H, D)`` and ``lse (B, n, H)``, in place."""
+def join_sink(out: Tensor, lse: Tensor, sink: Tensor, padding: Sequence[slice] = ()) -> None:
+    """Let ``sink`` join the softmax of ``out (B, n, H, D)`` and ``lse (B, n, H)``, in place; not in ``padding``."""
     merged = torch.logaddexp(lse, sink.detach().to(lse.dtype))
     # Where neither a key nor a sink is, both are -inf and their difference is NaN; the output is 0 there.
     share = (lse - merged).exp_().nan_to_num_(nan=0.0)
     out.mul_(share.unsqueeze(-1))
     lse.copy_(merged)
+    for rows in padding:
+        lse[:, rows] = -torch.inf
 
 
 def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
@@ -67,7 +71,7 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     The sink is a key of score σ and value 0. Its :math:`P = e^{σ - \mathrm{LSE}'}` and :math:`dO\,V^\top = 0`, so
     :math:`dσ = P (0 - \mathrm{delta})`.
     """
-    weight = (sink.to(lse.dtype) - lse).exp().nan_to_num(nan=0.0)
+    weight = (sink.to(lse.dtype) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # padding, or no sink and no key
     return (-weight * delta).sum_to_size(sink.shape).to(sink.dtype)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from longnet_dist.comm.transfer import CompactBuffers
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.chunks import chunks_of, recorded_segments
+from longnet_dist.geometry.documents import Documents, read_edges
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards, open_segments
 from longnet_dist.numerics import wide_dtype
@@ -29,6 +31,8 @@ class Stream:
         num_ranks: ranks of the sequence group, which share every chunk.
         rank: this rank's place in the group.
         causal: a bidirectional sequence can only pass as one chunk.
+        cu_seqlens: edges of packed documents, the same for all batch items, in rows of the whole sequence; None: the
+            sequence is one document.
 
     Attributes:
         shards: the present chunk and its slices.
@@ -45,9 +49,11 @@ class Stream:
         num_ranks: int = 1,
         rank: int = 0,
         causal: bool = True,
+        cu_seqlens: Any = None,
     ) -> None:
         self.pattern, self.total_rows, self.num_ranks, self.rank = pattern, total_rows, num_ranks, rank
         self.causal = causal
+        self.documents = _documents(cu_seqlens, total_rows)
         self.shards: Shards | None = None
         self.recorded: tuple[Segment, ...] | None = None
         self.recording = self.replaying = False
@@ -99,7 +105,7 @@ class Stream:
         """Visit all chunks but the last, to keep the rows that :meth:`replay` needs; run them without graph."""
         chunks = self.chunks(length)
         alone = len(chunks) == 1  # and then leaves nothing for others
-        self.recorded = () if alone else recorded_segments(self.pattern, chunks, self.rank, self.causal)
+        self.recorded = () if alone else recorded_segments(self.pattern, chunks, self.rank, self.causal, self.documents)
         yield from self._leave_rows(chunks[:-1])
 
     def replay(self, length: int) -> Iterator[Shards]:
@@ -121,7 +127,7 @@ class Stream:
 
         The same on all ranks, and for any number of them: with these and the row, :meth:`resume` goes on.
         """
-        segments = open_segments(self.pattern, self._next_row, self.total_rows)
+        segments = open_segments(self.pattern, self._next_row, self.total_rows, self.documents)
         return [layer.carried(segments) for layer in self.layers] if segments else []
 
     def resume(self, row: int, carried: list[Tensor]) -> None:
@@ -131,7 +137,7 @@ class Stream:
             ShapeError: the records are not those of the open segments at ``row``.
         """
         self._next_row = row
-        segments = open_segments(self.pattern, row, self.total_rows)
+        segments = open_segments(self.pattern, row, self.total_rows, self.documents)
         if len(carried) != (len(self.layers) if segments else 0):
             raise ShapeError(
                 f"{len(segments)} segments are open at row {row}, which {len(self.layers)} layers keep, "
@@ -139,6 +145,14 @@ class Stream:
             )
         for layer, records in zip(self.layers, carried, strict=False):
             layer.resume(segments, records)
+
+
+def _documents(cu_seqlens: Any, total_rows: int) -> Documents | None:
+    """Return the documents of a stream; its items must share them, since they share its chunks."""
+    if cu_seqlens is None:
+        return None
+    lists = read_edges(cu_seqlens, 1, total_rows)
+    return Documents.of_edges(lists[0])
 
 
 class LayerCache:

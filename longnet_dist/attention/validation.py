@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import check_sink
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, LongNetError, ShapeError
+from longnet_dist.geometry.documents import check_end
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards
 
@@ -53,6 +55,7 @@ def agree_on_shards(
     merges: bool = False,
     refusal: ConfigError | None = None,
     sink: Tensor | None = None,
+    packed: PackedBatch = ONE_DOCUMENT,
 ) -> tuple[Shards, int]:
     """Check the inputs; return the slices of the sequence and this rank's number.
 
@@ -65,14 +68,16 @@ def agree_on_shards(
         merges: whether the kernel of this rank merges overlaps; all ranks must do the same.
         refusal: why this rank has no kernel, to be raised once the other ranks know.
         sink: as in :func:`~longnet_dist.dilated_attention`.
+        packed: the documents of the batch.
 
     Raises:
         ShapeError: shapes, dtypes, devices or rows that do not fit, on all ranks of the group alike.
         ConfigError: the ``refusal``; the other ranks of the group raise a ShapeError.
     """
     alone = group is None or dist.get_world_size(group) == 1
-    if refusal is not None and (alone or cache is not None):
-        raise refusal
+    fault: LongNetError | None = refusal or packed.fault
+    if fault is not None and (alone or cache is not None):
+        raise fault
     if cache is not None:
         check_sink(sink, q)
         return _chunk_of(cache, q, k, v, pattern, causal)
@@ -80,8 +85,11 @@ def agree_on_shards(
         check_inputs(q, k, v)
         check_sink(sink, q)
         _check_total(total_rows, q.shape[1])
+        if not packed.rows:  # else the lists were checked against the rows of an item
+            check_end(packed.last_row, q.shape[1])
         return Shards(q.shape[1], q.shape[1], 1), 0
-    counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, refusal, sink)
+    counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, fault, sink, packed.digest)
+    check_end(packed.last_row, sum(counts))
     return Shards(sum(counts), counts[0], len(counts)), dist.get_rank(group)
 
 
@@ -112,17 +120,8 @@ def _check_total(total_rows: int | None, rows: int) -> None:
 
 
 _FACTS = (
-    "rows",
-    "batch",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "dtype",
-    "pattern",
-    "causal",
-    "backend",
-    "total_rows",
-    "sink",
+    *("rows", "batch", "heads", "kv_heads", "head_dim", "dtype"),
+    *("pattern", "causal", "backend", "total_rows", "sink", "documents"),
 )
 """What ranks tell each other, one integer each; all but the rows must be equal on all ranks."""
 _REFUSED = -1
@@ -137,8 +136,9 @@ def _compare_ranks(
     merges: bool,
     total_rows: int | None,
     group: dist.ProcessGroup,
-    refusal: ConfigError | None,
+    refusal: LongNetError | None,
     sink: Tensor | None,
+    documents: int,
 ) -> list[int]:
     """Return the rows of every rank; raise on all ranks if one rank's inputs are wrong or differ from the others'."""
     fault: LongNetError | None = refusal
@@ -146,7 +146,7 @@ def _compare_ranks(
     try:
         check_inputs(q, k, v)
         check_sink(sink, q)
-        facts = facts if fault else _facts(q, k, pattern, causal, merges, total_rows, sink)
+        facts = facts if fault else _facts(q, k, pattern, causal, merges, total_rows, sink, documents)
     except ShapeError as error:
         fault = error
     table = _gather_facts(facts, q.device, group)
@@ -158,8 +158,8 @@ def _compare_ranks(
             what = "was refused" if _REFUSED in (row[0], table[0][0]) else f"differs from rank 0 in {', '.join(names)}"
             raise ShapeError(
                 f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, causal, "
-                f"total_rows and kind of sink and have the same backend, but rank {rank} {what}: {row} against "
-                f"{table[0]}"
+                f"total_rows, kind of sink and documents and have the same backend, but rank {rank} {what}: "
+                f"{row} against {table[0]}"
             )
     counts = [row[0] for row in table]
     if any(count != counts[0] for count in counts[:-1]) or counts[-1] > counts[0]:
@@ -183,11 +183,13 @@ def _facts(
     merges: bool,
     total_rows: int | None,
     sink: Tensor | None,
+    documents: int,
 ) -> list[int]:
     batch, rows, heads, dim = q.shape
     dtype, total = _DTYPES.index(q.dtype), 0 if total_rows is None else total_rows
     kind = 0 if sink is None else sink.dim()
-    return [rows, batch, heads, k.shape[2], dim, dtype, _digest(pattern), int(causal), int(merges), total, kind]
+    shape = [rows, batch, heads, k.shape[2], dim, dtype]
+    return [*shape, _digest(pattern), int(causal), int(merges), total, kind, documents]
 
 
 @lru_cache(maxsize=64)

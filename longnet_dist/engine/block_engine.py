@@ -13,6 +13,7 @@ from longnet_dist.engine.block_run import BlockRun
 from longnet_dist.engine.recognition import obstacle
 from longnet_dist.engine.rows import RowParts
 from longnet_dist.engine.saved_tensors import PinnedPool, SavedTensors
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.block import Block
 from longnet_dist.numerics import log_once
 from longnet_dist.ops.matmul.choice import REFERENCE, Matmul, choose_matmul
@@ -33,15 +34,21 @@ class BlockEngine:
         self.execution, self.pool = execution, pool
 
     def __call__(
-        self, block: Block, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+        self,
+        block: Block,
+        x: Tensor,
+        start: int | None,
+        total_rows: int | None,
+        cache: LayerCache | None,
+        documents: Documents | None,
     ) -> Tensor:
         """Return the block's output ``(B, n, E)`` for ``x (B, n, E)``; arguments as in :meth:`Block.forward`."""
         reason = obstacle(block)
         if reason:
             log_once(f"blocks run as plain modules, without tiles, offloading and compiled parts: {reason}")
-            return self._plain(block, x, start, total_rows, cache)
+            return self._plain(block, x, start, total_rows, cache, documents)
         execution, attention = self.execution, block.self_attn
-        spec, table = attention.prepare(x, start, total_rows, cache)
+        spec, table = attention.prepare(x, start, total_rows, cache, documents)
         compile = execution.compiles(block.training, cache is not None)
         matmul = self._matmul(block, x) if compile else REFERENCE
         weights = dict(block.named_parameters())
@@ -50,15 +57,21 @@ class BlockEngine:
         return run.forward(x.flatten(0, 1)).view_as(x)
 
     def _plain(
-        self, block: Block, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+        self,
+        block: Block,
+        x: Tensor,
+        start: int | None,
+        total_rows: int | None,
+        cache: LayerCache | None,
+        documents: Documents | None,
     ) -> Tensor:
         """Call the block's own modules; with checkpointing torch recomputes all of them in backward.
 
         A chunk of a stream is not recomputed: that would leave its rows in the cache twice.
         """
         if self.execution.checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
-            return block.compute(x, start, total_rows, cache)
-        out: Tensor = checkpoint(block.compute, x, start, total_rows, cache, use_reentrant=False)
+            return block.compute(x, start, total_rows, cache, documents)
+        out: Tensor = checkpoint(block.compute, x, start, total_rows, cache, documents, use_reentrant=False)
         return out
 
     def _matmul(self, block: Block, x: Tensor) -> Matmul:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.exchange_plan import buffered_segments
 from longnet_dist.geometry.pattern import Branch, DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards
@@ -37,7 +38,11 @@ def chunks_of(
 
 
 def recorded_segments(
-    pattern: DilatedPattern, chunks: Sequence[Shards], rank: int, causal: bool
+    pattern: DilatedPattern,
+    chunks: Sequence[Shards],
+    rank: int,
+    causal: bool,
+    documents: Documents | None = None,
 ) -> tuple[Segment, ...]:
     """Return the segments that ``rank`` buffers in any of the chunks, ordered by branch, then index.
 
@@ -45,7 +50,7 @@ def recorded_segments(
     """
     held: dict[tuple[int, int], Segment] = {}
     for shards in chunks:
-        for segment in buffered_segments(pattern, shards, rank, causal):
+        for segment in buffered_segments(pattern, shards, rank, causal, documents=documents):
             key = segment.branch, segment.index
             if key not in held or held[key].stop < segment.stop:
                 held[key] = segment

@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards, edge_segments, open_segments, shared_segments
 
@@ -53,7 +54,13 @@ class ExchangePlan:
 
 @lru_cache(maxsize=64)
 def plan_exchange(
-    pattern: DilatedPattern, shards: Shards, rank: int, kv_heads: int, causal: bool, halves: tuple[int, ...] = ()
+    pattern: DilatedPattern,
+    shards: Shards,
+    rank: int,
+    kv_heads: int,
+    causal: bool,
+    halves: tuple[int, ...] = (),
+    documents: Documents | None = None,
 ) -> ExchangePlan:
     """Plan the exchange of ``rank``; the plans of all ranks fit together without communication.
 
@@ -70,7 +77,7 @@ def plan_exchange(
     window = shards.window(rank)
 
     send: list[tuple[Integers, Integers]] = [(empty, empty)]
-    for segment in edge_segments(pattern, *window, shards.total_rows):
+    for segment in edge_segments(pattern, *window, shards.total_rows, documents):
         last, _ = segment.exchange_bounds(halves)
         rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment.start, last, window))
         peers = np.array(_receivers(segment, shards, rank, causal, halves), np.int64)
@@ -80,7 +87,7 @@ def plan_exchange(
     # Within a peer a stable sort keeps the order of segments, rows and heads, as the receiver expects it.
     order = np.argsort(peers, kind="stable")
 
-    segments = buffered_segments(pattern, shards, rank, causal, halves)
+    segments = buffered_segments(pattern, shards, rank, causal, halves, documents)
     receive: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
     for number, segment in enumerate(segments):
         kept, kept_heads = kept_records(
@@ -113,15 +120,20 @@ def group_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
 
 
 def buffered_segments(
-    pattern: DilatedPattern, shards: Shards, rank: int, causal: bool, halves: tuple[int, ...] = ()
+    pattern: DilatedPattern,
+    shards: Shards,
+    rank: int,
+    causal: bool,
+    halves: tuple[int, ...] = (),
+    documents: Documents | None = None,
 ) -> tuple[Segment, ...]:
     """Return the segments that ``rank`` buffers: those that its window shares, and those that are open at the end.
 
     An open segment, which continues behind the chunk, is buffered whole, since later chunks may need all of it. The
     arguments are those of :func:`plan_exchange`.
     """
-    shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal, halves)
-    open_ones = open_segments(pattern, shards.stop, shards.total_rows)
+    shared = shared_segments(pattern, *shards.window(rank), shards.total_rows, causal, halves, documents)
+    open_ones = open_segments(pattern, shards.stop, shards.total_rows, documents)
     held = {(s.branch, s.index): s for s in (*shared, *open_ones)}  # open ones last, since they are whole
     return tuple(held[key] for key in sorted(held))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.documents import read_edges
 
 HEAD_OFFSETS = ("modulo", "blocked")
 
@@ -112,7 +115,9 @@ class DilatedPattern:
         block = -(-heads // rate)
         return tuple(head // block for head in range(heads))
 
-    def flops(self, N: int, heads: int, head_dim: int, causal: bool, kv_heads: int | None = None) -> int:
+    def flops(
+        self, N: int, heads: int, head_dim: int, causal: bool, kv_heads: int | None = None, cu_seqlens: Any = None
+    ) -> int:
         """FLOPs of one forward: ``4 · head_dim ·`` the number of attended (query, key) pairs, exact.
 
         Args:
@@ -121,9 +126,17 @@ class DilatedPattern:
             head_dim: ``D``.
             causal: whether a row sees only itself and earlier rows.
             kv_heads: key/value heads, ``H`` if not given; must divide ``heads``.
+            cu_seqlens: edges of packed documents, which are counted one by one; None: one document of ``N`` rows.
         """
         kv_heads = heads if kv_heads is None else kv_heads
         check_heads(heads, kv_heads)
+        if cu_seqlens is not None:
+            (edges,) = read_edges(cu_seqlens, 1, N)
+            lengths = Counter(stop - start for start, stop in pairwise(edges))
+            of_length = (
+                (count, self.flops(rows, heads, head_dim, causal, kv_heads)) for rows, count in lengths.items()
+            )
+            return sum(count * flops for count, flops in of_length)
         pairs = 0
         for branch in self.branches:
             width, rate = branch.segment_length, branch.dilation_rate

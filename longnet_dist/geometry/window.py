@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
 from longnet_dist.errors import ShapeError
-from longnet_dist.geometry.pattern import DilatedPattern, kept_rows
+from longnet_dist.geometry.documents import Documents, SegmentTable, segment_table
+from longnet_dist.geometry.pattern import Branch, DilatedPattern, kept_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ class Piece:
             segment are computed, against all keys in these rows. ``-h``: only queries in the first ``h`` rows, against
             all keys behind them. Only kernels that merge overlaps get such pieces.
         overlap_rates: the branches whose pairs this piece computes too, see :class:`~.overlap.Overlap`.
+        table: the segments where they are not all of ``w`` rows: those of packed documents. ``first_segment`` is 0
+            then, and segments are numbered by their place in the table.
     """
 
     branch: int
@@ -160,9 +165,19 @@ class Piece:
     compact: bool
     half: int = 0
     overlap_rates: tuple[int, ...] = ()
+    table: SegmentTable | None = None
+
+    def bounds(self, segment: int) -> tuple[int, int]:
+        """Return the global rows ``[start, stop)`` of a segment; in a compact piece or table up to the window's end."""
+        if self.table is not None:
+            return int(self.table.starts[segment]), int(self.table.stops[segment])
+        return segment * self.segment_length, (segment + 1) * self.segment_length
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yield ``(first_segment, num_segments)`` of runs of equally long segments: the full ones, then a short one."""
+        if self.table is not None:
+            yield from ((segment, 1) for segment in range(self.num_segments))
+            return
         full = (self.key_stop - self.first_segment * self.segment_length) // self.segment_length
         full = min(full, self.num_segments) if not self.compact else 0
         if full:
@@ -182,9 +197,10 @@ class Piece:
             index ``j`` of the first one.
         """
         # kept_rows(x, 0, r) = ceil(x / r): the smallest j with o + j·r >= x.
-        start = segment * self.segment_length + offset
+        begin, end = self.bounds(segment)
+        start = begin + offset
         first = kept_rows(max(self.query_start - start, 0), 0, self.dilation_rate)
-        stop = kept_rows(min(self.query_stop, (segment + 1) * self.segment_length) - start, 0, self.dilation_rate)
+        stop = kept_rows(min(self.query_stop, end) - start, 0, self.dilation_rate)
         return start + first * self.dilation_rate - self.window_start, max(0, stop - first), first
 
     def keys(self, segment: int, offset: int) -> tuple[int, int, int]:
@@ -197,13 +213,20 @@ class Piece:
         Returns:
             the first key's row in the key buffer, the number of keys, and the buffer rows from one key to the next.
         """
-        start = segment * self.segment_length
-        count = kept_rows(min(self.key_stop, start + self.segment_length) - start, offset, self.dilation_rate)
+        start, end = self.bounds(segment)
+        count = kept_rows(min(self.key_stop, end) - start, offset, self.dilation_rate)
         return (0, count, 1) if self.compact else (start + offset - self.window_start, count, self.dilation_rate)
 
 
 @lru_cache(maxsize=512)
-def dense_pieces(pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool) -> tuple[Piece, ...]:
+def dense_pieces(
+    pattern: DilatedPattern,
+    start: int,
+    stop: int,
+    total_rows: int,
+    causal: bool,
+    documents: Documents | None = None,
+) -> tuple[Piece, ...]:
     """Return the pieces of window ``[start, stop)`` whose keys are all in the window, at most one for each branch.
 
     They are the segments inside the window. In a causal model a segment that starts inside and ends behind the window
@@ -215,7 +238,13 @@ def dense_pieces(pattern: DilatedPattern, start: int, stop: int, total_rows: int
         stop: end (exclusive) of the window.
         total_rows: rows of the sequence.
         causal: whether a row sees only itself and earlier rows.
+        documents: the documents of the sequence; None: it is one.
     """
+    if documents is not None:
+        found = (
+            _document_piece(number, branch, start, stop, causal, documents) for number, branch in enumerate(pattern)
+        )
+        return tuple(piece for piece in found if piece is not None)
     pieces = []
     for number, branch in enumerate(pattern):
         width = branch.segment_length
@@ -229,34 +258,72 @@ def dense_pieces(pattern: DilatedPattern, start: int, stop: int, total_rows: int
     return tuple(pieces)
 
 
-def edge_segments(pattern: DilatedPattern, start: int, stop: int, total_rows: int) -> Iterator[Segment]:
+def _document_piece(
+    number: int, branch: Branch, start: int, stop: int, causal: bool, documents: Documents
+) -> Piece | None:
+    """Return the piece of one branch of a window of packed documents; None without a segment."""
+    table = segment_table(documents, branch.segment_length)
+    inside = (table.starts >= start) & ((table.starts < stop) if causal else (table.stops <= stop))
+    if not inside.any():
+        return None
+    part = SegmentTable(table.starts[inside], table.stops[inside])
+    rows = int(part.starts[0]), min(int(part.stops[-1]), stop)
+    width, rate = branch.segment_length, branch.dilation_rate
+    return Piece(number, width, rate, 0, len(part), start, *rows, rows[1], compact=False, table=part)
+
+
+def segment_at(
+    pattern: DilatedPattern, number: int, row: int, total_rows: int, documents: Documents | None
+) -> Segment | None:
+    """Return the segment of branch ``number`` that contains a row; None in padding.
+
+    Segments of packed documents are numbered by their first row.
+    """
+    branch = pattern.branches[number]
+    width = branch.segment_length
+    if documents is None:
+        index = row // width
+        return Segment(number, index, index * width, min((index + 1) * width, total_rows), branch.dilation_rate)
+    document = documents.containing(row)
+    if document is None:
+        return None
+    first = row - (row - document[0]) % width
+    return Segment(number, first, first, min(first + width, document[1]), branch.dilation_rate)
+
+
+def edge_segments(
+    pattern: DilatedPattern, start: int, stop: int, total_rows: int, documents: Documents | None = None
+) -> Iterator[Segment]:
     """Yield the segments that cross an edge of window ``[start, stop)``, ordered by branch, then index.
 
     There are at most two for each branch: one at the first row and one at the last.
     """
-    for number, branch in enumerate(pattern):
-        width = branch.segment_length
-        for index in sorted({start // width, (stop - 1) // width}):
-            first, last = index * width, min((index + 1) * width, total_rows)
-            if first < start or last > stop:
-                yield Segment(number, index, first, last, branch.dilation_rate)
+    for number in range(len(pattern)):
+        found = [segment_at(pattern, number, row, total_rows, documents) for row in (start, stop - 1)]
+        if found[0] == found[1]:
+            del found[1]
+        yield from (segment for segment in found if segment and (segment.start < start or segment.stop > stop))
 
 
-def open_segments(pattern: DilatedPattern, row: int, total_rows: int) -> tuple[Segment, ...]:
+def open_segments(
+    pattern: DilatedPattern, row: int, total_rows: int, documents: Documents | None = None
+) -> tuple[Segment, ...]:
     """Return the segments that contain both row ``row - 1`` and ``row``, at most one for each branch."""
-    segments = []
-    for number, branch in enumerate(pattern):
-        width = branch.segment_length
-        first = (row - 1) // width * width
-        last = min(first + width, total_rows)
-        if row > 0 and last > row:
-            segments.append(Segment(number, first // width, first, last, branch.dilation_rate))
-    return tuple(segments)
+    if row <= 0:
+        return ()
+    found = (segment_at(pattern, number, row - 1, total_rows, documents) for number in range(len(pattern)))
+    return tuple(segment for segment in found if segment and segment.stop > row)
 
 
 @lru_cache(maxsize=512)
 def shared_segments(
-    pattern: DilatedPattern, start: int, stop: int, total_rows: int, causal: bool, halves: tuple[int, ...] = ()
+    pattern: DilatedPattern,
+    start: int,
+    stop: int,
+    total_rows: int,
+    causal: bool,
+    halves: tuple[int, ...] = (),
+    documents: Documents | None = None,
 ) -> tuple[Segment, ...]:
     """Return the segments for which window ``[start, stop)`` needs keys of other windows, by branch, then index.
 
@@ -270,36 +337,42 @@ def shared_segments(
         total_rows: rows of the sequence.
         causal: whether a row sees only itself and earlier rows.
         halves: see :meth:`Segment.exchange_bounds`; for causal models only.
+        documents: the documents of the sequence; None: it is one.
     """
-    segments = edge_segments(pattern, start, stop, total_rows)
+    segments = edge_segments(pattern, start, stop, total_rows, documents)
     if not causal:
         return tuple(segments)
     began = ((s, *s.exchange_bounds(halves)) for s in segments if s.start < start)
     return tuple(replace(s, stop=min(last, stop)) for s, last, first in began if first < min(s.stop, stop))
 
 
-def compact_piece(pattern: DilatedPattern, segment: Segment, start: int, stop: int) -> Piece:
+def compact_piece(
+    pattern: DilatedPattern, segment: Segment, start: int, stop: int, documents: Documents | None = None
+) -> Piece:
     """Return the piece for the queries of a shared segment in window ``[start, stop)``; its keys are compact."""
     width = pattern.branches[segment.branch].segment_length
-    return Piece(
-        segment.branch,
-        width,
-        segment.dilation_rate,
-        segment.index,
-        1,
-        start,
-        max(start, segment.start),
-        min(stop, (segment.index + 1) * width),
-        segment.stop,
-        compact=True,
-    )
+    end, index, table = segment.start + width, segment.index, None
+    if documents is not None:
+        document = documents.containing(segment.start)
+        assert document is not None
+        end, index = min(end, document[1]), 0
+        table = _one_segment(segment.start, end)
+    rows = max(start, segment.start), min(stop, end), segment.stop
+    return Piece(segment.branch, width, segment.dilation_rate, index, 1, start, *rows, compact=True, table=table)
 
 
-def needs_exchange(pattern: DilatedPattern, shards: Shards) -> bool:
+@lru_cache(maxsize=512)
+def _one_segment(start: int, stop: int) -> SegmentTable:
+    return SegmentTable(np.array([start], np.int64), np.array([stop], np.int64))
+
+
+def needs_exchange(pattern: DilatedPattern, shards: Shards, documents: Documents | None = None) -> bool:
     """Say whether any segment crosses the edge of a slice; the answer is the same on every rank.
 
     Hence all ranks or none take part in the exchange, which is a collective.
     """
+    if documents is not None:
+        return _documents_cross(pattern, shards, documents)
     edges = [shards.start, shards.stop]
     if shards.num_ranks > 1:
         edges.append(shards.start + shards.rows_per_rank)
@@ -307,3 +380,15 @@ def needs_exchange(pattern: DilatedPattern, shards: Shards) -> bool:
         # If w divides the first two inner edges, it divides their distance, and so all further ones.
         edges.append(shards.start + 2 * shards.rows_per_rank)
     return any(edge < shards.total_rows and edge % branch.segment_length for edge in edges for branch in pattern)
+
+
+@lru_cache(maxsize=256)
+def _documents_cross(pattern: DilatedPattern, shards: Shards, documents: Documents) -> bool:
+    edges = [shards.window(rank)[0] for rank in range(shards.num_ranks)] + [shards.stop]
+    return any(
+        segment is not None and segment.start < edge
+        for edge in edges
+        if edge < shards.total_rows
+        for number in range(len(pattern))
+        for segment in [segment_at(pattern, number, edge, shards.total_rows, documents)]
+    )

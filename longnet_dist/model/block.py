@@ -12,6 +12,7 @@ from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.config.model import LongNetConfig
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.feed_forward import FeedForward
 
 
@@ -19,7 +20,13 @@ class BlockRunner(Protocol):
     """What may run a block in place of its modules, with the same result: see :mod:`longnet_dist.engine`."""
 
     def __call__(
-        self, block: Block, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None
+        self,
+        block: Block,
+        x: Tensor,
+        start: int | None,
+        total_rows: int | None,
+        cache: LayerCache | None,
+        documents: Documents | None,
     ) -> Tensor:
         """Return what :meth:`Block.compute` returns."""
 
@@ -81,15 +88,23 @@ class Block(nn.Module):
         start: int | None = None,
         total_rows: int | None = None,
         cache: LayerCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Return ``(B, n, E)`` for ``x (B, n, E)``; other arguments as in :meth:`DilatedAttention.forward`."""
         if self.engine is not None:
-            return self.engine(self, x, start, total_rows, cache)
-        return self.compute(x, start, total_rows, cache)
+            return self.engine(self, x, start, total_rows, cache, documents)
+        return self.compute(x, start, total_rows, cache, documents)
 
-    def compute(self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None) -> Tensor:
+    def compute(
+        self,
+        x: Tensor,
+        start: int | None,
+        total_rows: int | None,
+        cache: LayerCache | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """Call the block's own modules; arguments and result of :meth:`forward`."""
         normed = self.self_attn_layer_norm(x)
-        x = x + self.self_attn(normed, start=start, total_rows=total_rows, cache=cache)
+        x = x + self.self_attn(normed, start=start, total_rows=total_rows, cache=cache, cu_seqlens=documents)
         out: Tensor = x + self.ffn(self.final_layer_norm(x))
         return out

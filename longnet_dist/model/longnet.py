@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longnet_dist.attention.packing import documents_of_model
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
@@ -95,11 +96,19 @@ class LongNet(nn.Module):
         if execution is not None:
             execution.attach(self)
 
-    def stream(self, total_rows: int) -> Stream:
+    def stream(self, total_rows: int, cu_seqlens: Any = None) -> Stream:
         """The stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
         ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
         config = self.config
-        return Stream(config.pattern, total_rows, config.layers, num_ranks=ranks, rank=rank, causal=config.causal)
+        return Stream(
+            config.pattern,
+            total_rows,
+            config.layers,
+            num_ranks=ranks,
+            rank=rank,
+            causal=config.causal,
+            cu_seqlens=cu_seqlens,
+        )
 
     def forward(
         self,
@@ -109,6 +118,7 @@ class LongNet(nn.Module):
         start: int | None = None,
         total_rows: int | None = None,
         stream: Stream | None = None,
+        cu_seqlens: Any = None,
     ) -> LongNetOutput:
         """The loss if labels are given, else the logits; with a group, all its ranks must call.
 
@@ -120,6 +130,8 @@ class LongNet(nn.Module):
             total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
             stream: the stream whose present chunk the tokens are; its chunks must come in order. While it only records,
                 nothing is returned.
+            cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`; a stream has its own.
+                Labels of the last token of a document are the caller's: -100 where it predicts nothing.
 
         Raises:
             ShapeError: shapes, rows or ``start`` that do not fit.
@@ -128,10 +140,17 @@ class LongNet(nn.Module):
         if tokens.dim() != 2 or (labels is not None and labels.shape != tokens.shape):
             given = "none" if labels is None else tuple(labels.shape)
             raise ShapeError(f"tokens and labels must both be (batch, rows), but are {tuple(tokens.shape)} and {given}")
+        documents, as_one = documents_of_model(cu_seqlens, tokens.shape[0], tokens.shape[1], self.group)
+        if as_one:
+            flat: LongNetOutput = self.forward(
+                tokens.flatten()[None], None if labels is None else labels.flatten()[None], cu_seqlens=documents
+            )
+            logits = None if flat.logits is None else torch.unflatten(flat.logits[0], 0, tokens.shape)
+            return flat._replace(logits=logits)
         x = self.embedding(tokens)
         caches = stream.layers if stream else [None] * len(self.blocks)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, start, total_rows, cache)
+            x = block(x, start, total_rows, cache, documents)
         if stream and stream.recording:
             return LongNetOutput(None, None, None, None)
         x = self._normed(x)

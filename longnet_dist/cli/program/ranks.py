@@ -19,7 +19,6 @@ import torch
 from longnet_dist.cli.program.processes import Processes, python_options
 from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
 from longnet_dist.errors import ConfigError
-from longnet_dist.machine import usable_cores
 
 KILLED = 128  # plus the number of the signal, as shells count
 PROC = Path("/proc")
@@ -96,7 +95,7 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> int:
     options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     _quiet_launcher()
     # Else torch's launcher takes 1 and says so in a banner.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     for name in ("SIGTERM", "SIGUSR1"):  # the latter is no signal of Windows
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _hand_on)

@@ -123,6 +123,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
 def _takes(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
     return (
         problem.fits
+        and problem.piece.table is None
         and torch.cuda.get_device_capability(problem.q.device)[0] == support.COMPUTE_CAPABILITY
         and not problem.wide
         and all(_flat(x, problem.piece.dilation_rate) for x in queries)

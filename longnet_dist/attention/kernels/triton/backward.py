@@ -107,7 +107,7 @@ def key_gradient_kernel(
     dout, q, k, v, statistics, dq, dk, dv,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
     REDUCE: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,7 +123,7 @@ def key_gradient_kernel(
     batch_head = program // tiles // segments
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
     row, first, last, begin, keys = locate(
-        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half
+        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
     first_key = tile * KEYS
     if first_key >= keys:
@@ -183,7 +183,7 @@ def query_gradient_kernel(
     dout, q, k, v, statistics, dq,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +195,7 @@ def query_gradient_kernel(
     batch, head = batch_head // heads, batch_head % heads
     kv_head = head // group
     row, first, last, begin, keys = locate(
-        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half
+        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
     first += tile * QUERIES
     if first >= last:

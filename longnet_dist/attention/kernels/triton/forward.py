@@ -90,7 +90,7 @@ def _start(
 def forward_kernel(
     q, k, v, running, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, LIMIT: tl.constexpr,
@@ -107,7 +107,7 @@ def forward_kernel(
     batch_head = program // tiles // segments
     batch, head = batch_head // heads, batch_head % heads
     row, first, last, begin_key, keys = locate(
-        segment, head // group, head_block, w, r, window_start, query_start, query_stop, key_stop, half
+        segment, head // group, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
     first += tile * QUERIES
     if first >= last:

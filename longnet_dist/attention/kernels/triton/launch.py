@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet_dist.attention.kernels.contract import Call
+from longnet_dist.geometry.documents import SegmentTable
 from longnet_dist.geometry.window import Piece
 from longnet_dist.numerics import block_dim
 
@@ -83,6 +85,8 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the first of ``tensors``, as many as the kernel takes, all of the geometry it was made for."""
+        if self._grid[0] == 0:  # no document reaches behind the first half of a segment
+            return
         if self._first_rows:
             tensors = tuple(x[:, row:] for x, row in zip(tensors, self._first_rows, strict=False))
         sources = [view.kind(x, *view.arguments) if view else x for x, view in zip(tensors, self._views, strict=False)]
@@ -140,15 +144,18 @@ class Problem:
     def queries(self) -> int:
         """The most queries that a (segment, head) of the piece has."""
         piece = self.piece
-        width = -piece.half if piece.half < 0 else piece.segment_length - piece.half
+        longest = piece.segment_length if piece.table is None else piece.table.longest
+        width = min(-piece.half, longest) if piece.half < 0 else max(longest - piece.half, 0)
         return -(-min(width, piece.query_stop - piece.query_start) // piece.dilation_rate)
 
     @cached_property
     def keys(self) -> int:
         """The most keys that a (segment, head) of the piece has."""
         piece = self.piece
-        width = piece.half if piece.half > 0 else piece.segment_length + piece.half
-        return -(-min(width, piece.key_stop - piece.first_segment * width) // piece.dilation_rate)
+        longest = piece.segment_length if piece.table is None else piece.table.longest
+        width = min(piece.half, longest) if piece.half > 0 else max(longest + piece.half, 0)
+        rows = width if piece.table is not None else piece.key_stop - piece.first_segment * width
+        return -(-min(width, rows) // piece.dilation_rate)
 
     @property
     def key_rate(self) -> int:
@@ -171,7 +178,7 @@ class Problem:
         If the last row of the view is not whole, one that begins with the first row that makes it so takes its place.
         """
         piece, rest = self.piece, self
-        if self.fits:
+        if self.fits or piece.table is not None:  # else the copy engine is not used
             yield self
             return
         if piece.num_segments > 1:
@@ -228,6 +235,10 @@ class Problem:
             self.call.scale,
         )
 
+    def table(self) -> Tensor | None:
+        """Return ``(segments, 2)`` int64 on the device: first row and end of each; None where all have ``w`` rows."""
+        return None if self.piece.table is None else _device_table(self.piece.table, self.q.device)
+
     def constants(self, described: bool) -> dict[str, Any]:
         """What the portable kernels are compiled for, but their tiles."""
         return {
@@ -262,3 +273,8 @@ def _describable(x: Geometry, rate: int) -> bool:
 def _head_block(offsets: tuple[int, ...]) -> int:
     """The ``b`` for which head ``h`` has offset ``(h // b) % r``: 1 under "modulo", ``ceil(H / r)`` under "blocked"."""
     return next((head for head, offset in enumerate(offsets) if offset), len(offsets))
+
+
+@lru_cache(maxsize=128)
+def _device_table(table: SegmentTable, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack([table.starts, table.stops], 1)).to(device)

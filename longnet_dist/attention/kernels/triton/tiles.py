@@ -20,7 +20,7 @@ UNSPECIALIZED = (
 
 
 @triton.jit
-def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half):
+def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table=None):
     """``(row, first, stop, first_key, keys)``: buffer row of index 0 (may be negative), indices of the queries, keys.
 
     The integers of ``Piece.queries`` and ``Piece.keys``; with ``half`` the queries from there on and the keys before,
@@ -28,8 +28,12 @@ def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_
     ``DilatedPattern``.
     """
     offset = (kv_head // head_block) % r
-    start = segment.to(tl.int64) * w + offset
-    stop = start + (w - offset)
+    if table is not None:  # packed documents: the first row and the end of every segment
+        start = tl.load(table + 2 * segment) + offset
+        stop = tl.load(table + 2 * segment + 1)
+    else:
+        start = segment.to(tl.int64) * w + offset
+        stop = start + (w - offset)
     first = _count(query_start - start, w, r)
     last = _count(tl.minimum(query_stop, stop) - start, w, r)
     keys = _count(tl.minimum(key_stop, stop) - start, w, r)

@@ -1,0 +1,180 @@
+"""Packed documents and padding, in integers only.
+
+A sequence of ``N`` rows may hold several documents, one behind the other. Segments, head offsets and the grid restart
+at the first row of each document, so that a document computes what it computes alone. Rows outside all documents are
+padding. The segments of a branch are then of unequal lengths, and a :class:`SegmentTable` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longnet_dist.errors import ShapeError
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one sequence: rows ``[start, stop)`` of each, ascending and apart; hashable.
+
+    Attributes:
+        starts: first rows.
+        stops: ends (exclusive).
+    """
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    @classmethod
+    def of_edges(cls, edges: Sequence[int]) -> Documents:
+        """Return the documents between neighbouring ``edges``, which must have been checked."""
+        return cls(tuple(edges[:-1]), tuple(edges[1:]))
+
+    def covers(self, start: int, stop: int) -> bool:
+        """Return whether no row of ``[start, stop)`` is padding."""
+        rows = np.clip(self.array_stops, start, stop) - np.clip(self.array_starts, start, stop)
+        return int(rows.sum()) == stop - start
+
+    def padding(self, start: int, stop: int) -> list[slice]:
+        """Return the rows of window ``[start, stop)`` that lie outside all documents, counted from ``start``."""
+        cuts = np.clip(np.stack([self.array_starts, self.array_stops], 1), start, stop)
+        edges = [start, *cuts.flatten().tolist(), stop]
+        return [slice(x - start, y - start) for x, y in zip(edges[::2], edges[1::2], strict=True) if x < y]
+
+    def __hash__(self) -> int:
+        # Every call looks its plan up by its documents, which may be thousands.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.starts, self.stops))
+
+    @cached_property
+    def longest(self) -> int:
+        """Return the rows of the longest document."""
+        return int((self.array_stops - self.array_starts).max())
+
+    @cached_property
+    def array_starts(self) -> Integers:
+        """Return the first rows as an array."""
+        return np.array(self.starts, np.int64)
+
+    @cached_property
+    def array_stops(self) -> Integers:
+        """Return the ends as an array."""
+        return np.array(self.stops, np.int64)
+
+    def containing(self, row: int) -> tuple[int, int] | None:
+        """Return the document ``(start, stop)`` of a row; None if it is padding."""
+        number = int(np.searchsorted(self.array_starts, row, side="right")) - 1
+        if number < 0 or row >= self.stops[number]:
+            return None
+        return self.starts[number], self.stops[number]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentTable:
+    """The segments of a branch, of any length.
+
+    Attributes:
+        starts: global row at which each segment, and the count of its rows, begins.
+        stops: end (exclusive) of each.
+    """
+
+    starts: Integers
+    stops: Integers
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def longest(self) -> int:
+        """Return the rows of the longest segment."""
+        return int((self.stops - self.starts).max())
+
+
+def segment_table(documents: Documents, segment_length: int) -> SegmentTable:
+    """Return all segments of a branch of ``segment_length`` rows, document by document."""
+    return _segment_table(documents, segment_length)
+
+
+@lru_cache(maxsize=64)
+def _segment_table(documents: Documents, segment_length: int) -> SegmentTable:
+    lengths = documents.array_stops - documents.array_starts
+    counts = -(-lengths // segment_length)
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = documents.array_starts[document] + number * segment_length
+    return SegmentTable(starts, np.minimum(starts + segment_length, documents.array_stops[document]))
+
+
+def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[list[int]]:
+    """Read and check ``cu_seqlens``: the edges of all batch items, or a list of such lists, one an item.
+
+    Args:
+        cu_seqlens: host integers, strictly increasing: ``[0, a, …, N]``. A list may begin above 0 and end below ``N``;
+            rows outside are padding.
+        batch: number of batch items.
+        total_rows: ``N``, rows of the sequence over all ranks; None: not known yet.
+
+    Returns:
+        One list for all items, or one for each.
+
+    Raises:
+        ShapeError: not integers on the host, not strictly increasing, outside the sequence, without a document, or
+            lists of another number than the batch items.
+    """
+    device = getattr(cu_seqlens, "device", None)
+    if getattr(device, "type", "cpu") != "cpu":
+        raise ShapeError(
+            f"cu_seqlens must be integers of the host (a list, an array or a CPU tensor), because they decide what is "
+            f"launched, but they are on {device}; pass cu_seqlens.tolist()"
+        )
+    values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
+    if not isinstance(values, list | tuple):
+        raise ShapeError(f"cu_seqlens must be a list of document edges, not {cu_seqlens!r}")
+    nested = len(values) > 0 and all(hasattr(value, "__len__") or hasattr(value, "tolist") for value in values)
+    lists = [value.tolist() if hasattr(value, "tolist") else value for value in values] if nested else [values]
+    if nested and len(lists) != batch:
+        raise ShapeError(
+            f"cu_seqlens must be one list of edges, or one for each of the {batch} batch items, but there are "
+            f"{len(lists)} lists"
+        )
+    return [_checked(edges, total_rows) for edges in lists]
+
+
+def _checked(edges: Any, total_rows: int | None) -> list[int]:
+    shown = f"{list(edges[:6])}{' …' if len(edges) > 6 else ''}"
+    if any(isinstance(edge, bool) or not hasattr(edge, "__index__") for edge in edges):
+        raise ShapeError(f"the edges of documents must be integers, but are {shown}")
+    found = [edge.__index__() for edge in edges]
+    if len(found) < 2:
+        raise ShapeError(f"a sequence needs at least one document, that is two edges, but cu_seqlens is {shown}")
+    wrong = next((place for place, (x, y) in enumerate(pairwise(found)) if x >= y), None)
+    if wrong is not None:
+        raise ShapeError(
+            f"the edges of documents must be strictly increasing, but {found[wrong]} is followed by "
+            f"{found[wrong + 1]}; leave out documents without rows"
+        )
+    if found[0] < 0:
+        raise ShapeError(f"the edges of documents count rows from 0, but begin with {found[0]}")
+    if total_rows is not None:
+        check_end(found[-1], total_rows)
+    return found
+
+
+def check_end(last: int, total_rows: int) -> None:
+    """Raise ShapeError if the ``last`` edge of documents lies behind the sequence."""
+    if last > total_rows:
+        raise ShapeError(
+            f"the edges of documents must lie in the sequence, which has {total_rows} rows over all ranks, but the "
+            f"last is {last}; a document that is cut there ends there"
+        )
