@@ -1,1 +1,1 @@
-"""Raw files to a token file (prepare once), and a token file to the rows that one rank reads (every step)."""
+"""This package writes raw text into a token file, once, and reads from it the tokens of one rank, in every step."""

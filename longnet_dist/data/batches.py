@@ -1,4 +1,4 @@
-"""Windows of a token file, and the rows of them that one rank reads."""
+"""A token file is read in windows; each rank reads only its slice of them."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from longnet_dist.errors import ConfigError, DataError
 
 Objective = Literal["causal", "masked"]
 
-IGNORE_INDEX = -100  # the label of a row without a target; torch's cross-entropy leaves it out
+IGNORE_INDEX = -100  # the label of a position without a target; torch's cross-entropy ignores it
 MASKED_SHARE = 0.15  # as in BERT
 _MASKED_BELOW = np.uint64(int(MASKED_SHARE * 2**64))
 
-_Rows = npt.NDArray[np.int64]
+_Ids = npt.NDArray[np.int64]
 
 
 class Windows:
-    """The windows of a split in order: window ``i`` holds its rows ``[i·N, (i+1)·N)``; the last may be shorter.
+    """A split is cut into windows of ``N`` tokens: window ``i`` has its positions ``[i·N, (i+1)·N)``.
 
-    Row ``j`` holds token ``j`` of the split. With objective ``"causal"`` its label is token ``j + 1``, so consecutive
-    windows share the one token that is the last label of the first and the first row of the second, and every token but
-    the first of the split is a label once. With ``"masked"`` a hash of (seed, sample, row) picks 15 % of the rows; they
-    read ``mask_id`` and their label is their token, and all other labels are −100.
+    The last window may be shorter.
+
+    * Objective ``"causal"``: the label of position ``j`` is token ``j + 1``. Two consecutive windows share one token,
+      the last label of the first and the first input of the second. So every token but the first of the split is a
+      label exactly once.
+    * Objective ``"masked"``: a hash of (seed, sample, position) picks 15 % of the positions. Their input is ``mask_id``
+      and their label is their token. The label of all other positions is −100.
 
     Args:
         token_file: the open token file.
-        split: ``"train"``, ``"validation"`` or ``"all"``, the whole file.
-        sequence_length: ``N``, rows of a window.
-        vocab_size: of the model; refuses a file with ids beyond it. None trusts the file.
+        split: ``"train"``, ``"validation"`` or ``"all"``, which is the whole file.
+        sequence_length: tokens ``N`` of a window.
+        vocab_size: vocabulary size of the model; a file with larger ids is refused. None: do not check.
         objective: ``"causal"`` or ``"masked"``.
-        mask_id: the id that stands for a hidden token; needed by ``"masked"``.
-        seed: of the masks.
+        mask_id: id that replaces a masked token; required by ``"masked"``.
+        seed: seed of the masks.
 
     Raises:
-        DataError: an id of the file is outside ``vocab_size``, or the split has not a single labelled row.
-        ConfigError: a length below one, an unknown objective, a missing mask id.
+        DataError: an id in the file is outside of the vocabulary, or the split has no labelled position.
+        ConfigError: the length is less than 1, the objective is unknown, or the mask id is missing.
     """
 
     def __init__(
@@ -71,28 +74,28 @@ class Windows:
         self._vocab_size = vocab_size
         self._mask_id = mask_id if objective == "masked" else None
         self._first, last = token_file.split(split)
-        self.num_rows = last - self._first - 1  # the last token of a split is a label only
-        if self.num_rows < 1:
+        self.num_positions = last - self._first - 1  # the last token of a split is a label only
+        if self.num_positions < 1:
             raise DataError(
                 f"the {split} split of {token_file.path} has {last - self._first} tokens and needs at least 2; "
                 "prepare it from more text or with another --validation share"
             )
 
     def __len__(self) -> int:
-        """Number of windows, the short last one included."""
-        return -(-self.num_rows // self.sequence_length)
+        """Return the number of windows, with the last one, which may be short."""
+        return -(-self.num_positions // self.sequence_length)
 
     @property
     def num_full(self) -> int:
-        """Number of windows with all ``sequence_length`` rows."""
-        return self.num_rows // self.sequence_length
+        """Return the number of windows that have all ``sequence_length`` tokens."""
+        return self.num_positions // self.sequence_length
 
-    def rows_of(self, index: int) -> int:
-        """Rows of window ``index``: ``sequence_length``, or fewer in the last."""
-        return min(self.sequence_length, self.num_rows - index * self.sequence_length)
+    def length_of(self, index: int) -> int:
+        """Return the tokens of window ``index``: ``sequence_length``, or fewer in the last one."""
+        return min(self.sequence_length, self.num_positions - index * self.sequence_length)
 
     def batches(self, batch_size: int) -> Iterator[range]:
-        """All windows in order, as ranges of up to ``batch_size`` indices whose windows have equally many rows."""
+        """Yield all windows in order, as ranges of up to ``batch_size`` indices with equally long windows."""
         for first in range(0, self.num_full, batch_size):
             yield range(first, min(first + batch_size, self.num_full))
         if self.num_full < len(self):
@@ -101,46 +104,51 @@ class Windows:
     def local(
         self, indices: Sequence[int], window: tuple[int, int] | None = None, samples: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rows ``[start, stop)`` of some windows and their labels, reading only these rows and one token more.
+        """Read positions ``[start, stop)`` of some windows, with their labels.
+
+        Only these tokens and the one after them are read from the file.
 
         Args:
-            indices: ``B`` windows.
-            window: ``(start, stop)``, the rows of this rank, None for all; ``start == stop`` gives no rows.
-            samples: the number that seeds the mask of each window, its index unless given.
+            indices: indices of ``B`` windows.
+            window: ``(start, stop)`` of this rank's slice, None for all; if ``start == stop`` the result is empty.
+            samples: for each window, the number that seeds its mask; by default its index.
 
         Returns:
             tokens and labels, each (B, n) int64 with n = stop − start.
+
+        Raises:
+            DataError: the slice is not inside every window, or the tokens in the file are damaged.
         """
-        start, stop = window if window is not None else (0, self.rows_of(indices[0]))
-        if not all(0 <= start <= stop <= self.rows_of(index) for index in indices):
+        start, stop = window if window is not None else (0, self.length_of(indices[0]))
+        if not all(0 <= start <= stop <= self.length_of(index) for index in indices):
             raise DataError(
                 f"a rank's rows [{start}, {stop}) must lie in its windows, which have "
-                f"{sorted({self.rows_of(index) for index in indices})} rows"
+                f"{sorted({self.length_of(index) for index in indices})} rows"
             )
         rows = [
-            self._rows(index, sample, start, stop)
+            self._read(index, sample, start, stop)
             for index, sample in zip(indices, samples if samples is not None else indices, strict=True)
         ]
         tokens, labels = (np.stack(parts) for parts in zip(*rows, strict=True))
         return torch.from_numpy(tokens), torch.from_numpy(labels)
 
     def num_labels(self, samples: Sequence[int], window: tuple[int, int]) -> int:
-        """Count the labelled rows among rows ``[start, stop)`` of some windows, without reading the file.
+        """Count the labels at positions ``[start, stop)`` of some windows, without reading the file.
 
         Args:
-            samples: the number that seeds the mask of each window, as in :meth:`local`.
+            samples: for each window, the number that seeds its mask, as in :meth:`local`.
             window: ``(start, stop)``.
         """
         if self._mask_id is None:
             return len(samples) * (window[1] - window[0])
-        return sum(int(self._hidden(sample, *window).sum()) for sample in samples)
+        return sum(int(self._is_masked(sample, *window).sum()) for sample in samples)
 
-    def _hidden(self, sample: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Say which of the rows ``[start, stop)`` of a sample the mask hides."""
-        hidden: npt.NDArray[np.bool_] = hashed(self.seed, sample, np.arange(start, stop)) < _MASKED_BELOW
-        return hidden
+    def _is_masked(self, sample: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Say which of the positions ``[start, stop)`` of a sample are masked, ``(stop - start,)``."""
+        masked: npt.NDArray[np.bool_] = hashed(self.seed, sample, np.arange(start, stop)) < _MASKED_BELOW
+        return masked
 
-    def _rows(self, index: int, sample: int, start: int, stop: int) -> tuple[_Rows, _Rows]:
+    def _read(self, index: int, sample: int, start: int, stop: int) -> tuple[_Ids, _Ids]:
         origin = self._first + index * self.sequence_length
         read = self.token_file.tokens[origin + start : origin + stop + 1].astype(np.int64)
         if self._vocab_size is not None and read.max(initial=0) >= self._vocab_size:
@@ -150,19 +158,20 @@ class Windows:
             )
         if self._mask_id is None:
             return read[:-1], read[1:]
-        hidden, targets = self._hidden(sample, start, stop), read[:-1]
-        return np.where(hidden, self._mask_id, targets), np.where(hidden, targets, IGNORE_INDEX)
+        masked, targets = self._is_masked(sample, start, stop), read[:-1]
+        return np.where(masked, self._mask_id, targets), np.where(masked, targets, IGNORE_INDEX)
 
 
 class Batches:
-    """Shuffled training batches: sample ``k`` is a pure function of (seed, k), so a resumed run needs only its step.
+    """Batches are shuffled training samples; sample ``k`` is a pure function of (seed, k).
 
-    The samples are the full windows of a split (see ``Windows``). Each epoch passes over all of them in another order.
-    Step ``s`` takes the samples ``[s·batch_size, (s+1)·batch_size)``, whatever the number of ranks.
+    So a run resumes from its step alone, without a saved state of the data. The samples are the full windows of a split
+    (see :class:`Windows`). Each epoch visits all of them in another order. Step ``s`` takes the samples
+    ``[s·batch_size, (s+1)·batch_size)``, whatever the number of ranks.
 
     Args:
-        token_file, split, sequence_length, seed, vocab_size, objective, mask_id: as for ``Windows``.
-        batch_size: sequences of a step over all ranks.
+        token_file, split, sequence_length, seed, vocab_size, objective, mask_id: as for :class:`Windows`.
+        batch_size: sequences of a step, over all ranks.
 
     Raises:
         DataError: the split is shorter than one window, or the file does not fit the model.
@@ -189,18 +198,18 @@ class Batches:
         self.seed = seed
         if self.num_samples < 1:
             raise DataError(
-                f"the {split} split of {token_file.path} has {self.windows.num_rows + 1} tokens, a sample needs "
+                f"the {split} split of {token_file.path} has {self.windows.num_positions + 1} tokens, a sample needs "
                 f"sequence_length + 1 = {sequence_length + 1}; use at most data.sequence_length="
-                f"{self.windows.num_rows} or more text"
+                f"{self.windows.num_positions} or more text"
             )
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Return the number of samples in an epoch."""
         return self.windows.num_full
 
     def windows_of(self, samples: Sequence[int]) -> list[int]:
-        """The index of the window that each of some samples reads."""
+        """Return, for each sample, the index of the window that it reads."""
         epochs, indices = np.divmod(np.asarray(samples, dtype=np.int64), self.num_samples)
         return list(map(int, permuted(indices, self.num_samples, self.seed, epochs)))
 
@@ -213,21 +222,21 @@ class Batches:
         micro_batch: int = 0,
         num_micro_batches: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """What one rank reads for one micro-batch of a step.
+        """Read what one rank needs for one micro-batch of a step.
 
         A data rank takes ``batch_size / data_size`` consecutive samples of the step and cuts them into
-        ``num_micro_batches`` equal parts. Only the rows of ``window``, and one token more, are read from the file.
+        ``num_micro_batches`` equal parts. Only its slice, and the token after it, is read from the file.
 
         Args:
-            step: counted from 0.
-            data_rank: in ``[0, data_size)``.
-            data_size: ranks of the data axis.
-            window: ``(start, stop)``, the rows of this sequence rank; None for the whole sequence.
-            micro_batch: in ``[0, num_micro_batches)``.
-            num_micro_batches: parts of the rank's samples.
+            step: index of the step, from 0.
+            data_rank: coordinate of the rank along the data axis, in ``[0, data_size)``.
+            data_size: ranks along the data axis.
+            window: ``(start, stop)`` of this sequence rank's slice; None for the whole sequence.
+            micro_batch: index of the micro-batch, in ``[0, num_micro_batches)``.
+            num_micro_batches: micro-batches of a step.
 
         Returns:
-            tokens (b, n) int64 and labels (b, n) int64, labels[i] being the target of row i, or −100.
+            tokens and labels, each (b, n) int64; a label is the target of its position, or −100.
 
         Raises:
             ConfigError: ``batch_size`` is not a multiple of ``data_size · num_micro_batches``.
@@ -244,7 +253,7 @@ class Batches:
         micro_batch: int = 0,
         num_micro_batches: int = 1,
     ) -> int:
-        """Count the labels that :meth:`local` would give for these arguments, without reading the file."""
+        """Count the labels that :meth:`local` returns for the same arguments, without reading the file."""
         return self.windows.num_labels(
             self._samples(step, data_rank, data_size, micro_batch, num_micro_batches), window
         )
@@ -262,7 +271,7 @@ class Batches:
 
 
 def _refuse_foreign_ids(token_file: TokenFile, vocab_size: int | None) -> None:
-    """The header holds the largest id, so that no training step has to look."""
+    """Compare the vocabulary with the largest id in the header, so that no step has to search its tokens."""
     if vocab_size is not None and token_file.header.max_id >= vocab_size:
         raise DataError(
             f"{token_file.path} holds the token id {token_file.header.max_id}, but the model's vocabulary ends at "
@@ -272,6 +281,6 @@ def _refuse_foreign_ids(token_file: TokenFile, vocab_size: int | None) -> None:
 
 
 def objective(model: LongNetConfig) -> dict[str, Any]:
-    """The arguments of ``Windows`` and ``Batches`` that follow from the model: what it predicts, and its ids."""
+    """Return the arguments of ``Windows`` and ``Batches`` that follow from the model: objective and ids."""
     kind: Objective = "causal" if model.causal else "masked"
     return {"objective": kind, "mask_id": model.mask_id, "vocab_size": model.vocab_size}

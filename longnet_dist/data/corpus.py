@@ -1,4 +1,4 @@
-"""Documents of files, folders, globs and archives, streamed one after the other."""
+"""A corpus streams the documents of files, folders, globs and archives, one after the other."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from typing import IO, Any, BinaryIO, Self
 from longnet_dist.errors import DataError
 
 CHUNK_BYTES = 1 << 20
-HEAD_BYTES = 8192  # the part of a file that decides whether it is text, as in git and grep
+HEAD_BYTES = 8192  # a zero byte in this part makes a file binary, as for git and grep
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-# All that a damaged or encrypted file raises; zipfile says RuntimeError for a password.
+# A damaged or encrypted file raises any of these; zipfile raises RuntimeError if a password is needed.
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -40,7 +40,14 @@ READ_ERRORS = (
 
 @dataclass(frozen=True)
 class Document:
-    """One text; its chunks are read while the corpus stands on it, before the next document is asked for."""
+    """A Document is one text, in chunks of bytes.
+
+    The chunks are read from the open file of the corpus, so they must be consumed before the next document is taken.
+
+    Attributes:
+        name: path of the file, or of the archive and the member.
+        chunks: the text, as bytes.
+    """
 
     name: str
     chunks: Iterable[bytes]
@@ -48,24 +55,23 @@ class Document:
 
 @dataclass
 class Corpus:
-    """Iterates over the documents of files, in the order given, without holding any of them in memory.
+    """A Corpus iterates over the documents of files, in the order given, without loading any of them into memory.
 
-    A ``.zip`` or tar archive (also .gz, .xz, .bz2) gives a document for each of its files, in its own order; a ``.gz``,
-    ``.xz`` or ``.bz2`` file gives one document; any other file is one document. An archive inside an archive is not
-    opened. A file with a zero byte in its first 8 KiB is taken for binary and skipped; a file with no bytes at all is
-    left out.
+    * A ``.zip`` or tar archive (also ``.tar.gz``, ``.tar.xz``, ``.tar.bz2``) is one document for each file in it, in
+      the archive's order. An archive inside an archive is not opened.
+    * Any other file is one document; ``.gz``, ``.xz`` and ``.bz2`` files are decompressed.
+    * A file with a zero byte in its first 8 KiB is binary and is skipped. An empty file is left out.
 
     Args:
-        paths: regular files, see ``find_files``.
-        num_hidden: what ``find_files`` left out; archive members are added.
+        paths: regular files, as from :func:`find_corpus`.
+        num_hidden: number of hidden files that were skipped when the paths were collected.
 
     Attributes:
-        num_hidden, num_binary: skipped so far.
-        total_bytes: size of all files as they lie on the disk.
-        bytes_read: how far into ``total_bytes`` the reading has come.
+        num_hidden, num_binary: files skipped so far, with archive members.
+        total_bytes: size of all files on disk.
 
     Raises:
-        DataError: while iterating, a file that cannot be read or an archive that is damaged or encrypted.
+        DataError: while iterating: a file cannot be read, or an archive is damaged or encrypted.
     """
 
     paths: list[Path]
@@ -80,6 +86,7 @@ class Corpus:
 
     @property
     def bytes_read(self) -> int:
+        """Return how many of the ``total_bytes`` have been read so far."""
         return self._finished_bytes + (self._file.tell() if self._file is not None else 0)
 
     def __iter__(self) -> Iterator[Document]:
@@ -95,7 +102,7 @@ class Corpus:
             self._finished_bytes += path.stat().st_size
 
     def _streams(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
-        """Every text stream that the file holds, by name."""
+        """Yield the name and the byte stream of every document in a file."""
         name = path.name.lower()
         if name.endswith(TAR_SUFFIXES):
             yield from self._tar_members(path, file)
@@ -129,7 +136,10 @@ class Corpus:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Where tarfile takes a damaged header behind the first file for the end of the archive, this one raises."""
+    """Raise on a damaged header.
+
+    Behind the first member, tarfile takes a damaged header for the end of the archive and silently drops the rest.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -140,14 +150,17 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def find_corpus(inputs: Iterable[str | Path]) -> Corpus:
-    """The corpus of files, folders and globs, each in the order given.
+    """Collect the files of files, folders and globs, each in the order given.
 
-    A folder is walked in sorted order, without following links to folders; what is hidden in it (a name that begins
-    with a dot) is skipped and counted. A pattern such as ``'texts/**/*.md'`` stands for its sorted matches. A file that
-    is met twice counts once, so that no text lies in both splits.
+    A folder is walked in sorted order, without following links to folders. Hidden files and folders in it (names that
+    begin with a dot) are skipped and counted. A pattern such as ``'texts/**/*.md'`` is replaced by its sorted matches.
+    A file that is found twice counts once, so that no text gets into both splits.
+
+    Args:
+        inputs: paths and patterns.
 
     Raises:
-        DataError: an input that does not exist or a pattern without a match.
+        DataError: an input does not exist, or a pattern has no match.
     """
     files: dict[str, Path] = {}
     num_hidden = 0
@@ -161,7 +174,11 @@ def find_corpus(inputs: Iterable[str | Path]) -> Corpus:
 
 
 def standard_library() -> Corpus:
-    """The source text of the running Python's standard library, sorted, without its tests and installed packages."""
+    """Collect the source files of the running Python's standard library, without tests and installed packages.
+
+    Raises:
+        DataError: this Python has no source files.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     paths = [path for path in sorted(root.rglob("*.py")) if left_out.isdisjoint(path.relative_to(root).parts)]
@@ -177,12 +194,12 @@ def _matches(given: str | Path) -> list[Path]:
     matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]
     if not matches:
         raise DataError(f"there is no file, folder or match of a pattern {str(given)!r}; check the spelling")
-    # A folder that '**' matches would bring its files a second time, and those that the pattern excludes.
+    # '**' also matches folders. Walking them would add files a second time, and files that the pattern excludes.
     return [match for match in matches if match.is_file()] or matches
 
 
 def _walk(root: Path) -> tuple[list[Path], int]:
-    """The visible regular files below a folder, sorted, and the number of hidden files and folders."""
+    """Return the visible regular files below a folder, sorted, and the number of hidden files and folders."""
     files: list[Path] = []
     num_hidden = 0
     for folder, folders, names in os.walk(root, onerror=_raise):
@@ -206,7 +223,7 @@ def _chunks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Say which file could not be read."""
+    """Turn read errors into a ``DataError`` that names the file."""
     try:
         yield
     except READ_ERRORS as error:

@@ -1,4 +1,4 @@
-"""Reading the next chunk of a text while the present one is computed."""
+"""A thread reads the next chunk of a text while the current one is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ Result = TypeVar("Result")
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """``(item, read(item))`` of every item in order; a thread reads one item ahead. What it raises is raised here."""
+    """Yield ``(item, read(item))`` for every item in order, while a thread reads one item ahead.
+
+    Args:
+        read: called in the thread; an exception of it is raised here, at its item.
+        items: what to read.
+    """
     with ThreadPoolExecutor(1) as thread:
         previous = None
         for item in items:

@@ -1,4 +1,4 @@
-"""From a corpus to a token file."""
+"""A corpus is tokenized and written into a token file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from longnet_dist.errors import DataError
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ``prepare`` did; counts of what it left out, and the time it took."""
+    """A Prepared reports what ``prepare`` wrote and what it left out.
+
+    Attributes:
+        path: the token file.
+        header: its header.
+        num_hidden: hidden files and folders that were skipped.
+        num_binary: binary files that were skipped.
+        num_replaced: byte sequences that are not UTF-8 and were read as U+FFFD.
+        seconds: time that it took.
+    """
 
     path: Path
     header: Header
@@ -30,7 +39,7 @@ class Prepared:
     seconds: float
 
     def summary(self) -> str:
-        """The result in a line, and a second one if anything was left out or replaced."""
+        """Return the result in one line, and in a second one what was left out or replaced, if anything."""
         header = self.header
         train, validation = (split.last - split.first for split in (header.train, header.validation))
         rate = header.num_bytes / 1e6 / max(self.seconds, 1e-9)
@@ -57,14 +66,15 @@ def prepare(
     overwrite: bool = False,
     source: str = "",
 ) -> Prepared:
-    """Write the token file ``output`` from a corpus, with a progress bar over the bytes on the disk.
+    """Write the token file ``output`` from a corpus, with a progress bar over the bytes on disk.
 
     Args:
-        corpus: the documents, see ``find_corpus`` and ``standard_library``.
-        output, tokenizer, validation, overwrite, source: as for ``TokenFileWriter``.
+        corpus: the documents, as from :func:`~longnet_dist.data.corpus.find_corpus`.
+        output, tokenizer, validation, overwrite, source: as for
+            :class:`~longnet_dist.data.token_file_writer.TokenFileWriter`.
 
     Raises:
-        DataError: an unreadable input, an output that exists or cannot be written, a corpus without text.
+        DataError: an input cannot be read, the output exists or cannot be written, or the corpus has no text.
     """
     begin = time.perf_counter()
     if Path(output).resolve() in {path.resolve() for path in corpus.paths}:
@@ -93,13 +103,18 @@ def prepare(
 
 
 def default_token_file(directory: str | Path) -> Path:
-    """The embedded corpus: the source text of the running Python's standard library as bytes, prepared once.
+    """Return the token file of the default corpus, the source of Python's standard library as bytes.
 
-    A file of the same Python in ``directory`` is checked and used again. Only one process may call this (rank 0, with
-    a barrier behind it): several would do the work several times, though the file that remains is whole in any case.
+    The file is made once. If ``directory`` has one of the same Python, it is verified and returned.
+
+    Only one process should call this, rank 0, with a barrier after it. If several do, the work is done several times,
+    but the file is complete in any case.
+
+    Args:
+        directory: folder of the file.
 
     Raises:
-        DataError: the file is there but damaged, or cannot be written.
+        DataError: the existing file is damaged, or the file cannot be written.
     """
     source = f"standard library of {platform.python_implementation()} {platform.python_version()}"
     path = Path(directory) / f"{source.lower().replace(' ', '_')}.tokens"

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of integers, so that no state has to be saved and every rank agrees."""
+"""Random numbers are pure functions of integers here: there is no state to save, and all ranks agree."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ FEISTEL_ROUNDS = 6
 
 
 def hashed(*keys: int | Integers) -> Hashes:
-    """64 well mixed bits for every combination of the keys, which broadcast; at least one-dimensional uint64.
+    """Hash every combination of the keys to 64 bits.
 
-    The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied once a key.
+    The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied once for each key.
+
+    Args:
+        keys: integers, or arrays of integers, which broadcast.
+
+    Returns:
+        uint64 array of the broadcast shape, with at least one dimension.
     """
-    state = np.zeros(1, dtype=np.uint64)  # arrays wrap around without a warning, numpy scalars do not
+    state = np.zeros(1, dtype=np.uint64)  # uint64 arrays overflow silently, as wanted; numpy scalars warn
     for key in keys:
         word = np.atleast_1d(np.asarray(key).astype(np.uint64))
         state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
@@ -29,29 +35,34 @@ def hashed(*keys: int | Integers) -> Hashes:
 
 
 def permuted(indices: Integers, size: int, *keys: int | Integers) -> npt.NDArray[np.int64]:
-    """The images of ``indices`` under a random permutation of ``[0, size)`` that ``keys`` name.
+    """Map ``indices`` by a random permutation of ``[0, size)``, which ``keys`` select.
 
-    A Feistel network permutes the next power of four above ``size``; walking along its cycle until the image lies below
-    ``size`` permutes the range itself. Constant time and memory, where a shuffled list would take 8 bytes an element.
+    A Feistel network permutes ``[0, 4^k)`` for the smallest such power that is at least ``size``. An image outside of
+    the range is mapped again until it is inside (cycle walking), which permutes the range itself. Time and memory do
+    not grow with ``size``; a shuffled list would need 8 bytes for each element.
 
     Args:
         indices: (n,) integers in ``[0, size)``.
-        size: positive.
-        keys: integers, or (n,) integers where every index has its own.
+        size: size of the range, positive.
+        keys: integers, or (n,) integers, a key for each index.
+
+    Returns:
+        (n,) int64 images.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     images = indices.astype(np.uint64)
-    names = np.broadcast_to(hashed(*keys), images.shape)
+    seeds = np.broadcast_to(hashed(*keys), images.shape)
     walking = np.ones(images.shape, dtype=bool)
     while walking.any():
-        images[walking] = _feistel(images[walking], np.uint64(half_bits), names[walking])
+        images[walking] = _feistel(images[walking], np.uint64(half_bits), seeds[walking])
         walking = images >= size
     return images.astype(np.int64)
 
 
-def _feistel(values: Hashes, half_bits: np.uint64, names: Hashes) -> Hashes:
+def _feistel(values: Hashes, half_bits: np.uint64, seeds: Hashes) -> Hashes:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
-    for turn in range(FEISTEL_ROUNDS):
-        left, right = right, left ^ (hashed(names, turn, right) & mask)
+    # A round is invertible whatever the hash is, so the network is a permutation.
+    for number in range(FEISTEL_ROUNDS):
+        left, right = right, left ^ (hashed(seeds, number, right) & mask)
     return left << half_bits | right

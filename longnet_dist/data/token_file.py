@@ -1,4 +1,4 @@
-"""The token file: a JSON header and one memory-mapped array of token ids.
+"""A token file has a JSON header and one array of token ids, which is memory-mapped.
 
 Layout, little-endian::
 
@@ -36,7 +36,13 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Split(BaseModel):
-    """Tokens ``[first, last)`` of the file, which stand for ``num_bytes`` bytes of text."""
+    """A Split is the tokens ``[first, last)`` of the file, which encode ``num_bytes`` bytes of text.
+
+    Attributes:
+        first: index of the first token.
+        last: end (exclusive).
+        num_bytes: bytes of text.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,9 +52,21 @@ class Split(BaseModel):
 
 
 class Header(BaseModel):
-    """What a token file says of itself.
+    """The Header describes a token file.
 
-    A document separator counts as one byte of text, so that bits per byte compares across tokenizers.
+    A document separator counts as one byte of text, so that bits per byte can be compared between tokenizers.
+
+    Attributes:
+        dtype: dtype of the tokens.
+        num_tokens: tokens of the whole file.
+        num_documents: documents.
+        num_bytes: bytes of text.
+        max_id: largest token id.
+        sha256: checksum of the tokens, hexadecimal.
+        train: the training split.
+        validation: the validation split, which follows it.
+        source: where the text comes from.
+        tokenizer: the tokenizer, for :func:`~longnet_dist.data.tokenizers.tokenizer_from_json`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,11 +97,11 @@ class Header(BaseModel):
 
 
 class TokenFile:
-    """A token file opened for reading; make one with ``TokenFile.open``.
+    """A TokenFile is a token file opened for reading; :meth:`open` makes one.
 
     Attributes:
-        path: where it lies.
-        header: its ``Header``.
+        path: path of the file.
+        header: its header.
         tokens: (num_tokens,) uint8, uint16 or uint32, memory-mapped and read-only.
     """
 
@@ -120,16 +138,26 @@ class TokenFile:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the file."""
+        """Build the tokenizer that encoded the file."""
         return tokenizer_from_json(self.header.tokenizer)
 
     def split(self, name: SplitName) -> tuple[int, int]:
-        """``(first, last)``: the split holds the tokens ``[first, last)``."""
+        """Return ``(first, last)``: the split has the tokens ``[first, last)``.
+
+        Raises:
+            DataError: there is no such split.
+        """
         split = self._split(name)
         return split.first, split.last
 
     def bytes_per_token(self, name: SplitName) -> float:
-        """Bytes of text for a token, the mean over the split: ``bits per byte = loss / ln 2 / bytes_per_token``."""
+        """Return the bytes of text for each token, averaged over the split.
+
+        With it, ``bits per byte = loss / ln 2 / bytes_per_token``.
+
+        Raises:
+            DataError: there is no such split, or it is empty.
+        """
         split = self._split(name)
         if split.first == split.last:
             raise DataError(f"the {name} split of {self.path} is empty; prepare it with another --validation fraction")
@@ -148,7 +176,7 @@ class TokenFile:
 
 
 def _read_header(path: Path, stream: BinaryIO) -> tuple[Header, int]:
-    """The header and the offset of the first token, bytes."""
+    """Read the header; return it and the offset of the first token in bytes."""
     again = "prepare it again with longnet prepare"
     preamble = stream.read(PREAMBLE.size)
     if preamble[: len(MAGIC)] != MAGIC[: len(preamble)] or not preamble:
@@ -191,7 +219,7 @@ def _check_length(path: Path, header: Header, offset: int) -> None:
 
 
 def _check_tokens(path: Path, header: Header, stream: BinaryIO) -> None:
-    """Compare the checksum of everything behind the header, where ``stream`` stands."""
+    """Compare the checksum of everything behind the header, where ``stream`` is positioned."""
     digest = hashlib.sha256()
     total = header.num_tokens * np.dtype(header.dtype).itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {path.name}", delay=1, leave=False) as progress:

@@ -1,4 +1,4 @@
-"""Writing a token file in one pass over the text, whatever its size."""
+"""A token file is written in one pass over the text, whatever its size."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from longnet_dist.data.token_file import MAGIC, PAGE_BYTES, PREAMBLE, VERSION, H
 from longnet_dist.data.tokenizers import Ids, Tokenizer, split_at_lines
 from longnet_dist.errors import DataError
 
-NUMBERS_BYTES = 1024  # room for the header's numbers, which are known only at the end
+NUMBERS_BYTES = 1024  # reserved for the header's numbers, which are known only at the end
 SPLIT_SEARCH_TOKENS = 8  # a UTF-8 character has at most four bytes, so its tokens end within a few
 
 
 class TokenFileWriter:
-    """Streams documents into a token file; the file appears under its name only when it is complete.
+    """A TokenFileWriter streams documents into a token file, which appears under its name only when it is complete.
 
-    Use it as a context manager: leaving the block finishes the file, an exception removes what was written. Memory is
-    that of one piece of 256 KiB and 16 bytes for every piece or document.
+    It is a context manager: leaving the block completes the file, an exception removes what was written. It needs
+    memory for one piece of 256 KiB, and 16 bytes for every piece or document.
 
     Args:
-        path: the file to make; missing parent folders are made.
-        tokenizer: its ``vocab_size`` decides between uint8, uint16 and uint32.
-        validation: the share of the tokens, at the end of the file, that becomes the validation split, in [0, 1).
+        path: the file to write; missing parent folders are created.
+        tokenizer: encodes the text; its ``vocab_size`` decides between uint8, uint16 and uint32.
+        validation: share of the tokens, at the end of the file, for the validation split, in [0, 1).
         overwrite: replace an existing file.
-        source: where the text comes from, for the header.
+        source: description of the text, for the header.
 
     Attributes:
-        num_documents, num_tokens, num_bytes: written so far; a separator counts as one byte.
-        num_replaced: byte sequences that were not UTF-8 and were read as U+FFFD (tokenizers of text only).
-        header: the ``Header``, once the block was left.
+        num_documents, num_tokens, num_bytes: counts so far; a separator counts as one byte.
+        num_replaced: byte sequences that are not UTF-8 and were read as U+FFFD, with tokenizers that need text.
+        header: the header, after the block was left.
 
     Raises:
-        DataError: ``path`` exists and ``overwrite`` is False, cannot be written, or no document had any text.
+        DataError: ``path`` exists and ``overwrite`` is False, it cannot be written, or no document had any text.
     """
 
     def __init__(
@@ -95,7 +95,11 @@ class TokenFileWriter:
             self._partial.unlink(missing_ok=True)
 
     def add_document(self, chunks: Iterable[bytes]) -> None:
-        """Append one document, given in chunks of any size; one without a byte is left out."""
+        """Append one document; an empty one is left out.
+
+        Args:
+            chunks: the text as bytes, in chunks of any size.
+        """
         begun = False
         for piece in split_at_lines(chunks):
             if not begun and self.num_documents and self.tokenizer.document_separator is not None:
@@ -134,10 +138,10 @@ class TokenFileWriter:
         os.replace(self._partial, self.path)
 
     def _boundary(self, target: int) -> tuple[int, int]:
-        """The first token of the validation split, near ``target``, and the first byte of its text, exactly.
+        """Return the first token of the validation split, near ``target``, and the exact offset of its text in bytes.
 
-        Inside a piece the byte is found by decoding. Where that does not give back as many bytes as the piece was made
-        of (a tokenizer that normalises), the split falls on the nearer edge of the piece, whose byte is known.
+        Inside a piece the offset is found by decoding. A tokenizer that normalises does not return as many bytes as it
+        was given; then the split is at the nearer edge of the piece, whose offset is known.
         """
         tokens, first_bytes = self._edges
         index = bisect_right(tokens, target) - 1
@@ -174,7 +178,7 @@ class TokenFileWriter:
         )
 
     def _data_offset(self) -> int:
-        """Where the tokens start: behind the header with room for its numbers, on a page."""
+        """Return where the tokens start: on a page, after the header with space for its final numbers."""
         reserved = PREAMBLE.size + len(self._make_header(0, 0).model_dump_json().encode()) + NUMBERS_BYTES
         return -(-reserved // PAGE_BYTES) * PAGE_BYTES
 

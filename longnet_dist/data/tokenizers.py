@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, each able to rebuild itself from the JSON that a token file carries."""
+"""Tokenizers turn text into ids and back; each can be rebuilt from the JSON in a token file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from longnet_dist.errors import DataError
 Ids = npt.NDArray[np.integer[Any]]
 
 PIECE_BYTES = 1 << 18
-# How the published vocabularies write "end of document", the first one present is used.
+# Published vocabularies have one of these tokens for the end of a document; the first one present is used.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 INSTALL = "install it with: pip install 'longnet-dist[tokenizers]'"
 
 
 class Tokenizer(Protocol):
-    """What the data layer asks of a tokenizer.
+    """A Tokenizer turns bytes of text into ids and back.
 
     Attributes:
-        name: how it was named on the command line.
-        vocab_size: every id is below it.
-        document_separator: the id written between two documents, or None if the vocabulary has none.
-        text_only: whether it needs UTF-8; bytes that are not are read as U+FFFD.
+        name: name for messages, as on the command line.
+        vocab_size: upper bound (exclusive) of the ids.
+        document_separator: id that is written between two documents; None if the vocabulary has no such token.
+        text_only: the tokenizer needs UTF-8; other bytes are read as U+FFFD.
     """
 
     name: str
@@ -36,17 +36,21 @@ class Tokenizer(Protocol):
     text_only: bool
 
     def encode(self, text: bytes) -> Ids:
-        """Ids of ``text``, (num_tokens,); never a special token, whatever the text says."""
+        """Return the ids of ``text``, (num_tokens,); text that looks like a special token is encoded as text."""
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
-        """The text of ``ids``; raises ``DataError`` for an id outside the vocabulary."""
+        """Return the text of ``ids``.
+
+        Raises:
+            DataError: an id is outside of the vocabulary.
+        """
 
     def to_json(self) -> dict[str, Any]:
-        """All that ``tokenizer_from_json`` needs to rebuild it, without any other file where that is possible."""
+        """Return what :func:`tokenizer_from_json` needs to rebuild the tokenizer, if possible without other files."""
 
 
 class ByteTokenizer:
-    """Every byte is its own id. Documents are separated by byte 0, which text never contains."""
+    """A ByteTokenizer uses every byte as its own id; byte 0, which text does not contain, separates documents."""
 
     name = "bytes"
     vocab_size = 256
@@ -54,21 +58,27 @@ class ByteTokenizer:
     text_only = False
 
     def encode(self, text: bytes) -> Ids:
+        """Return the bytes of ``text`` as ids, (num_bytes,) uint8."""
         return np.frombuffer(text, dtype=np.uint8)
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """Return ``ids`` as bytes."""
         return _checked(ids, self.vocab_size, self.name).astype(np.uint8).tobytes()
 
     def to_json(self) -> dict[str, Any]:
+        """Return the kind, which is all that is needed."""
         return {"kind": "bytes"}
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` of the ``tokenizers`` library; its content travels in the token file.
+    """A HuggingFaceTokenizer uses a ``tokenizer.json`` of the ``tokenizers`` library, which the token file contains.
 
     Args:
-        content: the parsed ``tokenizer.json``. Its truncation and padding are switched off: they would drop text.
-        name: for messages.
+        content: the parsed ``tokenizer.json``. Its truncation and padding are switched off, since they change the text.
+        name: name for messages.
+
+    Raises:
+        DataError: the package is not installed, or the content is no tokenizer.
     """
 
     text_only = True
@@ -94,23 +104,32 @@ class HuggingFaceTokenizer:
         self.document_separator = next((vocabulary[text] for text in SEPARATORS if text in vocabulary), None)
 
     def encode(self, text: bytes) -> Ids:
-        # The "fast" call leaves out character offsets, which halves the time; it exists for batches only.
+        """Return the ids of ``text``, (num_tokens,) uint32."""
+        # The "fast" call does not compute character offsets and takes half the time; it exists for batches only.
         [encoding] = self._backend.encode_batch_fast([text.decode("utf-8", errors="replace")], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """Return the text of ``ids`` as UTF-8, with special tokens as they are written."""
         known = _checked(ids, self.vocab_size, self.name).tolist()
         text: str = self._backend.decode(known, skip_special_tokens=False)
         return text.encode("utf-8", errors="replace")
 
     def to_json(self) -> dict[str, Any]:
+        """Return the kind, the name and the whole ``tokenizer.json``."""
         return {"kind": "huggingface", "name": self.name, "content": self._content}
 
 
 class TiktokenTokenizer:
-    """An encoding of ``tiktoken`` by name, such as ``gpt2`` or ``o200k_base``.
+    """A TiktokenTokenizer uses an encoding of ``tiktoken``, such as ``gpt2`` or ``o200k_base``.
 
-    tiktoken downloads an encoding at its first use, unless ``TIKTOKEN_CACHE_DIR`` names a folder that holds it.
+    tiktoken downloads an encoding at its first use, unless it is in the folder ``TIKTOKEN_CACHE_DIR``.
+
+    Args:
+        encoding: name of the encoding.
+
+    Raises:
+        DataError: the package is not installed, the encoding is unknown, or it cannot be downloaded.
     """
 
     text_only = True
@@ -136,10 +155,12 @@ class TiktokenTokenizer:
         self.document_separator = self._backend.eot_token if "<|endoftext|>" in special else None
 
     def encode(self, text: bytes) -> Ids:
+        """Return the ids of ``text``, (num_tokens,) uint32."""
         ids: Ids = self._backend.encode_to_numpy(text.decode("utf-8", errors="replace"), disallowed_special=())
         return ids
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """Return the bytes of ``ids``."""
         known = _checked(ids, self.vocab_size, self.name).tolist()
         try:
             text: bytes = self._backend.decode_bytes(known)
@@ -148,11 +169,12 @@ class TiktokenTokenizer:
         return text
 
     def to_json(self) -> dict[str, Any]:
+        """Return the kind and the name of the encoding."""
         return {"kind": "tiktoken", "encoding": self._backend.name}
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that ``spec`` names: ``bytes``, ``tiktoken:NAME`` or the path of a ``tokenizer.json``.
+    """Load the tokenizer that ``spec`` names: ``bytes``, ``tiktoken:NAME`` or the path of a ``tokenizer.json``.
 
     Raises:
         DataError: an unknown name, an unreadable file, or a package that is not installed.
@@ -174,7 +196,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_from_json(fields: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``Tokenizer.to_json`` described."""
+    """Rebuild the tokenizer from the result of :meth:`Tokenizer.to_json`.
+
+    Raises:
+        DataError: the fields are not those of a known kind.
+    """
     match fields:
         case {"kind": "bytes"}:
             return ByteTokenizer()
@@ -189,30 +215,34 @@ def tokenizer_from_json(fields: dict[str, Any]) -> Tokenizer:
 
 
 def split_at_lines(chunks: Iterable[bytes], limit: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Join the chunks of a document and cut it into pieces of at most ``limit`` bytes, so that it is never held whole.
+    """Join the chunks of a document and cut it into pieces of at most ``limit`` bytes, without loading it whole.
 
-    A cut falls after the last line end within the limit; in a longer line before the last space, and without one
-    between two UTF-8 characters. A vocabulary of bytes does not notice the cuts; a BPE may merge differently in the few
-    tokens that touch one, once in ``limit`` bytes.
+    A piece ends after the last line end within the limit, or in a longer line before the last space, or without a space
+    between two UTF-8 characters. Bytes as tokens are not affected by the cuts. A BPE may merge the few tokens next to a
+    cut differently, once in ``limit`` bytes.
+
+    Args:
+        chunks: the document as bytes, in chunks of any size.
+        limit: largest size of a piece, bytes.
     """
-    held = b""
+    rest = b""
     for chunk in chunks:
-        held += chunk
-        while len(held) > limit:
-            cut = _last_cut(held, limit)
-            yield held[:cut]
-            held = held[cut:]
-    if held:
-        yield held
+        rest += chunk
+        while len(rest) > limit:
+            cut = _last_cut(rest, limit)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
 
 
-def _last_cut(held: bytes, limit: int) -> int:
-    if line_end := held.rfind(b"\n", 0, limit) + 1:
+def _last_cut(text: bytes, limit: int) -> int:
+    if line_end := text.rfind(b"\n", 0, limit) + 1:
         return line_end
-    if (space := held.rfind(b" ", 1, limit)) > 0:
+    if (space := text.rfind(b" ", 1, limit)) > 0:
         return space
     # At most three continuation bytes (10xxxxxx) follow the first byte of a UTF-8 character.
-    return next((cut for cut in range(limit, max(limit - 4, 0), -1) if held[cut] & 0xC0 != 0x80), limit)
+    return next((cut for cut in range(limit, max(limit - 4, 0), -1) if text[cut] & 0xC0 != 0x80), limit)
 
 
 def _checked(ids: Sequence[int] | Ids, vocab_size: int, name: str) -> npt.NDArray[np.int64]:

@@ -92,12 +92,12 @@ def evaluate(
 def _plan(windows: Windows, num_tokens: int, batch_size: int, sequence_ranks: int) -> Iterator[list[_Batch]]:
     """Batches of whole windows, then the rest; the rest is cut to a multiple of the ranks so that each holds rows."""
     length = windows.sequence_length
-    whole, rest = divmod(min(num_tokens, windows.num_rows), length)
+    whole, rest = divmod(min(num_tokens, windows.num_positions), length)
     rest -= rest % sequence_ranks
     if whole + rest == 0:
         raise DataError(
-            f"the {windows.split} split of {windows.token_file.path} has {windows.num_rows} rows for {sequence_ranks} "
-            f"sequence ranks; use a longer text or fewer ranks"
+            f"the {windows.split} split of {windows.token_file.path} has {windows.num_positions} rows for "
+            f"{sequence_ranks} sequence ranks; use a longer text or fewer ranks"
         )
     yield [_Batch(range(first, min(first + batch_size, whole)), length) for first in range(0, whole, batch_size)]
     if rest:

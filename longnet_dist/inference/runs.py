@@ -87,7 +87,7 @@ def evaluate_run_streamed(
     if chunk_length < 1 or chunk_length % ranks:
         raise ConfigError(f"the chunk must be a positive multiple of the {ranks} ranks, but is {chunk_length} rows")
     run = _Run.open(path)
-    rows = run.windows(data, split, 1).num_rows
+    rows = run.windows(data, split, 1).num_positions
     rows = rows if num_tokens is None else min(rows, num_tokens)
     if rows < ranks:
         raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
@@ -97,7 +97,7 @@ def evaluate_run_streamed(
     execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
     with run.model_on(launch, execution) as (model, _, device):
         sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
-        task = StreamTask(*sha256, split, windows.rows_of(0), str(next(model.parameters()).dtype))
+        task = StreamTask(*sha256, split, windows.length_of(0), str(next(model.parameters()).dtype))
         file = StateFile(state_path or run.folder.path / f"{data.stem}.stream.safetensors", task, resume)
         return evaluate_stream(model, windows, chunk_length, device, file)
 

@@ -65,7 +65,7 @@ def evaluate_stream(
         KeyboardInterrupt: an interrupt (SIGINT or SIGTERM) on any rank, after the state has been saved.
     """
     state = file.load()
-    stream = model.stream(windows.rows_of(0))
+    stream = model.stream(windows.length_of(0))
     stream.resume(state.row, [records.to(device) for records in state.carried])
     is_first, saved_at = dist.get_rank() == 0, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Fixtures of the data tests."""
+"""The data tests share these fixtures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows and batches: labels, sharding, order, masks."""
+"""Windows and batches have the right labels, slices, order and masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 24
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
-    """1,000 tokens: 900 for training, 100 for validation."""
+    """Return a file of 1,000 tokens: 900 for training, 100 for validation."""
     path = tmp_path_factory.mktemp("data") / "text.tokens"
     text = np.random.default_rng(0).integers(1, 200, 1000, dtype=np.uint8).tobytes()
     with TokenFileWriter(path, ByteTokenizer(), validation=0.1) as writer:
@@ -116,7 +116,7 @@ def test_windows_in_order_label_every_token_but_the_first(file: TokenFile, lengt
 
 def test_short_last_window(file: TokenFile) -> None:
     windows = Windows(file, "validation", 33 + 7)
-    assert (len(windows), windows.num_full, windows.rows_of(1), windows.rows_of(2)) == (3, 2, 40, 19)
+    assert (len(windows), windows.num_full, windows.length_of(1), windows.length_of(2)) == (3, 2, 40, 19)
     assert list(windows.batches(8)) == [range(2), range(2, 3)]
     tokens, _ = windows.local([2], (12, 19))
     np.testing.assert_array_equal(tokens[0], file.tokens[992:999])
@@ -162,7 +162,7 @@ def test_impossible_options(file: TokenFile, options: dict[str, object], message
 
 
 def test_an_id_that_the_header_denies_is_refused_where_it_is_read(file: TokenFile, tmp_path: Path) -> None:
-    """The checksum of all tokens is not compared at every start, and a GPU would only tell of an index out of range."""
+    """The checksum is not compared at every start, and a GPU would only report an index out of range."""
     damaged = tmp_path / "damaged.tokens"
     damaged.write_bytes(file.path.read_bytes()[:-3] + b"\xff" + file.path.read_bytes()[-2:])
     windows = Windows(TokenFile.open(damaged), "validation", LENGTH, vocab_size=file.header.max_id + 1)

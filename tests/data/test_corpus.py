@@ -1,4 +1,4 @@
-"""Finding and streaming documents from every kind of input, whole or damaged."""
+"""Documents are found and streamed from every kind of input; damaged ones are reported."""
 
 from __future__ import annotations
 

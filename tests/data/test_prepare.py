@@ -1,4 +1,4 @@
-"""From a corpus to a token file, and the embedded default corpus."""
+"""A corpus, given or default, becomes a token file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longnet_dist.errors import DataError
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small stand-in for the standard library, which would take a second each time."""
+    """Replace the standard library, which would take a second each time, by a small folder."""
     path = tmp_path / "module.py"
     path.write_text("import this\n" * 100)
     monkeypatch.setattr(prepare_module, "standard_library", lambda: Corpus([path]))

@@ -1,4 +1,4 @@
-"""The hash and the permutation."""
+"""The hash and the permutation are checked for bias and for stability."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from longnet_dist.data.shuffle import hashed, permuted
 
 
 def test_values_never_change() -> None:
-    """A resumed run must meet the order it left, whatever the version of numpy."""
+    """A resumed run must continue in the order of samples that it left, whatever the version of numpy."""
     assert hashed(1, 2, 3).tolist() == [15020427595393229491]
     assert permuted(np.arange(10), 10, 5).tolist() == [6, 2, 4, 5, 1, 8, 9, 7, 3, 0]
 

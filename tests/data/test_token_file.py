@@ -1,4 +1,4 @@
-"""Opening token files: what was written is read, and every kind of damage is named."""
+"""An opened token file returns what was written; every kind of damage is reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite the header with right lengths and checksum, as a faulty program would."""
+    """Rewrite the header, with correct lengths and checksum, as a faulty program could."""
     data = path.read_bytes()
     magic, version, header_bytes, _ = PREAMBLE.unpack(data[: PREAMBLE.size])
     header = json.loads(data[PREAMBLE.size : PREAMBLE.size + header_bytes])

@@ -1,4 +1,4 @@
-"""Writing token files: exact counts, exact bytes of each split, nothing left behind by a failure."""
+"""A written token file has exact counts and exact splits; a failed write leaves no file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCUMENTS = [b"first\n" * 50, "zweites – Stück\n".encode() * 70, b"third"]
 
 
 class WideTokenizer(ByteTokenizer):
-    """Bytes, shifted to the upper end of a large vocabulary."""
+    """This tokenizer shifts bytes to the upper end of a large vocabulary."""
 
     def __init__(self, vocab_size: int, document_separator: int | None) -> None:
         self.vocab_size = vocab_size
@@ -80,7 +80,7 @@ def test_bytes_of_a_split_are_exact(tmp_path: Path, tokenizer_json: Path, valida
 
 
 class SpacelessTokenizer(WideTokenizer):
-    """Loses bytes, as tokenizers that normalise do."""
+    """This tokenizer loses bytes, as tokenizers that normalise do."""
 
     def __init__(self) -> None:
         super().__init__(256, 0)
@@ -166,7 +166,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    """A limit on the size of a file stands in for the full disk; it holds for this process alone."""
+    """A limit on the size of files, for this process alone, replaces a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers: the round trip, the rebuild from JSON, and the cutting of long documents."""
+"""Tokenizers survive the round trip and the rebuild from JSON; long documents are cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hugging_face(tokenizer_json: Path) -> Tokenizer:
 
 @pytest.fixture
 def tiktoken_bytes(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
-    """An encoding whose tokens are the 256 bytes and two words, in place of the ones that tiktoken downloads."""
+    """Return an encoding of the 256 bytes and two words, in place of those that tiktoken downloads."""
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {bytes([value]): value for value in range(256)} | {b"de": 256, b"def": 257}
     encoding = tiktoken.Encoding(

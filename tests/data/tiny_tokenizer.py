@@ -1,4 +1,4 @@
-"""A small byte-level BPE for tests."""
+"""The tests train a small byte-level BPE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def write_tiny_tokenizer(path: Path) -> Path:
-    """Train a tokenizer.json of 300 tokens with ``<|endoftext|>`` on this very file."""
+    """Train a tokenizer.json of 300 tokens, with ``<|endoftext|>``, on this file itself."""
     tokenizers = pytest.importorskip("tokenizers")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -59,7 +59,7 @@ def test_a_rest_that_ranks_cannot_share_evenly_is_cut(corpus):
 
 
 def test_no_more_tokens_than_the_split_has(corpus):
-    num_rows = Windows(TokenFile.open(corpus), "validation", 500).num_rows
+    num_rows = Windows(TokenFile.open(corpus), "validation", 500).num_positions
     assert run_distributed(evaluate_fresh_model, 1, corpus, 500, 10**9, 1)[0].tokens == num_rows
 
 
