@@ -27,10 +27,10 @@ from longnet_dist.data.batches import Batches
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.engine.execution import Execution
 from longnet_dist.estimate.devices import device_of
+from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import RowsAhead
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed
-from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.step import MicroBatch, train_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1] / "longnet_dist"
 LAYERS = [
     "errors",
+    "registry",
     "extras",
     "machine",
     "numerics",
     "geometry",
+    "optim",
     "config",
     "data",
     "comm",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
+from longnet_dist.optim.schedules import SCHEDULES
 
 Precision = Literal["fp32", "bf16"]
 
@@ -131,7 +132,9 @@ class TrainConfig(Section):
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up.
-        decay_power: power of the polynomial decay after it; 1 is linear.
+        schedule: how the learning rate decays after it: ``polynomial``, ``cosine``, or ``wsd`` (stable, then linear).
+        decay_power: power of the polynomial decay; 1 is linear.
+        decay_fraction: share of all steps in which ``wsd`` decays, at the end.
         final_learning_rate: where the decay ends.
         adam_betas: decay of the two running means of AdamW.
         adam_eps: epsilon of AdamW.
@@ -175,7 +178,9 @@ class TrainConfig(Section):
     profile: ProfileConfig | None = None
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: int = Field(750, ge=0)
+    schedule: str = "polynomial"
     decay_power: PositiveFloat = 1.0
+    decay_fraction: float = Field(0.2, gt=0, le=1)
     final_learning_rate: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_eps: PositiveFloat = 1e-8
@@ -230,6 +235,13 @@ class TrainConfig(Section):
                 "train.matmul=quack is for compiled blocks, but train.compile is false; use train.compile=auto or "
                 "train.matmul=auto"
             )
+        SCHEDULES.check(self.schedule, "train.schedule")
+        for key, owner in (("decay_power", "polynomial"), ("decay_fraction", "wsd")):
+            if key in self.model_fields_set and self.schedule != owner and getattr(self, key) != _default(self, key):
+                raise ConfigError(
+                    f"train.{key} belongs to train.schedule={owner}, but the schedule is {self.schedule}; leave {key} "
+                    f"out, or use train.schedule={owner}"
+                )
         if self.final_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"the learning rate decays from learning_rate to final_learning_rate, but these are "
@@ -344,3 +356,7 @@ def check_precision(precision: Precision, zero_stage: int) -> None:
             "bf16 needs deepspeed.zero_stage 1, 2 or 3 (stage 0 trains inexactly in it); use deepspeed.zero_stage=1 "
             "or train.precision=fp32"
         )
+
+
+def _default(section: Section, key: str) -> Any:
+    return type(section).model_fields[key].default

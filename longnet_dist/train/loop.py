@@ -35,6 +35,7 @@ from longnet_dist.inference.generation import Sampling
 from longnet_dist.inference.runs import continue_text
 from longnet_dist.machine import host_memory_bytes
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.resilience.out_of_memory import explained
 from longnet_dist.resilience.stop_signals import stop_requests
 from longnet_dist.resilience.watchdog import Watchdog
@@ -44,7 +45,6 @@ from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import RowsAhead
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release
-from longnet_dist.train.schedule import learning_rate
 from longnet_dist.train.setup import RunSetup
 from longnet_dist.train.step import MicroBatch, ReadRows, Rows, StepResult, train_step
 

@@ -13,10 +13,10 @@ from longnet_dist.data.batches import Batches, objective
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.estimate.model_cost import num_parameters
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.telemetry.metrics import read_jsonl
 from longnet_dist.train import loop
 from longnet_dist.train.deepspeed_engine import build_optimizer
-from longnet_dist.train.schedule import learning_rate
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, run, tiny_config
 

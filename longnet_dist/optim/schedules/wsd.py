@@ -1,0 +1,12 @@
+"""Warm-up, stable, decay (arXiv 2404.06395): a run can be extended before its decay without a jump."""
+
+from __future__ import annotations
+
+from longnet_dist.optim.schedules import SCHEDULES, ScheduleSettings
+
+
+@SCHEDULES.register("wsd")
+def wsd(done: int, total: int, train: ScheduleSettings) -> float:
+    """Return 1, and over the last ``decay_fraction`` of all steps of the run a linear decay."""
+    decay = min(total, max(1, round(train.decay_fraction * train.steps)))
+    return min(1.0, (total - done) / decay)
