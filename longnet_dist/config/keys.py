@@ -1,4 +1,4 @@
-"""What can be configured: every key with its default and what it means, from the schema and its docstrings."""
+"""This module lists every key of a configuration with default and meaning, from the schema and its docstrings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from longnet_dist.config.schema import Config
 
 
 class Key(NamedTuple):
-    """One key of a configuration.
+    """A Key describes one key of a configuration.
 
     Attributes:
-        name: dotted, as on a command line.
-        default: its value as YAML where it is not given, or ``required``.
-        meaning: the first sentence of its documentation, with the unit.
+        name: dotted name, as on a command line.
+        default: default value as YAML, or ``required``.
+        meaning: first sentence of its documentation, with the unit.
     """
 
     name: str
@@ -42,7 +42,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
 
     Args:
         section: a class of the schema.
-        prefix: of the dotted names, with its last dot.
+        prefix: prefix of the dotted names, with its last dot.
     """
     meanings = _attributes(section)
     if prefix == "model.":
@@ -63,7 +63,7 @@ def _yaml(value: Any) -> str:
 
 
 def _attributes(section: type) -> dict[str, str]:
-    """The first sentence about each attribute in the docstring of a class."""
+    """Return the first sentence about each attribute in the docstring of a class."""
     text = inspect.getdoc(section) or ""
     _, _, attributes = text.partition("Attributes:\n")
     attributes = re.split(r"\n(?=\S)", attributes)[0]

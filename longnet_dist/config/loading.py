@@ -1,4 +1,4 @@
-"""From a YAML file and ``key=value`` words to a checked :class:`Config`."""
+"""A YAML file and ``key=value`` words are read and checked into a :class:`Config`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ def run_names() -> list[str]:
 def find_config(word: str) -> Path | Traversable:
     """Return the file that a command line means: a packaged configuration, by its name, or a path.
 
-    A name wins over a file or folder of the same name here, which is ``./name``.
+    A name of a packaged configuration takes precedence; write ``./name`` for a file of that name.
+
+    Args:
+        word: name or path.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: it is neither a name nor a path.
     """
     if word in (names := run_names()):
         return files("longnet_dist.config") / "runs" / f"{word}.yaml"
@@ -45,15 +48,14 @@ def find_config(word: str) -> Path | Traversable:
 
 
 def load_config(path: Path | Traversable, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+    """Read a configuration file, replace single values and check the result.
 
     Args:
         path: a YAML file, as from :func:`find_config`.
-        overrides: ``section.key=value`` words, each with a YAML value, which replace the file's.
+        overrides: ``section.key=value`` words with YAML values, which replace those of the file.
 
     Raises:
-        ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value does not
-            fit.
+        ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value is invalid.
     """
     values = read_yaml(path)
     given: set[str] = set()
@@ -69,7 +71,8 @@ def parse_config(values: dict[str, Any]) -> Config:
     """Check nested values against the schema.
 
     Raises:
-        ConfigError: one line for each fault: key, value and rule, for an unknown key the nearest known one.
+        ConfigError: a value is invalid. The message has a line for each fault: key, value and rule, or for an unknown
+            key the nearest known one.
     """
     try:
         return Config.model_validate(values)
@@ -78,10 +81,10 @@ def parse_config(values: dict[str, Any]) -> Config:
 
 
 def read_yaml(path: Path | Traversable) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader, which makes no objects, and refuse a key given twice.
+    """Read a YAML mapping with the safe loader, which creates no Python objects, and refuse duplicate keys.
 
     Raises:
-        ConfigError: no such file, no valid YAML, or no mapping.
+        ConfigError: the file cannot be read, is no valid YAML, or is no mapping.
     """
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
@@ -95,12 +98,17 @@ def read_yaml(path: Path | Traversable) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text."""
+    """Parse a YAML text with the safe loader and return its value.
+
+    Raises:
+        ConfigError: a key is given twice.
+        yaml.YAMLError: the text is no valid YAML.
+    """
     return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, except that a mapping with a key twice is an error and not the last one's win."""
+    """This safe loader raises on a duplicate key, where yaml's own would use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -132,7 +140,7 @@ def _override(values: dict[str, Any], word: str) -> str:
 
 
 def _faults(error: ValidationError) -> Iterator[str]:
-    """One line for each key at fault."""
+    """Yield one line for each invalid key."""
     rules: dict[str, list[str]] = {}
     for fault in error.errors():
         key = _known_part(fault["loc"])
@@ -150,13 +158,13 @@ def _faults(error: ValidationError) -> Iterator[str]:
 
 
 def _known_part(location: tuple[int | str, ...]) -> str:
-    """The dotted key of a fault's location, without what pydantic adds for each type that the key may have."""
+    """Return the dotted key of a fault, without the parts that pydantic adds for the types that a key may have."""
     keys = list(accumulate(map(str, location), "{}.{}".format))
     return next((key for key in keys if key in known_keys(Config)), keys[-1] if keys else "")
 
 
 def known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys below a section."""
+    """Yield the dotted names of all keys below a section, after ``prefix``."""
     for name, field in section.model_fields.items():
         if nested := section_of(field):
             yield from known_keys(nested, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""The configuration of a model, and the sizes that have a name."""
+"""A LongNetConfig describes a model; some sizes have names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MODEL_NAMES = ("tiny", "paper", "125m", "350m", "760m", "1.3b", "2.7b")
 
 
 class LongNetConfig(BaseModel):
-    """All that determines the shape and the mathematics of a :class:`~longnet_dist.LongNet`.
+    """A LongNetConfig determines the shape and the mathematics of a :class:`~longnet_dist.LongNet`.
 
-    ``LongNetConfig(name="125m", vocab_size=50257)`` takes a named size and replaces single fields.
+    ``LongNetConfig(name="125m", vocab_size=50257)`` is a named size with single fields replaced.
 
     Attributes:
         vocab_size: number of token ids ``V``; ids are ``0 … V-1``.
@@ -27,22 +27,23 @@ class LongNetConfig(BaseModel):
         heads: query heads ``H``; must divide ``dim``.
         kv_heads: key/value heads ``Hkv``, ``heads`` if not given; must divide ``heads``.
         ffn_dim: inner dim of the feed-forward network, ``4·dim`` if not given.
-        segment_lengths: ``w`` of each branch, rows.
-        dilation_rates: ``r`` of each branch.
+        segment_lengths: segment length ``w`` of each branch, tokens.
+        dilation_rates: dilation rate ``r`` of each branch.
         head_offsets: ``"modulo"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
-        causal: language model (each row sees itself and earlier rows) or bidirectional encoder.
-        positions: ``"xpos"`` (the default of causal models), ``"rope"`` (of bidirectional ones) or ``"none"``. xPos
-            weighs a key down with its distance behind the query, so ahead of it it would weigh it up: causal only.
-        xpos_base: rows over which xPos decays by its factor; larger is slower.
-        rope_theta: base of the wavelengths of the rotation, xPos's too.
-        qk_norm: RMSNorm of every head's query and key before the positions.
-        tie_embeddings: whether the output projection is the embedding.
+        causal: causal language model, in which a token sees itself and earlier tokens, or else bidirectional encoder.
+        positions: ``"xpos"`` (default of causal models), ``"rope"`` (default of bidirectional ones) or ``"none"``. xPos
+            scales a score down with the distance of the key behind the query. It would scale up keys ahead of the
+            query, so it is for causal models only.
+        xpos_base: tokens over which xPos decays by its factor; a larger value decays more slowly.
+        rope_theta: base of the wavelengths of RoPE, also in xPos.
+        qk_norm: apply an RMSNorm to the query and the key of every head, before the positions.
+        tie_embeddings: use the embedding as the output projection.
         norm_eps: epsilon of all norms.
-        loss_chunk: rows of logits that the loss holds at once; if not given, the largest power of two that has at most
+        loss_chunk: tokens whose logits the loss computes at once; if not given, the largest power of two with at most
             2^27 logits.
 
     Raises:
-        ConfigError: an unknown field, a wrong type, or fields that do not fit together.
+        ConfigError: a field is unknown, has a wrong type, or does not fit the others.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -109,36 +110,38 @@ class LongNetConfig(BaseModel):
 
     @property
     def pattern(self) -> DilatedPattern:
-        """The branches of every layer."""
+        """Return the dilated pattern, which all layers share."""
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
 
     @property
     def head_dim(self) -> int:
-        """``D``."""
+        """Return the head dim ``D = dim / heads``."""
         return self.dim // self.heads
 
     @property
     def logits_rows(self) -> int:
-        """Rows of logits that the loss holds at once: 512 MiB in float32 unless ``loss_chunk`` says otherwise.
+        """Return the number of tokens whose logits the loss computes at once.
 
-        A power of two divides most lengths, so that the compiled loss has one shape.
+        Unless ``loss_chunk`` is given, their logits take at most 512 MiB in float32.
         """
+        # A power of two divides most sequence lengths, so that the loss is compiled for one shape only.
         return self.loss_chunk or 1 << max(0, (2**27 // self.vocab_size).bit_length() - 1)
 
     @property
     def mask_id(self) -> int | None:
-        """The extra input id of a bidirectional model, ``vocab_size``; None for a causal one."""
+        """Return the id of a masked token, ``vocab_size``, for a bidirectional model; None for a causal one."""
         return None if self.causal else self.vocab_size
 
 
 def named_model(name: str, **fields: Any) -> LongNetConfig:
-    """The configuration of a named size, with ``fields`` in place of its own.
+    """Return the configuration of a named size, with single fields replaced.
 
     Args:
         name: ``"paper"`` (LongNet, section 4.1), ``"125m"`` … ``"2.7b"`` (section 4.4), or ``"tiny"`` for trials.
+        fields: fields of :class:`LongNetConfig` to replace.
 
     Raises:
-        ConfigError: no such size, or fields that do not fit.
+        ConfigError: there is no such size, or the fields do not fit together.
     """
     return LongNetConfig(name=name, **fields)
 
@@ -152,7 +155,7 @@ def _named_fields(name: object) -> dict[str, Any]:
 
 
 def _message(error: ValidationError) -> str:
-    """One line for each fault of a model's fields: field, value and rule."""
+    """Write one line for each invalid field: its name, value and rule."""
     lines = []
     for fault in error.errors():
         field = ".".join(map(str, fault["loc"]))

@@ -1,4 +1,4 @@
-"""The keys of a training run: one class a section, every key with its unit and default."""
+"""The schema lists the keys of a training run: one class for each section, each key with unit and default."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ DEEPSPEED_KEYS_OF_SUMS = (
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and a key that is not in the schema is an error.
+    """A Section is immutable and rejects keys that are not in the schema.
 
-    A key that was renamed is accepted under its old name, with one warning.
+    A renamed key is still accepted under its old name, with one warning.
+
+    Attributes:
+        renamed: new name of each old key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -66,13 +69,13 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """What is trained on.
+    """The section ``data`` selects the text that a run trains on.
 
     Attributes:
-        path: a token file of ``longnet prepare``; if not given, the source text of the Python standard library
-            that runs the training, as bytes.
-        cache_dir: folder in which the token file of the standard library is made once.
-        sequence_length: rows ``N`` of a sample, all sequence ranks together.
+        path: token file made by ``longnet prepare``; if not given, the source code of Python's standard library, as
+            bytes.
+        cache_dir: folder for the token file of the standard library, which is made once.
+        sequence_length: tokens ``N`` of a sample, over all sequence ranks together.
     """
 
     path: Path | None = None
@@ -81,11 +84,11 @@ class DataConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Which steps are profiled.
+    """The section ``train.profile`` selects the steps to profile.
 
     Attributes:
-        first: number of the first one, counted from 1.
-        steps: how many.
+        first: number of the first profiled step, counted from 1.
+        steps: number of profiled steps.
     """
 
     first: PositiveInt = 3
@@ -93,12 +96,12 @@ class ProfileConfig(Section):
 
     @property
     def last(self) -> int:
-        """Number of the last one."""
+        """Return the number of the last profiled step."""
         return self.first + self.steps - 1
 
 
 class TrainConfig(Section):
-    """How it is trained; the defaults of the optimizer are LongNet's (section 4.1, appendix A).
+    """The section ``train`` sets how a run trains; the optimizer's defaults are LongNet's (section 4.1, appendix A).
 
     Attributes:
         output_dir: folder of the run: configuration, metrics, checkpoints, loss curve, sample.
@@ -106,54 +109,57 @@ class TrainConfig(Section):
         seed: seed of the initial weights and of the order of samples.
         precision: ``fp32``, ``bf16`` (with fp32 master weights and gradient sums), or ``auto``: bf16 on a GPU, fp32 on
             a CPU.
-        batch_size: sequences of one step, all data ranks together, so that a run on another mesh sees the same samples.
-        micro_batch_size: sequences that a data rank holds at once; its whole share of the batch if not given.
-        chunk_length: rows of a sequence, all its ranks together, that are computed and differentiated at once; the
-            whole sequence if not given. Shorter chunks hold less memory and cost a second forward. Causal models only.
-        activation_checkpointing: what a block saves for backward. ``none``: all that autograd does. ``selective``: its
-            input and the attention's output; the rest is recomputed. ``full``: its input; the attention is recomputed
-            too.
-        cache_qkv: number of final blocks that also save queries, keys and values, so that these are not recomputed;
-            with ``selective``.
-        offload_activations: copy saved activations, but for those, to pinned host memory during the computation; not
-            with ``none``.
+        batch_size: sequences of one step, over all data ranks together. A run on another mesh sees the same samples.
+        micro_batch_size: sequences that a data rank computes at once; its whole share of the batch if not given.
+        chunk_length: tokens of a sequence, over all its ranks together, that are computed and differentiated at once;
+            the whole sequence if not given. Shorter chunks need less memory and a second forward. Causal models only.
+        activation_checkpointing: what a block saves for backward: ``none``, ``selective`` or ``full``. ``none``: all
+            that autograd saves. ``selective``: its input and the attention's output; the rest is recomputed. ``full``:
+            its input only; the attention is recomputed too.
+        cache_qkv: number of final blocks that save queries, keys and values too, so that these are not recomputed;
+            needs ``activation_checkpointing=selective``.
+        offload_activations: copy saved activations to pinned host memory during the computation, except the queries,
+            keys and values of ``cache_qkv``; needs ``selective`` or ``full`` checkpointing.
         resident_blocks: number of final layers whose saved activations stay on the GPU. Raise it when ``longnet plan``
-            reports a non-zero ``offload`` time. If not given, what costs no memory at the peak: 2 with ``selective``, 1
-            with ``full``.
-        offload_qkv: number of blocks, the first of those with ``cache_qkv``, whose queries, keys and values are
-            offloaded as well; with ``offload_activations``.
-        feed_forward_tile: rows of projections, norms and feed-forward that a rank computes at once; all if not given.
-        compile: ``torch.compile`` of the row-wise parts of a block and of the loss, in training; ``auto``: on a GPU.
+            reports a non-zero ``offload`` time. If not given, the largest number that does not raise the peak memory:
+            2 with ``selective``, 1 with ``full``.
+        offload_qkv: number of blocks, the first ones with ``cache_qkv``, whose queries, keys and values are offloaded
+            too; needs ``offload_activations``.
+        feed_forward_tile: tokens for which a rank computes projections, norms and feed-forward at once; all if not
+            given.
+        compile: compile the row-wise parts of a block and the loss with ``torch.compile``, in training; ``auto``: on a
+            GPU.
         matmul: backend of the linear layers in compiled blocks. ``quack`` (package quack-kernels) fuses the norm before
-            and the sum behind a linear layer, in bf16 on a Hopper GPU. ``auto`` takes it where it runs. Fewer than
-            4,096 tokens at once take ``torch`` in any case.
-        peak_tflops: what MFU is a share of, TFLOP/s of one GPU; if not given, the data sheet's dense bf16 peak.
-        ignore_plan: start although the planner says that the memory does not suffice.
+            and the addition after a linear layer, in bf16 on a Hopper GPU. ``auto`` uses it where it runs. With fewer
+            than 4,096 tokens at once, ``torch`` is used in any case.
+        peak_tflops: peak of one GPU for the model FLOPs utilization, TFLOP/s; if not given, the data sheet's dense
+            bf16 peak.
+        ignore_plan: start even if the estimated memory is larger than that of the device.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
-        learning_rate: peak of the schedule.
+        learning_rate: peak learning rate of the schedule.
         warmup_steps: steps of linear warm-up.
-        schedule: how the learning rate decays after it: ``polynomial``, ``cosine``, or ``wsd`` (stable, then linear).
+        schedule: decay after warm-up: ``polynomial``, ``cosine``, or ``wsd`` (stable, then linear).
         decay_power: power of the polynomial decay; 1 is linear.
         decay_fraction: share of all steps in which ``wsd`` decays, at the end.
-        final_learning_rate: where the decay ends.
-        adam_betas: decay of the two running means of AdamW.
+        final_learning_rate: learning rate at the end of the decay.
+        adam_betas: decay rates of the two moments of AdamW.
         adam_eps: epsilon of AdamW.
-        weight_decay: of matrices; norms, biases and embeddings have none.
-        clip_norm: largest norm of the whole gradient; 0 does not clip.
-        validate_every: steps from one validation to the next (and one at the end); 0: never.
+        weight_decay: weight decay of matrices; norms, biases and embeddings have none.
+        clip_norm: largest norm of the whole gradient, beyond which it is scaled down; 0: no clipping.
+        validate_every: steps between two validations, with another at the end; 0: never.
         validation_tokens: tokens of the validation split that one validation reads.
-        checkpoint_every: steps from one checkpoint to the next (and one at the end); 0: never, and then no sample, for
+        checkpoint_every: steps between two checkpoints, with another at the end; 0: no checkpoints and no sample, for
             measurements.
-        checkpoint_async: write checkpoints beside the training, from a copy in the memory of rank 0 (12 bytes a
-            parameter); else training waits for the disk.
-        keep_last: checkpoints kept; older ones are deleted. 0 keeps all.
-        keep_every: checkpoints of every so many steps are kept for good, beside the last; 0: none.
-        max_skipped: consecutive steps whose loss or gradient is not finite that end the run. Such a step changes
-            nothing and is counted.
-        resume: ``auto`` goes on from the newest checkpoint in ``output_dir`` if there is one, ``never`` refuses a
-            folder that holds a run, anything else is the path of a checkpoint or of a run's folder.
-        sample_prompt: text that the trained model continues into ``sample.txt`` at the end.
-        sample_tokens: tokens of that sample; 0: none.
+        checkpoint_async: write checkpoints during training, from a copy in the host memory of rank 0, 12 bytes for each
+            parameter; else training waits for the disk.
+        keep_last: number of newest checkpoints to keep; older ones are deleted. 0: keep all.
+        keep_every: keep, in addition, the checkpoints at multiples of this many steps; 0: none.
+        max_skipped: consecutive skipped steps that end the run. A step whose loss or gradient is not finite is skipped:
+            it changes nothing and is counted.
+        resume: ``auto``, ``never``, or the path of a checkpoint or of a run's folder. ``auto`` resumes from the newest
+            checkpoint in ``output_dir``, if there is one. ``never`` refuses a folder that contains a run.
+        sample_prompt: text that the trained model continues at the end, into ``sample.txt``.
+        sample_tokens: tokens of this sample; 0: no sample.
     """
 
     renamed = {"keep_projections": "cache_qkv", "offload_projections": "offload_qkv", "products": "matmul"}
@@ -251,30 +257,34 @@ class TrainConfig(Section):
 
     @property
     def least_resident(self) -> int:
-        """Blocks that are on the device at the least: ``selective`` brings one back while the one above is computed."""
+        """Return the least number of blocks whose saved activations are on the device at the same time.
+
+        With ``selective``, backward brings one block back during the computation of the block above it.
+        """
         return 2 if self.activation_checkpointing == "selective" else 1
 
     @property
     def resident(self) -> int:
-        """``resident_blocks``, or its default, which costs no memory."""
+        """Return ``resident_blocks``, or its default, which does not raise the peak memory."""
         return self.resident_blocks or self.least_resident
 
     def compiles(self, device_type: str) -> bool:
-        """Whether the row-wise parts are compiled on a kind of device, ``"cuda"`` or ``"cpu"``."""
+        """Say whether the row-wise parts are compiled on a device type, ``"cuda"`` or ``"cpu"``."""
         return device_type == "cuda" if self.compile == "auto" else self.compile
 
 
 class ParallelConfig(Section):
-    """How the ranks are laid out; the product of both sizes is their number.
+    """The section ``parallel`` arranges the ranks in a mesh; their number is the product of ``data`` and ``sequence``.
 
     Attributes:
-        sequence: ranks that share a sequence; ``auto``: all that ``data`` leaves.
-        data: groups of ranks with different sequences; ``auto``: what ``sequence`` leaves, 1 if that is ``auto`` too.
-        overlap: exchange rows of attention while the segments inside a rank's slice are computed; else before them.
-        flight_recorder: collectives that each rank remembers; where ranks stop answering or do not meet, the last ones
-            are written into the run's folder, ``flight_recorder/``. 0: none.
-        timeout_minutes: how long a rank that does not answer is waited for, with a fraction if need be; then the run
-            ends with its number.
+        sequence: ranks that share a sequence; ``auto``: the number of ranks divided by ``data``.
+        data: groups of ranks with different sequences; ``auto``: the number of ranks divided by ``sequence``, or 1 if
+            that is ``auto`` too.
+        overlap: exchange keys and values during the computation of the segments inside a rank's slice; else before it.
+        flight_recorder: number of last collectives that each rank records; 0: none. If ranks stop answering or do not
+            meet, the records are written into ``flight_recorder/`` in the run's folder.
+        timeout_minutes: minutes to wait for a rank that does not answer, may be a fraction; then the run ends with the
+            number of the rank.
     """
 
     sequence: PositiveInt | Literal["auto"] = "auto"
@@ -285,14 +295,14 @@ class ParallelConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """What DeepSpeed shards.
+    """The section ``deepspeed`` sets what DeepSpeed shards over all ranks.
 
     Attributes:
-        zero_stage: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters, over all ranks.
-        offload_optimizer: keep the optimizer's state and the master weights in the memory of the host, and update them
-            there; needs a stage that shards them.
-        extra: further keys of DeepSpeed's own configuration, as they are. Keys that another section sets, and those
-            that change how gradients are summed, are refused.
+        zero_stage: ZeRO stage, which shards: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too.
+        offload_optimizer: keep the optimizer state and the master weights in host memory and update them on the CPU;
+            needs stage 1, 2 or 3.
+        extra: further keys of DeepSpeed's own configuration, passed on unchanged. Keys that another section sets, and
+            those that change how gradients are summed, are refused.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -317,7 +327,7 @@ class DeepSpeedConfig(Section):
 
 
 class Config(Section):
-    """A whole training run."""
+    """A Config describes a whole training run, in five sections."""
 
     model: LongNetConfig
     data: DataConfig = DataConfig()
@@ -332,16 +342,16 @@ class Config(Section):
         chunk_length, length = self.train.chunk_length, self.data.sequence_length
         if chunk_length is not None and chunk_length < length and not self.model.causal:
             raise ConfigError(
-                f"rows of a model with model.causal=false see later ones, so sequences of {length} rows cannot be "
+                f"tokens of a model with model.causal=false see later ones, so sequences of {length} cannot be "
                 f"trained in chunks of train.chunk_length={chunk_length}; leave chunk_length out"
             )
         return self
 
     def precision(self, device_type: str) -> Precision:
-        """The precision on a kind of device, ``"cuda"`` or ``"cpu"``.
+        """Resolve the precision for a device type, ``"cuda"`` or ``"cpu"``.
 
         Raises:
-            ConfigError: bf16 with a stage that cannot train in it.
+            ConfigError: the precision is bf16 and the ZeRO stage is 0.
         """
         chosen = self.train.precision
         precision: Precision = ("bf16" if device_type == "cuda" else "fp32") if chosen == "auto" else chosen
@@ -350,7 +360,13 @@ class Config(Section):
 
 
 def check_precision(precision: Precision, zero_stage: int) -> None:
-    """Refuse bf16 without sharding: DeepSpeed 0.19's optimizer for it starts with a step of zero gradients."""
+    """Refuse bf16 at ZeRO stage 0.
+
+    There, DeepSpeed 0.19's bf16 optimizer starts with a step of zero gradients.
+
+    Raises:
+        ConfigError: the precision is bf16 and the stage is 0.
+    """
     if precision == "bf16" and zero_stage == 0:
         raise ConfigError(
             "bf16 needs deepspeed.zero_stage 1, 2 or 3 (stage 0 trains inexactly in it); use deepspeed.zero_stage=1 "

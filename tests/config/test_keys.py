@@ -1,4 +1,4 @@
-"""The list of all keys."""
+"""The list of keys is complete and states the defaults."""
 
 import yaml
 
