@@ -156,6 +156,8 @@ class TrainConfig(Section):
         keep_every: keep, in addition, the checkpoints at multiples of this many steps; 0: none.
         max_skipped: consecutive skipped steps that end the run. A step whose loss or gradient is not finite is skipped:
             it changes nothing and is counted.
+        loggers: what records metrics: ``jsonl`` (from which the loss curve is drawn), ``tensorboard``, ``wandb``,
+            ``trackio``.
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run's folder. ``auto`` resumes from the newest
             checkpoint in ``output_dir``, if there is one. ``never`` refuses a folder that contains a run.
         sample_prompt: text that the trained model continues at the end, into ``sample.txt``.
@@ -199,6 +201,7 @@ class TrainConfig(Section):
     keep_last: int = Field(3, ge=0)
     keep_every: int = Field(0, ge=0)
     max_skipped: PositiveInt = 10
+    loggers: tuple[str, ...] = ("jsonl", "tensorboard")
     resume: str = "auto"
     sample_prompt: str = "def "
     sample_tokens: int = Field(200, ge=0)

@@ -1,16 +1,17 @@
-"""What a run tells: lines of JSON, TensorBoard, the picture of its loss."""
+"""The metrics of a run: what is recorded of a step, who records it, and the picture of its loss."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
-from longnet_dist.checkpoint.run_folder import RunFolder, write_text
-from longnet_dist.errors import CheckpointError
+from longnet_dist.checkpoint.run_folder import RunFolder
 from longnet_dist.inference.evaluation import Evaluation
+from longnet_dist.telemetry.json_lines import read_jsonl
+from longnet_dist.telemetry.loggers import Kind, Logger
 
 
 @dataclass(frozen=True)
@@ -45,63 +46,44 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Writes metrics as they come; rank 0 has one.
+    """Give metrics to all loggers of a run as they come; rank 0 has one.
 
     Args:
         folder: of the run.
-        last_step: of the checkpoint that the run goes on from, 0 for a new run; what was written after it is dropped.
+        last_step: of the checkpoint that the run goes on from, 0 for a new run; what was recorded after it is dropped.
+        loggers: what records them.
+        config: the run's configuration as nested values.
     """
 
-    def __init__(self, folder: RunFolder, last_step: int) -> None:
-        # TensorBoard takes a second to import, which evaluation and generation need not wait for.
-        from torch.utils.tensorboard import SummaryWriter
-
-        for file in (folder.metrics_file, folder.validation_file):
-            kept = [line for line in read_jsonl(file) if line["step"] <= last_step]
-            write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
-        self._validation = folder.validation_file.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=last_step + 1)
+    def __init__(
+        self,
+        folder: RunFolder,
+        last_step: int,
+        loggers: Sequence[type[Logger]],
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._loggers = [logger(folder, last_step, config) for logger in loggers]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._validation.close()
-        self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write one step."""
-        known = {name: value for name, value in asdict(metrics).items() if value is not None}
+        """Record one step; numbers that are not finite are null."""
+        known = {name: value for name, value in asdict(metrics).items() if value is not None and name != "step"}
         fields = {name: value if math.isfinite(value) else None for name, value in known.items()}
-        self._metrics.write(json.dumps(fields) + "\n")
-        step = fields.pop("step")
-        for name, value in fields.items():
-            if value is not None:
-                self._board.add_scalar(f"train/{name}", value, step)
+        self._log("train", metrics.step, fields)
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
-        """Write one validation."""
-        fields = asdict(evaluation)
-        self._validation.write(json.dumps({"step": step, **fields}) + "\n")
-        for name, value in fields.items():
-            self._board.add_scalar(f"validation/{name}", value, step)
+        """Record one validation."""
+        self._log("validation", step, asdict(evaluation))
 
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none if it does not exist. A last line cut short by a crash is left out.
-
-    Raises:
-        CheckpointError: another line is damaged.
-    """
-    if not file.exists():
-        return []
-    *whole, _ = file.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}; remove it to start its record anew") from None
+    def _log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
+        for logger in self._loggers:
+            logger.log(kind, step, fields)
 
 
 def draw_loss_curve(folder: RunFolder, bytes_per_token: float) -> None:

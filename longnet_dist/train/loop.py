@@ -39,7 +39,9 @@ from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.resilience.out_of_memory import explained
 from longnet_dist.resilience.stop_signals import stop_requests
 from longnet_dist.resilience.watchdog import Watchdog
-from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
+from longnet_dist.telemetry.loggers import usable_loggers
+from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve
 from longnet_dist.telemetry.profiler import StepProfiler
 from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
@@ -145,10 +147,12 @@ class Trainer:
         folder = self.plan.folder
         set_aside(self.plan.resume.damaged)
         remove_partial(folder.path)
-        folder.describe(self.plan.resolved(self.token_file), self.token_file.tokenizer)
+        described = self.plan.resolved(self.token_file)
+        folder.describe(described, self.token_file.tokenizer)
         if self.device.type == "cuda":
             folder.flight_recorder.mkdir(exist_ok=True)  # NCCL's own time-out writes there, and makes no folder
-        return stack.enter_context(MetricsLog(folder, self.step))
+        loggers = usable_loggers(self.config.train.loggers)
+        return stack.enter_context(MetricsLog(folder, self.step, loggers, described))
 
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)

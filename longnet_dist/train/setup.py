@@ -17,6 +17,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import LongNetError
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.model.longnet import positions_of
+from longnet_dist.telemetry.loggers import usable_loggers
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RunSetup(RunLayout):
         """
         layout = RunLayout.of(config, world_size, device_type)
         _check_positions(config, layout.precision)
+        usable_loggers(config.train.loggers)
         folder = RunFolder(config.train.output_dir)
         folder.check_writable()
         resume = resume_point(folder, config.train.resume, config.model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
 from tests.train.runs import write_config, write_corpus
 
 ROOT = Path(__file__).parents[2]

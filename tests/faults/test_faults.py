@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from longnet_dist.checkpoint.format import TENSOR_FILES, checkpoints
-from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
 from tests.faults.ranks import Ranks, wait_for_step
 from tests.train.runs import write_config
 

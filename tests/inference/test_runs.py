@@ -6,7 +6,7 @@ from longnet_dist.data.tokenizers import ByteTokenizer
 from longnet_dist.errors import CheckpointError, ConfigError, DataError
 from longnet_dist.inference.generation import Sampling
 from longnet_dist.inference.runs import continue_text, evaluate_run
-from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
 from tests.train.runs import run, tiny_config
 
 ALONE = LaunchEnvironment()

@@ -7,7 +7,11 @@ import pytest
 from longnet_dist.checkpoint.run_folder import RunFolder
 from longnet_dist.errors import CheckpointError
 from longnet_dist.inference.evaluation import Evaluation
-from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve, read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
+from longnet_dist.telemetry.loggers import usable_loggers
+from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve
+
+DEFAULT = usable_loggers(("jsonl", "tensorboard"))
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def line(step):
 
 
 def write(folder, last_step, steps):
-    with MetricsLog(folder, last_step) as log:
+    with MetricsLog(folder, last_step, DEFAULT) as log:
         for step in steps:
             log.step(line(step))
             log.validation(step, Evaluation(1.0, 10, 2.7, 1.4))
@@ -49,7 +53,7 @@ def test_steps_after_the_checkpoint_are_dropped_on_resume(folder):
 
 
 def test_what_is_not_finite_is_null_and_left_out_of_the_curve(folder):
-    with MetricsLog(folder, 0) as log:
+    with MetricsLog(folder, 0, DEFAULT) as log:
         log.step(line(1))
         log.step(replace(line(2), loss=math.nan, grad_norm=math.inf, skipped=1))
     text = folder.metrics_file.read_text()

@@ -10,7 +10,7 @@ from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.loading import load_config
 from longnet_dist.data.token_file_writer import TokenFileWriter
 from longnet_dist.data.tokenizers import ByteTokenizer
-from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.train.deepspeed_engine import prepare_deepspeed
 from longnet_dist.train.loop import Trainer
 from longnet_dist.train.setup import RunSetup

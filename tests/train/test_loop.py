@@ -14,7 +14,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.estimate.model_cost import num_parameters
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
-from longnet_dist.telemetry.metrics import read_jsonl
+from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.train import loop
 from longnet_dist.train.deepspeed_engine import build_optimizer
 from tests.distributed import run_distributed
