@@ -8,6 +8,7 @@ USER_ERROR_STATUS = 2
 LOST_RANK_STATUS = 69  # EX_UNAVAILABLE: another rank was killed, hangs or broke; start again to go on
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: asked to stop, a checkpoint is written, start again to go on
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
+READER_ENDED_STATUS = 141  # 128 + SIGPIPE: what reads the output, such as head, has ended
 
 
 class LongNetError(Exception):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
-from longnet_dist.errors import INTERRUPTED_STATUS, LOST_RANK_STATUS, USER_ERROR_STATUS, LongNetError, LostRankError
+from longnet_dist.errors import (
+    INTERRUPTED_STATUS,
+    LOST_RANK_STATUS,
+    READER_ENDED_STATUS,
+    USER_ERROR_STATUS,
+    LongNetError,
+    LostRankError,
+)
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -15,14 +23,20 @@ def run_cli(main: Callable[[], None]) -> None:
 
     An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. A
     missing package of others ends with the line that installs it. Any other exception is a fault of this package and
-    keeps its traceback. An interrupt (Ctrl-C) exits with 130.
+    keeps its traceback. An interrupt (Ctrl-C) exits with 130. Where the reader of the output ends first, as
+    ``head`` does, the status is 141 and there is no message.
     """
     try:
         main()
+        sys.stdout.flush()
     except LongNetError as error:
         # One write, so that the messages of several ranks do not run into each other.
         sys.stderr.write(f"error: {error}\n")
         sys.exit(LOST_RANK_STATUS if isinstance(error, LostRankError) else USER_ERROR_STATUS)
+    except BrokenPipeError:
+        # What is still buffered would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(READER_ENDED_STATUS)
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
         sys.exit(USER_ERROR_STATUS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -47,3 +50,12 @@ def test_success_returns() -> None:
     calls: list[int] = []
     run_cli(lambda: calls.append(1))
     assert calls == [1]
+
+
+def test_output_whose_reader_has_ended_needs_no_message() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "longnet_dist", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
