@@ -94,6 +94,9 @@ build() { # IMAGE DOCKERFILE [OPTION OF bud...]
     [[ $base = */* ]] || base=library/$base
     make_base "$base"
     mapfile -t lent < <(lend)
+    # What a run before this one left behind takes as much room as the image that is built now.
+    leave "$image" 2> /dev/null || true
+    store rmi "localhost/$image" > /dev/null 2>&1 || true
     echo "building $image; the log is $WORK/$image.log"
     store bud --pull-never --format docker "${lent[@]}" "$@" -t "$image" -f "$file" . > "$WORK/$image.log" 2>&1 ||
         { tail -n 30 "$WORK/$image.log" >&2; fail "the build of $image failed; see $WORK/$image.log"; }
