@@ -244,8 +244,10 @@ class _CallMaker(NamedTuple):
 
     def calls(self, piece: Piece, pattern: DilatedPattern) -> tuple[Call, ...]:
         pieces = overlaps(pattern)[piece.branch].split(piece, self.causal) if self.merges_overlaps else (piece,)
-        offsets = pattern.offsets(pattern.branches[piece.branch], self.kv_heads)
-        return tuple(Call(x, offsets, self.causal, self.scale, self.deterministic) for x in pieces)
+        branch = pattern.branches[piece.branch]
+        offsets, block = pattern.offsets(branch, self.kv_heads), pattern.head_block(branch, self.kv_heads)
+        common = offsets, self.causal, self.scale, self.deterministic
+        return tuple(Call(x, *common, head_block=block) for x in pieces)
 
 
 @lru_cache(maxsize=256)

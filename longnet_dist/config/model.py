@@ -29,7 +29,8 @@ class LongNetConfig(BaseModel):
         ffn_dim: inner dim of the feed-forward network, ``4·dim`` if not given.
         segment_lengths: segment length ``w`` of each branch, tokens.
         dilation_rates: dilation rate ``r`` of each branch.
-        head_offsets: ``"modulo"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
+        head_offsets: name of a rule of ``geometry/offset_rules``, such as ``"modulo"`` (the paper) or ``"blocked"``
+            (torchscale's checkpoints).
         causal: causal language model, in which a token sees itself and earlier tokens, or else bidirectional encoder.
         positions: ``"xpos"`` (default of causal models), ``"rope"`` (default of bidirectional ones) or ``"none"``. xPos
             scales a score down with the distance of the key behind the query. It would scale up keys ahead of the
@@ -56,7 +57,7 @@ class LongNetConfig(BaseModel):
     ffn_dim: PositiveInt | None = None
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
-    head_offsets: Literal["modulo", "blocked"] = "modulo"
+    head_offsets: str = "modulo"
     causal: bool = True
     positions: Literal["xpos", "rope", "none"] = "xpos"
     xpos_base: PositiveInt = 512

@@ -55,8 +55,8 @@ def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
     """Return the overlap of each branch of a pattern, in the order of the branches."""
     branches = pattern.branches
     # With offsets h mod r, r_p | r_c implies offset_c(h) ≡ offset_p(h) (mod r_p), so the rows of c are rows of p. Other
-    # offsets do not have this property.
-    if pattern.head_offsets != "modulo":
+    # rules do not have this property, or not in the form in which kernels compute it.
+    if not pattern.offset_rule.merges_overlaps:
         return (Overlap(),) * len(branches)
     next_of: dict[int, int] = {}
     root_of = dict(enumerate(range(len(branches))))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.documents import read_edges
-
-HEAD_OFFSETS = ("modulo", "blocked")
+from longnet_dist.geometry.offset_rules import OFFSET_RULES, OffsetRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,9 @@ class DilatedPattern:
     Args:
         segment_lengths: ``w`` of each branch, rows, positive.
         dilation_rates: ``r`` of each branch, positive, as many as segment lengths.
-        head_offsets: ``"modulo"``: offset ``h mod r`` (the paper); ``"blocked"``: ``h // ceil(H / r)``
-            (checkpoints of torchscale). With grouped-query attention ``h`` counts key/value heads.
+        head_offsets: name of a rule of ``geometry/offset_rules``. ``"modulo"``: offset ``h mod r`` (the paper);
+            ``"blocked"``: ``h // ceil(H / r)`` (checkpoints of torchscale). With grouped-query attention ``h`` counts
+            key/value heads.
 
     Raises:
         ConfigError: lengths or rates that are empty, of unequal number, or not positive integers; unknown offsets.
@@ -54,8 +55,7 @@ class DilatedPattern:
                 f"every branch needs one segment length and one dilation rate, but there are {len(lengths)} "
                 f"segment_lengths {list(lengths)} and {len(rates)} dilation_rates {list(rates)}; give as many of each"
             )
-        if head_offsets not in HEAD_OFFSETS:
-            raise ConfigError(f"head_offsets must be one of {', '.join(HEAD_OFFSETS)}, not {head_offsets!r}")
+        OFFSET_RULES.check(head_offsets)
         object.__setattr__(self, "branches", tuple(map(Branch, lengths, rates)))
         object.__setattr__(self, "head_offsets", head_offsets)
 
@@ -107,13 +107,26 @@ class DilatedPattern:
             f"dilation_rates={list(self.dilation_rates)}, head_offsets={self.head_offsets!r})"
         )
 
+    @property
+    def offset_rule(self) -> type[OffsetRule]:
+        """The rule that gives heads their offsets."""
+        return OFFSET_RULES[self.head_offsets]
+
     def offsets(self, branch: Branch, heads: int) -> tuple[int, ...]:
-        """Offset of each of ``heads`` key/value heads in the branch, each in ``[0, r)``."""
-        rate = branch.dilation_rate
-        if self.head_offsets == "modulo":
-            return tuple(head % rate for head in range(heads))
-        block = -(-heads // rate)
-        return tuple(head // block for head in range(heads))
+        """Return the offset of each of ``heads`` key/value heads in the branch, each in ``[0, r)``.
+
+        Raises:
+            ConfigError: the rule gives other numbers.
+        """
+        return _offsets(self.head_offsets, branch.dilation_rate, heads)
+
+    def head_block(self, branch: Branch, heads: int) -> int | None:
+        """Return the ``b`` with which head ``h`` has offset ``(h // b) mod r`` in the branch; None without one.
+
+        Raises:
+            ConfigError: the rule has a ``b`` that does not give its offsets.
+        """
+        return _head_block(self.head_offsets, branch.dilation_rate, heads)
 
     def flops(
         self, N: int, heads: int, head_dim: int, causal: bool, kv_heads: int | None = None, cu_seqlens: Any = None
@@ -150,6 +163,34 @@ class DilatedPattern:
 def kept_rows(length: int, offset: int, rate: int) -> int:
     """How many of the positions ``0 … length-1`` are ``offset`` plus a multiple of ``rate``."""
     return max(0, -(-(length - offset) // rate))
+
+
+@lru_cache(maxsize=256)
+def _offsets(rule: str, rate: int, heads: int) -> tuple[int, ...]:
+    offsets = OFFSET_RULES[rule].offsets(rate, heads)
+    if len(offsets) != heads or not all(0 <= offset < rate for offset in offsets):
+        raise ConfigError(
+            f"an offset rule must give every head an offset of at least 0 and below the dilation rate, but {rule!r} "
+            f"gives {list(offsets)} for {heads} heads and rate {rate}; correct the rule"
+        )
+    return offsets
+
+
+@lru_cache(maxsize=256)
+def _head_block(rule: str, rate: int, heads: int) -> int | None:
+    found, offsets = OFFSET_RULES[rule], _offsets(rule, rate, heads)
+    block = found.head_block(rate, heads)
+    if found.merges_overlaps and block != 1:
+        raise ConfigError(
+            f"overlaps can be merged only where head h has offset h mod r, but the offset rule {rule!r} merges them "
+            f"and its head_block is {block}; correct the rule"
+        )
+    if block is not None and offsets != tuple(head // block % rate for head in range(heads)):
+        raise ConfigError(
+            f"with head_block b an offset rule gives head h the offset (h // b) mod r, but {rule!r} has b={block} and "
+            f"gives {list(offsets)} for {heads} heads and rate {rate}; correct the rule, or return None"
+        )
+    return block
 
 
 def check_heads(heads: int, kv_heads: int) -> None:

@@ -45,7 +45,7 @@ def test_offsets():
         ([True], [1], "modulo", "but True"),
         ("48", [1], "modulo", "must be a list"),
         (4, 1, "modulo", "must be a list"),
-        ([4], [1], "random", "head_offsets must be one of modulo, blocked"),
+        ([4], [1], "random", "head_offsets must be one of blocked, modulo"),
     ],
 )
 def test_bad_patterns_are_refused(lengths, rates, offsets, message):

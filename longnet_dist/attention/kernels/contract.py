@@ -58,6 +58,8 @@ class Call:
         fresh: whether the buffers were never written and the piece covers all of them, so that the kernel writes where
             it would add. In forward these are ``out`` and ``lse``, in backward ``dk`` and ``dv``. Only for kernels with
             ``starts_fresh``.
+        head_block: the ``b`` with which head ``h`` has offset ``(h // b) mod r``, as the rule of the offsets says; None
+            if it has none.
     """
 
     piece: Piece
@@ -66,6 +68,7 @@ class Call:
     scale: float
     deterministic: bool = False
     fresh: bool = False
+    head_block: int | None = None
 
 
 SoftmaxStatistics = tuple[Tensor, ...]

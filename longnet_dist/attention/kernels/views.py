@@ -90,7 +90,8 @@ def _head_groups(call: Call, segment: int) -> Iterator[tuple[slice, int, int]]:
             yield slice(head, min(head + rate, len(offsets))), 0, 1
     else:
         for offset in distinct:
-            yield _heads(offsets, offset), offset, 0
+            for heads in _evenly_spaced([head for head, value in enumerate(offsets) if value == offset]):
+                yield heads, offset, 0
 
 
 def dense_problems(
@@ -125,11 +126,16 @@ def dense_problems(
                 )
 
 
-def _heads(offsets: tuple[int, ...], offset: int) -> slice:
-    """Return the heads of one offset; under both rules of ``DilatedPattern`` they are evenly spaced."""
-    heads = [head for head, value in enumerate(offsets) if value == offset]
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    return slice(heads[0], heads[-1] + 1, step)
+def _evenly_spaced(heads: list[int]) -> Iterator[slice]:
+    """Cut ascending heads into the longest runs that one stride reaches; under ``modulo`` and ``blocked`` into one."""
+    first = 0
+    while first < len(heads):
+        step = heads[first + 1] - heads[first] if first + 1 < len(heads) else 1
+        stop = first + 1
+        while stop < len(heads) and heads[stop] - heads[stop - 1] == step:
+            stop += 1
+        yield slice(heads[first], heads[stop - 1] + 1, step)
+        first = stop
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:

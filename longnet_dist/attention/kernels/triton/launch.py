@@ -136,6 +136,11 @@ class Problem:
         return self.call.causal and not self.piece.half
 
     @property
+    def head_rule(self) -> int | tuple[int, ...]:
+        """What gives a head its offset: the ``b`` of ``(h // b) % r``, or a table of the offsets of all heads."""
+        return self.call.offsets if self.call.head_block is None else self.call.head_block
+
+    @property
     def overlaps(self) -> int:
         """Four bits for each branch that leaves pairs to this one: 1 plus the logarithm of its relative rate."""
         return sum(rate.bit_length() << 4 * number for number, rate in enumerate(self.piece.overlap_rates))
@@ -222,7 +227,7 @@ class Problem:
             piece.num_segments,
             heads,
             self.q.shape[2] // self.k.shape[2],
-            _head_block(self.call.offsets),
+            self.head_rule,
             piece.segment_length,
             piece.dilation_rate,
             piece.first_segment,
@@ -268,11 +273,6 @@ def block_view(x: Geometry, rate: int, rows: int) -> View:
 
 def _describable(x: Geometry, rate: int) -> bool:
     return x.aligned and x.shape[1] >= rate and all(stride * x.dtype.itemsize % 16 == 0 for stride in x.stride[:3])
-
-
-def _head_block(offsets: tuple[int, ...]) -> int:
-    """The ``b`` for which head ``h`` has offset ``(h // b) % r``: 1 under "modulo", ``ceil(H / r)`` under "blocked"."""
-    return next((head for head, offset in enumerate(offsets) if offset), len(offsets))
 
 
 @lru_cache(maxsize=128)

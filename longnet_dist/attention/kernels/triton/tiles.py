@@ -24,10 +24,9 @@ def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_
     """``(row, first, stop, first_key, keys)``: buffer row of index 0 (may be negative), indices of the queries, keys.
 
     The integers of ``Piece.queries`` and ``Piece.keys``; with ``half`` the queries from there on and the keys before,
-    with ``-half`` the other way round. The offset ``(kv_head // head_block) % r`` is that of both rules of
-    ``DilatedPattern``.
+    with ``-half`` the other way round. ``head_block`` is ``Problem.head_rule``.
     """
-    offset = (kv_head // head_block) % r
+    offset = _offset(kv_head, head_block, r)
     if table is not None:  # packed documents: the first row and the end of every segment
         start = tl.load(table + 2 * segment) + offset
         stop = tl.load(table + 2 * segment + 1)
@@ -43,6 +42,18 @@ def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_
     last = tl.where(half < 0, tl.minimum(last, middle), last)
     keys = tl.where(half > 0, tl.minimum(keys, middle), keys) - first_key
     return start - window_start, first, last, first_key, keys
+
+
+@triton.jit
+def _offset(kv_head, rule, r):
+    """The offset of a head: ``(kv_head // rule) % r`` of an integer, or its entry of a table."""
+    if isinstance(rule, tl.tensor) or isinstance(rule, int):  # noqa: SIM101 (device code)
+        offset = (kv_head // rule) % r
+    else:
+        offset = kv_head * 0
+        for head in tl.static_range(len(rule)):  # a table of arguments has no address to load from
+            offset = tl.where(kv_head == head, rule[head], offset)
+    return offset
 
 
 @triton.jit
