@@ -1,4 +1,4 @@
-"""What to change when the memory is full."""
+"""An out-of-memory error is explained by the estimate of the run, with settings that need less."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from longnet_dist.estimate.devices import GIB
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import remedy_lines, table
 
-# What torch's CPU allocator and its check of sizes say; they have no exception class of their own.
+# Messages of torch's CPU allocator and of its size checks, which raise a plain RuntimeError.
 _CPU_MESSAGES = ("DefaultCPUAllocator", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 
 
 @contextmanager
-def explained(rank: int, plan: Estimate) -> Iterator[None]:
-    """Turn out-of-memory errors inside into one that says what the memory was planned for, and what to change.
+def explained(rank: int, estimate: Estimate) -> Iterator[None]:
+    """Turn out-of-memory errors inside the context into one with the estimated memory and settings that need less.
 
     Args:
-        rank: of this process.
-        plan: of the run.
+        rank: rank of this process.
+        estimate: estimate of the run.
 
     Raises:
         LongNetError: the memory of the device or of the machine is full.
@@ -34,9 +34,9 @@ def explained(rank: int, plan: Estimate) -> Iterator[None]:
         if not known and not any(message in str(error) for message in _CPU_MESSAGES):
             raise
         reason = (str(error) or "no memory left").splitlines()[0]
-        held = f"; tensors held {_gib(torch.cuda.max_memory_allocated())} at most" if torch.cuda.is_available() else ""
+        peak = f"; tensors held {_gib(torch.cuda.max_memory_allocated())} at most" if torch.cuda.is_available() else ""
         raise LongNetError(
-            f"rank {rank} is out of memory ({reason}{held})\n\n{table(plan)}\n\n{remedy_lines(plan)}"
+            f"rank {rank} is out of memory ({reason}{peak})\n\n{table(estimate)}\n\n{remedy_lines(estimate)}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler that wants the machine back, or by its time limit."""
+"""A scheduler asks a run to stop, to take the machine back or at its time limit, by a signal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Note ``STOP_SIGNALS`` instead of ending at once; yields a function that says whether one came.
+    """Record ``STOP_SIGNALS`` instead of ending at once; yield a function that says whether one came.
 
-    Schedulers and launchers often send several, so a second one is no sign of haste: once one came, those that come
-    after the context are ignored, for the process is about to end. Only for the main thread.
+    Schedulers and launchers often send several, so a second signal does not end the process either. If one came, later
+    ones are ignored even after the context, since the process is about to end. Only the main thread may enter.
     """
     came: list[int] = []
     old = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_SIGNALS}

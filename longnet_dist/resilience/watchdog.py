@@ -1,4 +1,4 @@
-"""Which rank holds the others up: heartbeats through the rendezvous store."""
+"""A watchdog finds the rank that blocks the others, by heartbeats through the rendezvous store."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ from pydantic import BaseModel
 
 from longnet_dist.errors import LOST_RANK_STATUS, USER_ERROR_STATUS, LongNetError, LostRankError
 
-KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has SIGTERM alone, which kills there
-PACKAGE = Path(__file__).parents[1]  # as in the frames of its code: a link is not followed there
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL; its SIGTERM kills at once
+PACKAGE = Path(__file__).parents[1]  # unresolved, as in stack frames: these do not follow symbolic links
 MAX_INTERVAL_SECONDS = 5.0
 BEATS_IN_TIMEOUT = 40
-# Of the time-out; the rest is for finding all silent ranks, for the main thread to end itself, and spare.
+# A rank is silent after this share of the time-out. The rest is for finding all silent ranks and for the main thread
+# to end by itself.
 SILENT_SHARE = 0.5
 FAILURE = "watchdog/failure"
-INFORMED = "watchdog/informed"  # number of ranks that know of the failure
+INFORMED = "watchdog/informed"  # number of ranks that have read the failure
 TIMED_OUT = re.compile(r"\btime[ds]?[ -]?out\b", re.IGNORECASE)  # "runtime" and "timestamp" are no time-outs
 REMEDY = "look for a process that is stopped or a machine that is lost, and go on with train.resume=auto"
 
 
 class Beat(BaseModel):
-    """What a rank says of itself every so often.
+    """A Beat is a heartbeat of one rank.
 
     Attributes:
-        number: of the beat; a frozen process stops counting.
-        host, pid, parent: where the rank runs, and the process that launched it there.
-        started: when the process was started, in the host's own units; None where the host does not tell. The host may
-            give the number of a process that has ended to another one, which started later.
-        at: the line of this package that its main thread is in.
+        number: number of the beat; a frozen process stops counting.
+        host: host of the rank.
+        pid: process id of the rank.
+        parent: process id of its launcher on the host.
+        started: start time of the process in the host's own units; None if unknown. It tells the rank from a later
+            process with the same id.
+        at: line of this package that the main thread executes.
     """
 
     number: int
@@ -53,12 +56,12 @@ class Beat(BaseModel):
 
 
 class Failure(BaseModel):
-    """Why the run ends; the first that is reported is told to all ranks.
+    """A Failure says why the run ends; the first one that a rank reports is read by all ranks.
 
     Attributes:
-        message: of the error.
-        status: the exit status of the ranks that are told.
-        silent: ranks that do not answer.
+        message: error message.
+        status: exit status of the ranks that read it.
+        silent: last heartbeats of the ranks that do not answer.
     """
 
     message: str
@@ -67,21 +70,24 @@ class Failure(BaseModel):
 
 
 class Watchdog:
-    """Ends a run in which a rank does not answer, with the number of that rank.
+    """A Watchdog ends a run in which a rank does not answer, with a message that names the rank.
 
-    A thread of every rank writes a heartbeat into the store, reads that of the next rank, and looks whether a failure
-    has been reported: three small requests a rank and interval, however many ranks there are. A second thread watches
-    the first, whose requests wait for ever if the store's keeper is frozen. Every rank must enter and leave. A
-    collective of the main thread cannot be interrupted, so a thread ends the process, with status 69 where another rank
-    is lost and 2 where it made a mistake.
+    In every interval, a thread of each rank writes a heartbeat into the store, reads that of the next rank, and looks
+    for a reported failure. These are three small requests for each rank, whatever the number of ranks. A second thread
+    watches the first one, whose requests block if the process that keeps the store is frozen.
+
+    A collective of the main thread cannot be interrupted. So a thread ends the process, with status 69 if another rank
+    is lost, and 2 if another rank has raised a user error.
+
+    It is a context manager, which every rank must enter and leave.
 
     Args:
-        store: the rendezvous store of the run.
-        keeper: the process that keeps the store, in words.
-        rank: of this process.
+        store: rendezvous store of the run.
+        keeper: description of the process that keeps the store, for messages.
+        rank: rank of this process.
         world_size: number of ranks.
-        timeout_seconds: within which a silent rank ends the run.
-        record: called before the run ends because of another rank, to leave what helps to find out why.
+        timeout_seconds: seconds within which a silent rank ends the run.
+        record: called before the run ends because of another rank, to write what helps to find the reason.
     """
 
     def __init__(
@@ -93,15 +99,15 @@ class Watchdog:
         timeout_seconds: float,
         record: Callable[[], object] = lambda: None,
     ) -> None:
-        self._store = store.clone()  # a connection of its own, so that requests of the main thread do not delay it
+        self._store = store.clone()  # its own connection, so that requests of the main thread do not delay it
         self._keeper, self._record = keeper, record
         self._rank, self._world_size, self._timeout = rank, world_size, timeout_seconds
         self._interval = min(MAX_INTERVAL_SECONDS, timeout_seconds / BEATS_IN_TIMEOUT)
         self._main = threading.get_ident()
         self._number = 0
-        self._told: Failure | None = None  # why the run ends
+        self._known: Failure | None = None  # why the run ends, once it was read
         self._leaving, self._left = threading.Event(), threading.Event()
-        self._answered_at = time.monotonic()  # when the store last did
+        self._answered_at = time.monotonic()  # when the store last answered
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._watch_ranks, self._watch_store)]
 
     def __enter__(self) -> Self:
@@ -111,7 +117,12 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Report an error of this rank to the others; replace one that another rank caused by its explanation."""
+        """Report an error of this rank to the others, or explain one that another rank has caused.
+
+        Raises:
+            LostRankError: a collective failed because another rank is lost.
+            LongNetError: a collective failed because another rank raised a user error.
+        """
         self._leaving.set()
         self._threads[0].join(self._patience)
         try:
@@ -131,7 +142,7 @@ class Watchdog:
 
     @property
     def _patience(self) -> float:
-        """Seconds after which what happens in every interval is late."""
+        """Return the seconds after which an event that should come in every interval is late."""
         return 3 * self._interval
 
     def _store_answers(self) -> bool:
@@ -144,7 +155,7 @@ class Watchdog:
             try:
                 self._beat()
                 failure, beat = self._failure(), self._read(neighbour)
-                # If this process itself was stopped, its clock says nothing of the others.
+                # If this process itself was frozen, the time that has passed says nothing about the others.
                 if beat != last or not self._store_answers():
                     last, changed_at = beat, time.monotonic()
                 self._answered_at = time.monotonic()
@@ -159,10 +170,10 @@ class Watchdog:
 
     def _watch_store(self) -> None:
         looked_at = time.monotonic()
-        while not self._left.wait(self._interval):  # leaving takes requests, too
+        while not self._left.wait(self._interval):  # __exit__ sends requests too
             now = time.monotonic()
             if now - looked_at > self._patience:
-                self._answered_at = now  # this process itself was stopped
+                self._answered_at = now  # this process itself was frozen
             looked_at = now
             if now - self._answered_at > SILENT_SHARE * self._timeout:
                 message = (
@@ -170,21 +181,21 @@ class Watchdog:
                 )
                 self._end_unless(self._left, Failure(message=message))
 
-    def _end_unless(self, main_does: threading.Event, failure: Failure) -> None:
-        """End the process, unless the main thread can end it with a message of its own, having seen the same."""
-        if not main_does.wait(self._patience):
+    def _end_unless(self, main_ends: threading.Event, failure: Failure) -> None:
+        """End the process, unless the main thread has noticed the failure and ends by itself."""
+        if not main_ends.wait(self._patience):
             self._leave_record()
             _kill_siblings(failure.silent)
-            # On a line of its own, below the progress bar.
+            # The line break separates the message from a progress bar.
             sys.stderr.write(f"\nerror: rank {self._rank} ends the run: {failure.message}\n")
             sys.stderr.flush()
             os._exit(failure.status)
 
     def _leave_record(self) -> None:
-        """Leave it if that can be done in time: the disk itself may be what hangs."""
+        """Call ``record``, but wait only for a limited time: the disk may be what hangs."""
 
         def record() -> None:
-            with suppress(OSError, RuntimeError):  # what ends the run matters more
+            with suppress(OSError, RuntimeError):  # the failure that ends the run matters more
                 self._record()
 
         thread = threading.Thread(target=record, daemon=True)
@@ -199,7 +210,7 @@ class Watchdog:
         self._store.set(_key(self._rank), beat.model_dump_json())
 
     def _read(self, rank: int) -> str:
-        """The last beat of a rank as written; empty if there was none."""
+        """Return the last heartbeat of a rank as text; empty if there was none."""
         text: str = self._store.get(_key(rank)).decode() if self._store.check([_key(rank)]) else ""
         return text
 
@@ -208,20 +219,20 @@ class Watchdog:
         return {rank: Beat.model_validate_json(text) for rank, text in texts.items() if text}
 
     def _failure(self) -> Failure | None:
-        if not self._told and self._store.check([FAILURE]):
-            self._told = Failure.model_validate_json(self._store.get(FAILURE))
+        if not self._known and self._store.check([FAILURE]):
+            self._known = Failure.model_validate_json(self._store.get(FAILURE))
             self._store.add(INFORMED, 1)
-        return self._told
+        return self._known
 
     def _report(self, failure: Failure) -> Failure:
-        """Tell all ranks why the run ends; return what was told first."""
-        with suppress(RuntimeError):  # the store may have ended with the process that kept it
+        """Report a failure to all ranks; return the one that was reported first, which counts."""
+        with suppress(RuntimeError):  # the store may have ended with its process
             self._store.compare_set(FAILURE, "", failure.model_dump_json())
             return self._failure() or failure
         return failure
 
     def _let_others_read(self) -> None:
-        """Wait a little for the others to know, since the store may end with this process."""
+        """Wait a little until the others have read the failure, since the store may end with this process."""
         deadline = time.monotonic() + self._patience
         with suppress(RuntimeError):
             while self._store.add(INFORMED, 0) < self._world_size and time.monotonic() < deadline:
@@ -231,7 +242,7 @@ class Watchdog:
         return f"did not answer for {seconds:.1f} s (parallel.timeout_minutes={self._timeout / 60:g}); {REMEDY}"
 
     def _name_silent(self, seconds: float) -> Failure | None:
-        """Report the ranks whose hearts do not beat; None if all do again."""
+        """Report the ranks without new heartbeats; return None if all have one again."""
         before = self._read_all()
         time.sleep(2 * self._interval)
         after = self._read_all()
@@ -242,11 +253,11 @@ class Watchdog:
         return self._report(Failure(message=message, silent=tuple(silent.values())))
 
     def _explain(self, error: RuntimeError) -> Failure:
-        """What a failed collective of this rank is due to, with a message that goes on after the name of this rank."""
+        """Return why a collective of this rank failed; the message continues after the number of this rank."""
         reason = f"({_first_line(error)})"
-        time.sleep(min(1.0, 2 * self._interval))  # for the rank that failed to say so
+        time.sleep(min(1.0, 2 * self._interval))  # gives the rank that failed time to report it
         with suppress(RuntimeError):
-            if not self._told and not self._store_answers():
+            if not self._known and not self._store_answers():
                 return Failure(message=f"ends the run: {self._keeper}, which keeps the store, is silent {reason}")
             failure = self._failure()
             if not failure and TIMED_OUT.search(reason):
@@ -265,10 +276,10 @@ class Watchdog:
 
 
 def _kill_siblings(silent: tuple[Beat, ...]) -> None:
-    """Kill the silent ranks that the launcher of this process started on this host.
+    """Kill the silent ranks that the launcher of this process has started on this host.
 
-    A frozen process does not react when it is asked to end. A process that has the number of such a rank but another
-    start time is a stranger: the rank has ended and the host has given its number away.
+    A frozen process does not react to a request to end. A process with the id of such a rank but another start time is
+    not the rank: the rank has ended, and the host has reused the id.
     """
     for beat in silent:
         is_sibling = (beat.host, beat.parent) == (socket.gethostname(), os.getppid())
@@ -278,12 +289,12 @@ def _kill_siblings(silent: tuple[Beat, ...]) -> None:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process of this host was started, in clock ticks since boot; None if there is no such process."""
+    """Return the start time of a process on this host, in clock ticks since boot; None if it does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The name in parentheses may hold spaces; the start time is field 22 of proc(5), the 20th behind the name.
+    # The name in parentheses may contain spaces; the start time is field 22 of proc(5), the 20th after the name.
     return int(stat.rpartition(")")[2].split()[19])
 
 
@@ -292,7 +303,7 @@ def _key(rank: int) -> str:
 
 
 def _first_line(error: RuntimeError) -> str:
-    """What an error of torch's says, without the place in torch's source before and the advice behind."""
+    """Return the message of a torch error, without the source location before it and the advice after it."""
     return str(error).splitlines()[0].split("] ", 1)[-1].split(". This is")[0]
 
 
@@ -301,7 +312,7 @@ def _list(beats: Mapping[int, Beat]) -> str:
 
 
 def _line_of(thread: int) -> str:
-    """The innermost line of this package that a thread is in."""
+    """Return the innermost line of this package in the stack of a thread."""
     for frame, line in traceback.walk_stack(sys._current_frames().get(thread)):
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
@@ -310,5 +321,5 @@ def _line_of(thread: int) -> str:
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether a collective failed; gloo has no exception class of its own."""
+    """Say whether an error comes from a collective; those of gloo are plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)

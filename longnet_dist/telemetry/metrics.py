@@ -1,4 +1,4 @@
-"""The metrics of a run: what is recorded of a step, who records it, and the picture of its loss."""
+"""A run records metrics of each step and validation with its loggers, and draws its loss."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from longnet_dist.telemetry.loggers import Kind, Logger
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """A line of ``metrics.jsonl``.
+    """A StepMetrics is one line of ``metrics.jsonl``.
 
     Attributes:
-        step: counted from 1.
-        loss: nats a labelled token, all ranks; null in the file if it is not finite.
-        grad_norm: of the whole gradient, before clipping; null in the file if it is not finite.
+        step: number of the step, from 1.
+        loss: mean loss over the labelled tokens of all ranks, nats; null in the file if it is not finite.
+        grad_norm: norm of the whole gradient before clipping; null in the file if it is not finite.
         lr: learning rate of this step.
-        tokens: rows trained on since the start of the run, all ranks.
+        tokens: tokens trained on since the start of the run, over all ranks.
         step_seconds: wall-clock time of the step.
-        tokens_per_second: of this step, all ranks.
-        skipped: steps of the run until now that changed nothing, because loss or gradient was not finite.
+        tokens_per_second: tokens of this step for each second, over all ranks.
+        skipped: number of skipped steps so far; a step is skipped if its loss or gradient is not finite.
         tflops_per_gpu, mfu, peak_memory_allocated, peak_memory_reserved: as in
-            :class:`~longnet_dist.telemetry.throughput.Speed`; not in the file where they are None.
+            :class:`~longnet_dist.telemetry.throughput.Speed`; left out of the file if they are None.
     """
 
     step: int
@@ -46,13 +46,14 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Give metrics to all loggers of a run as they come; rank 0 has one.
+    """A MetricsLog gives metrics to all loggers of a run; only rank 0 has one.
 
     Args:
-        folder: of the run.
-        last_step: of the checkpoint that the run goes on from, 0 for a new run; what was recorded after it is dropped.
-        loggers: what records them.
-        config: the run's configuration as nested values.
+        folder: folder of the run.
+        last_step: step of the checkpoint from which the run resumes, 0 for a new run. Metrics of later steps are
+            deleted, since these steps are computed again.
+        loggers: classes of the loggers.
+        config: configuration of the run as nested values.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class MetricsLog:
         self._log("train", metrics.step, fields)
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
-        """Record one validation."""
+        """Record the result of one validation, after ``step``."""
         self._log("validation", step, asdict(evaluation))
 
     def _log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:

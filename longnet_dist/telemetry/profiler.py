@@ -1,4 +1,4 @@
-"""A trace of chosen steps, and what the GPU's memory held during them."""
+"""The profiler records a trace of chosen steps and a history of the GPU's memory during them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ MEMORY_EVENTS = 200_000
 
 
 class StepProfiler:
-    """Profiles the steps that a run's configuration asks for, on every rank.
+    """A StepProfiler profiles the steps that the configuration selects, on every rank.
 
-    Writes ``rankR.trace.json.gz`` (chrome://tracing, Perfetto, TensorBoard) and, on a GPU, ``rankR.memory.pickle``
-    (https://docs.pytorch.org/memory_viz).
+    It writes ``rankR.trace.json.gz`` (for chrome://tracing, Perfetto, TensorBoard) and on a GPU ``rankR.memory.pickle``
+    (for https://docs.pytorch.org/memory_viz).
 
     Args:
-        wanted: which steps; None for none.
-        folder: made when it is needed.
-        device: of this rank.
+        wanted: the section ``train.profile``; None: profile nothing.
+        folder: folder for the files, created when the first one is written.
+        device: device of this rank.
     """
 
     def __init__(self, wanted: ProfileConfig | None, folder: Path, device: torch.device) -> None:
@@ -33,7 +33,10 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step ``number``, counted from 1; writes after the last one that is wanted, or that fails."""
+        """Wrap step ``number``, counted from 1.
+
+        The files are written after the last selected step, or when a step raises.
+        """
         if self._wanted is None:
             yield
             return
@@ -52,7 +55,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            # Python's stacks alone: to name the frames of C++ takes minutes.
+            # Only Python stacks: resolving the names of C++ frames takes minutes.
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
         self._profile = profile(activities=activities, record_shapes=True)
         self._profile.start()

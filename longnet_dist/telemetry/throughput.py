@@ -1,4 +1,4 @@
-"""How fast a run is and how much memory it takes, step by step."""
+"""Throughput measures the speed and the memory of a run, step by step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _log = logging.getLogger(__name__)
 
 
 class Speed(NamedTuple):
-    """Measures of one step; what is unknown is None.
+    """A Speed has the measures of one step; unknown ones are None.
 
     Attributes:
-        tokens_per_second: all ranks.
-        tflops_per_gpu: model TFLOP/s of one rank, see ``planner/model_cost.py``: nothing that is computed again counts.
-        mfu: their share of the peak, ``train.peak_tflops`` or the data sheet's dense bf16; None without a peak.
-        peak_memory_allocated: bytes of tensors on rank 0's GPU at most until now; on a CPU its largest resident set,
-            None where the system does not say.
-        peak_memory_reserved: bytes that torch's allocator took for them; None on a CPU.
+        tokens_per_second: tokens for each second, over all ranks.
+        tflops_per_gpu: model TFLOP/s of one rank, as ``estimate/model_cost.py`` counts them, without recomputation.
+        mfu: share of ``tflops_per_gpu`` in the peak, which is ``train.peak_tflops`` or the data sheet's dense bf16;
+            None if no peak is known.
+        peak_memory_allocated: peak of the bytes of tensors on this rank's GPU so far. On a CPU the peak resident set of
+            the process, or None if the system does not report it.
+        peak_memory_reserved: peak of the bytes that torch's allocator reserved; None on a CPU.
     """
 
     tokens_per_second: float
@@ -40,11 +41,11 @@ class Speed(NamedTuple):
 
 
 class Throughput:
-    """Measures the steps of a run on one rank.
+    """A Throughput turns the duration of a step into the measures of this rank.
 
     Args:
-        layout: of the run.
-        device: of this rank.
+        layout: how the run is split over ranks.
+        device: device of this rank.
     """
 
     def __init__(self, layout: RunLayout, device: torch.device) -> None:
@@ -60,7 +61,7 @@ class Throughput:
             )
 
     def step(self, seconds: float) -> Speed:
-        """The measures of a step of all ranks that took so many seconds."""
+        """Return the measures of a step that took ``seconds`` on all ranks."""
         tflops = self._flops / seconds / self._ranks / 1e12
         mfu = None if self._peak_tflops is None else tflops / self._peak_tflops
         return Speed(self._tokens / seconds, tflops, mfu, *self._memory())
