@@ -25,13 +25,15 @@ class HeadNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed heads, as ``x (…, D)``."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class DilatedAttention(nn.Module):
-    """Multi-head dilated attention (LongNet, section 2.3), on one device or on a rank's slice of the sequence.
+    """Apply multi-head dilated attention (LongNet, section 2.3), on one device or on a rank's slice of the sequence.
 
-    ``out_proj(norm(dilated_attention(q, k, v)))``. Parameters are named as in torchscale, whose state dicts load.
+    It computes ``out_proj(norm(dilated_attention(q, k, v)))``. Parameters are named as in torchscale, whose state dicts
+    load.
 
     Args:
         dim: model dim ``E``.
@@ -105,7 +107,7 @@ class DilatedAttention(nn.Module):
         cache: LayerCache | None = None,
         cu_seqlens: Any = None,
     ) -> Tensor:
-        """Attend; with a group, all its ranks must call.
+        """Return the layer's output; with a group, all its ranks must call.
 
         Args:
             x: ``(B, n, E)``, this rank's rows.

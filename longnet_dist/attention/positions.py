@@ -35,9 +35,9 @@ _TABLE_ROWS = 65536
 
 
 class RotaryTable(NamedTuple):
-    """What rows do to their queries and keys: cosine and sine of each pair of channels, times its scale.
+    """Hold the cosine and sine of each row and pair of channels, times the pair's scale: for queries, for keys.
 
-    Each ``(n, 1, D/2, 2)``; with RoPE both are one tensor.
+    Both are ``(n, 1, D/2, 2)``, float32 or float64. With RoPE they are one tensor.
     """
 
     query: Tensor
@@ -59,7 +59,7 @@ class RotaryTable(NamedTuple):
 
 @dataclass(eq=False)
 class Positions:
-    """Global positions for the queries and keys of one head dim; the layers of a model share one object and its cache.
+    """Place the queries and keys of one head dim at global rows; the layers of a model share one object and its cache.
 
     Attributes:
         theta: base of the wavelengths of the rotation, at least 1.
@@ -98,7 +98,7 @@ class Positions:
         batch: int = 1,
         documents: Documents | None = None,
     ) -> RotaryTable:
-        """Tables for rows ``start … start+rows-1`` of ``batch`` sequences, one behind the other.
+        """Return tables for rows ``start … start+rows-1`` of ``batch`` sequences, one behind the other.
 
         They are float32, or float64 for queries and keys of that ``dtype``.
 
@@ -153,11 +153,14 @@ class Positions:
         for first in range(0, rows, _TABLE_ROWS):
             part = tables[:, first : first + _TABLE_ROWS]
             n, spans = _indices(start + first, part.shape[1], span, device, documents)
+            # The int64 product wraps at 2^64, which is a full turn: what is left is n θ_i without its full turns.
             angle = (n * turns).double() * (2 * math.pi / 2**64)
             factors = torch.stack([angle.cos(), angle.sin()], -1)
             if self.xpos_base is None:
                 part[0] = factors
             else:
+                # Queries take ζ^(m/base) and keys ζ^(-m/base), with m counted from the centre of the span. A score sees
+                # only ζ^((m - m')/base), in which the centre cancels.
                 scale = zeta.pow((n % spans - spans / 2) / self.xpos_base).unsqueeze(-1)
                 part[0], part[1] = factors * scale, factors / scale
         if batch > 1:
@@ -183,7 +186,7 @@ def _indices(
 
 
 def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
-    """A ``span`` such that rows which attend to each other lie in one ``[s·span, (s+1)·span)``, at most N.
+    """Return a ``span``, at most N, such that rows which attend to each other lie in one ``[s·span, (s+1)·span)``.
 
     Segments of length ``w`` never cross a multiple of a multiple of ``w``.
     """
@@ -192,7 +195,7 @@ def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
 
 @lru_cache(maxsize=8)
 def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
-    """Angle between neighbouring rows for each pair of channels, in units of 2^-64 turns, rounded once."""
+    """Return the angle between neighbouring rows for each pair of channels, in units of 2^-64 turns, rounded once."""
     with localcontext() as context:
         context.prec = 40
         base = Decimal(theta)
@@ -200,15 +203,16 @@ def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
 
 
 def rotate(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
-    """``q (…, n, H, D)`` and ``k (…, n, Hkv, D)`` at their rows; their dtype is kept."""
+    """Rotate ``q (…, n, H, D)`` and ``k (…, n, Hkv, D)`` by their rows' factors; their dtype is kept."""
     return _rotated(q, table.query), _rotated(k, table.key)
 
 
 def _rotated(x: Tensor, table: Tensor) -> Tensor:
-    """Each pair of channels ``(2i, 2i+1)`` as a complex number times its factor, in the dtype of the table.
+    """Multiply each pair of channels ``(2i, 2i+1)``, a complex number, by its factor, in the dtype of the table.
 
-    Without branches, which a compiler would compute both for every channel.
+    There are no branches, since a compiler would compute both for every channel.
     """
     pairs, cos, sin = torch.unflatten(x.to(table.dtype), -1, (-1, 2)), table[..., :1], table[..., 1:]
     signs = 2 * torch.arange(2, device=x.device) - 1
+    # (a + ib)(c + is) = (a c - b s) + i(b c + a s): the pair times cos, and the flipped pair times (-sin, sin).
     return (pairs * cos + pairs.flip(-1) * signs * sin).flatten(-2).to(x.dtype)

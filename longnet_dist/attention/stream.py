@@ -1,4 +1,4 @@
-"""A sequence processed chunk by chunk: what later chunks need of earlier ones, and what they send back."""
+"""Streams process a sequence chunk by chunk: they keep the rows that later chunks need, and the gradients of these."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from longnet_dist.numerics import wide_dtype
 
 
 class Stream:
-    """The state of a sequence of ``total_rows`` rows that passes through a model in chunks.
+    """Hold the state of a sequence of ``total_rows`` rows that passes through a model in chunks.
 
-    A chunk needs, of all the past, only the sparse rows of the segments that are open where it begins: at most
-    ``Σ_i ceil(w_i / r_i)`` rows a head and layer, however long the sequence is (``geometry.stream.cache_rows``). Each
+    Of all the past, a chunk needs only the sparse rows of the segments that are open where it begins. These are at most
+    ``Σ_i ceil(w_i / r_i)`` rows a head and layer, however long the sequence is (``geometry.chunks.cache_rows``). Each
     layer keeps them in a :class:`LayerCache`. A training step keeps the rows of all segments, since backward visits the
     chunks in reverse.
 
@@ -61,7 +61,7 @@ class Stream:
         self._next_row = 0
 
     def chunks(self, length: int, start: int = 0) -> list[Shards]:
-        """The chunks of ``length`` rows from row ``start`` on, in order; the last holds what is left.
+        """Return the chunks of ``length`` rows from row ``start`` on, in order; the last holds what is left.
 
         Raises:
             ConfigError: a length under 1, or several chunks of a bidirectional sequence.
@@ -123,15 +123,15 @@ class Stream:
             layer.clear()
 
     def carried(self) -> list[Tensor]:
-        """What the layers keep for the chunks to come: of each the records of the open segments, ``(2, B, slots, D)``.
+        """Return the records that each layer keeps of the open segments for later chunks, ``(2, B, slots, D)`` each.
 
-        The same on all ranks, and for any number of them: with these and the row, :meth:`resume` goes on.
+        They are the same on all ranks, and for any number of ranks. :meth:`resume` continues from them and the row.
         """
         segments = open_segments(self.pattern, self._next_row, self.total_rows, self.documents)
         return [layer.carried(segments) for layer in self.layers] if segments else []
 
     def resume(self, row: int, carried: list[Tensor]) -> None:
-        """Let a fresh stream go on at ``row`` with what another :meth:`carried` there.
+        """Let a fresh stream continue at ``row`` with what :meth:`carried` returned there.
 
         Raises:
             ShapeError: the records are not those of the open segments at ``row``.
@@ -156,7 +156,7 @@ def _documents(cu_seqlens: Any, total_rows: int) -> Documents | None:
 
 
 class LayerCache:
-    """The sparse rows that one layer keeps of a stream, and the gradients of those rows."""
+    """Keep the sparse rows of a stream for one layer, and the gradients of those rows."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -170,7 +170,7 @@ class LayerCache:
         return self.stream.replaying and shards is not None and shards.stop < shards.total_rows
 
     def rows(self, segments: tuple[Segment, ...], k: Tensor) -> CompactBuffers:
-        """Buffers with room for the ``segments`` of the present chunk, holding what earlier chunks left."""
+        """Return buffers for the ``segments`` of the present chunk, with the records that earlier chunks left."""
         if self._rows is None:
             self._rows = CompactBuffers(self.stream.recorded or (), k.shape[2], k, k.dtype)
         if not self.stream.recorded:
@@ -178,14 +178,14 @@ class LayerCache:
         return self._rows
 
     def gradients(self, segments: tuple[Segment, ...], k: Tensor) -> CompactBuffers:
-        """Buffers for the gradients of ``segments``, holding what later chunks sent."""
+        """Return buffers for the gradients of ``segments``, with the sums that later chunks left."""
         if self._gradients is None:
             self._gradients = CompactBuffers((), k.shape[2], k, wide_dtype(k.dtype))
         self._gradients.set_segments(segments)
         return self._gradients
 
     def carried(self, segments: tuple[Segment, ...]) -> Tensor:
-        """The records of ``segments``, of which some chunk left rows here."""
+        """Return the records of ``segments``, of which some chunk left rows here."""
         assert self._rows is not None
         self._rows.set_segments(segments)
         return self._rows.records
@@ -195,5 +195,5 @@ class LayerCache:
         self._rows = CompactBuffers.of(segments, records)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._rows = self._gradients = None

@@ -96,7 +96,7 @@ def agree_on_shards(
 def _chunk_of(
     cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, causal: bool
 ) -> tuple[Shards, int]:
-    """The present chunk of a stream, whose rows every rank knows."""
+    """Return the present chunk of a stream, whose rows every rank knows, and this rank's number."""
     check_inputs(q, k, v)
     stream = cache.stream
     if stream.shards is None or causal != stream.causal or pattern != stream.pattern:
@@ -210,7 +210,7 @@ def _gather_facts(facts: list[int], device: torch.device, group: dist.ProcessGro
 
 @contextmanager
 def _stream_of_its_own(device: torch.device) -> Iterator[None]:
-    """On a GPU, use another CUDA stream, so that the host waits for the facts but not for what is being computed."""
+    """Use another CUDA stream on a GPU, so that the host waits for the facts but not for what is being computed."""
     if device.type != "cuda":
         yield
         return

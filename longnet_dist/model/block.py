@@ -17,7 +17,7 @@ from longnet_dist.model.feed_forward import FeedForward
 
 
 class BlockRunner(Protocol):
-    """What may run a block in place of its modules, with the same result: see :mod:`longnet_dist.engine`."""
+    """Run a block in place of its modules, with the same result: see :mod:`longnet_dist.engine`."""
 
     def __call__(
         self,
@@ -32,7 +32,7 @@ class BlockRunner(Protocol):
 
 
 class Block(nn.Module):
-    r"""A MAGNETO block (arXiv 2210.06423, section 2): LayerNorm before and inside both sub-layers.
+    r"""Compute a MAGNETO block (arXiv 2210.06423, section 2): LayerNorm before and inside both sub-layers.
 
     .. math::
         y = x + W_o\,\mathrm{LN}(\mathrm{attn}(\mathrm{LN}(x))), \qquad

@@ -21,7 +21,7 @@ from longnet_dist.model.loss import IGNORE_INDEX
 
 
 class LongNetOutput(NamedTuple):
-    """What :class:`LongNet` returns; the fields are those of this rank's rows.
+    """Hold what :class:`LongNet` returns for this rank's rows.
 
     Attributes:
         loss: mean cross-entropy of the labelled rows, nats; None without labels.
@@ -47,10 +47,10 @@ class ModelExecution(Protocol):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Rows of the weight times the root of their length."""
+    """Look up rows of the weight and multiply them by the root of the model dim."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(…, E)`` for ids ``(…)``; what is multiplied are the rows that are taken, or all, if these are fewer."""
+        """Return ``(…, E)`` for ids ``(…)``; it multiplies the rows taken, or the weight where that is smaller."""
         scale = math.sqrt(self.embedding_dim)
         if input.numel() < self.num_embeddings:
             return F.embedding(input, self.weight) * scale
@@ -58,7 +58,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class LongNet(nn.Module):
-    """Embedding, blocks, LayerNorm, output projection (LongNet, section 4.1, on MAGNETO).
+    """Compute the language model or encoder: embedding, blocks, LayerNorm, output projection (LongNet, section 4.1).
 
     The weights depend on the seed of torch's default generator alone, not on the group.
 
@@ -97,7 +97,7 @@ class LongNet(nn.Module):
             execution.attach(self)
 
     def stream(self, total_rows: int, cu_seqlens: Any = None) -> Stream:
-        """The stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
+        """Return a stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
         ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
         config = self.config
         return Stream(
@@ -120,7 +120,7 @@ class LongNet(nn.Module):
         stream: Stream | None = None,
         cu_seqlens: Any = None,
     ) -> LongNetOutput:
-        """The loss if labels are given, else the logits; with a group, all its ranks must call.
+        """Return the loss if labels are given, else the logits; with a group, all its ranks must call.
 
         Args:
             tokens: ``(B, n)`` int64, this rank's rows; ``config.mask_id`` is an id too.
@@ -161,13 +161,13 @@ class LongNet(nn.Module):
         return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """``norm`` of as many rows at a time as torch's kernels can count, with 32 bits."""
+        """Apply ``norm`` to as many rows at a time as torch's kernels can count with 32 bits."""
         tiles = torch.split(x, max(1, (2**31 - 1) // (x.shape[0] * x.shape[2])), dim=1)
         return self.norm(x) if len(tiles) == 1 else torch.cat([self.norm(tile) for tile in tiles], dim=1)
 
 
 def positions_of(config: LongNetConfig) -> Positions | None:
-    """The positions that a model's queries and keys get; None for none."""
+    """Return the positions of a model's queries and keys, or None."""
     if config.positions == "none":
         return None
     return Positions(config.rope_theta, config.xpos_base if config.positions == "xpos" else None)

@@ -38,7 +38,7 @@ def save_pretrained(model: LongNet, folder: Path, tokenizer: dict[str, Any]) -> 
 
 
 def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> LongNet:
-    """The model in a folder that ``longnet export`` wrote, in evaluation mode and the precision it was written in.
+    """Load a model that ``longnet export`` wrote, in evaluation mode and the precision in which it was written.
 
     ::
 

@@ -153,9 +153,11 @@ class WideAccumulation:
     merges_overlaps = False
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return float32, or float64 for float64."""
         return wide_dtype(dtype)
 
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Return float32 for all three gradients, or float64 for float64."""
         return wide_dtype(dtype), wide_dtype(dtype)
 
     def start_backward(
@@ -168,6 +170,7 @@ class WideAccumulation:
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
     ) -> SoftmaxStatistics:
+        """Clear ``dq``; keep the output, from which the kernels of others compute delta."""
         dq.zero_()
         return (out, lse) if dlse is None else (out, lse, dlse)
 

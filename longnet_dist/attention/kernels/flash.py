@@ -109,6 +109,7 @@ class FlashKernel(WideAccumulation):
         self.engine = engine
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge the keys of the piece into the running ``(out, lse)``."""
         for (q_, out_, lse_), (k_, v_), causal in _problems(call, (q, out, lse), (k, v)):
             part, part_lse = self.engine.forward(q_, k_, v_, causal, call.scale)
             part_lse = part_lse.transpose(1, 2)
@@ -119,6 +120,7 @@ class FlashKernel(WideAccumulation):
             lse_.copy_(merged)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        """Add the piece's part of dQ, dK and dV."""
         dout, q, k, v, (out, lse, *dlse) = given
         dq, dk, dv = sums
         for queries, keys, causal in _problems(call, (dout, q, out, lse, dq, *dlse), (k, v, dk, dv)):

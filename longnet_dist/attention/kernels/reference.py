@@ -81,6 +81,7 @@ class ReferenceKernel(WideAccumulation):
     name = "reference"
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge the keys of the piece into the running ``(out, lse)``."""
         for queries, keys, hidden in _blocks(call, q.shape[2]):
             scores = self._scores(call, q[queries], k[keys], hidden)
             piece_lse = scores.logsumexp(-1)  # LSE' = ln Σ_j exp(s_ij) over the keys of the piece
@@ -102,12 +103,14 @@ class ReferenceKernel(WideAccumulation):
         delta: Tensor | None = None,
         dlse: Tensor | None = None,
     ) -> SoftmaxStatistics:
+        """Clear ``dq``; return ``lse`` and ``delta``."""
         dq.zero_()
         # delta_i = dO_i·O_i = Σ_j P_ij (dO_i·v_j) over the keys of all branches, as O is merged. If LSE has a gradient
         # too, the caller gives delta_i = dO_i·O_i - dLSE_i.
         return lse, (dout.to(dq.dtype) * out.to(dq.dtype)).sum(-1) if delta is None else delta
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        """Add the piece's part of dQ, dK and dV."""
         dout, q, k, v, (lse, delta) = given
         dq, dk, dv = sums
         for queries, keys, hidden in _blocks(call, q.shape[2]):

@@ -23,7 +23,7 @@ _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """The kernels that a call of dilated attention runs.
+    """Name the kernels that a call of dilated attention runs.
 
     Attributes:
         backend: one of ``BACKENDS`` but ``"auto"``.
@@ -41,7 +41,7 @@ class KernelChoice:
 
 
 def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> Kernel:
-    """The kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device.
+    """Return the kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device.
 
     On a GPU (benchmarks/results/attention_kernels.md) that is ``triton``, then ``flash``, then ``reference``; why
     one is passed over is logged once.
@@ -106,7 +106,7 @@ def describe_kernels(
 def _triton_kernels(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, deterministic: bool
 ) -> KernelChoice:
-    """Which of our own kernels run on a GPU."""
+    """Return which of our own kernels run on a GPU."""
     import triton  # absent on most CPUs
 
     reason = remedy = ""
@@ -129,7 +129,7 @@ def _triton_kernels(
 
 
 def _by_speed(device: torch.device) -> tuple[str, ...]:
-    """Backends that ``"auto"`` tries, the fastest first."""
+    """Return the backends that ``"auto"`` tries, the fastest first."""
     return ("sdpa",) if device.type == "cpu" else ("triton", "flash")
 
 
@@ -143,7 +143,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, deterministic: bool) -> K
 
 
 def _obstacle(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
-    """Why ``backend`` cannot run, or an empty string."""
+    """Return why ``backend`` cannot run, or an empty string."""
     if backend == "reference":
         return ""
     if backend == "sdpa":

@@ -27,6 +27,7 @@ class SdpaKernel(WideAccumulation):
     name = "sdpa"
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge the keys of the piece into the running ``(out, lse)``."""
         for view in _blocks(call, q.shape[3]):
             for queries, keys, causal in dense_problems(view, (q, out, lse), (k, v)):
                 (q_, out_, lse_), (k_, v_) = _heads_first(queries), _heads_first(keys)
@@ -38,6 +39,7 @@ class SdpaKernel(WideAccumulation):
                 lse_.copy_(merged)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        """Add the piece's part of dQ, dK and dV."""
         dout, q, k, v, (out, lse, *dlse) = given
         dq, dk, dv = sums
         for view in _blocks(call, q.shape[3]):

@@ -39,10 +39,12 @@ class _RowLayout(NamedTuple):
 
     @classmethod
     def of(cls, length: int) -> _RowLayout:
+        """Return the layout of the forward kernel for rows of ``length`` numbers."""
         return cls(4 if length <= 4096 else 8)
 
     @classmethod
     def of_gradients(cls, length: int) -> _RowLayout:
+        """Return the layout of the gradients' kernel."""
         return cls(4, 1024, 3) if length <= 4096 else cls(8, 2048, 2)
 
     def split(self, length: int) -> int:
