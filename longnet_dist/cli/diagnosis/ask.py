@@ -29,6 +29,9 @@ def ask(*questions: Sequence[str], seconds: float = SECONDS) -> list[dict[str, A
     Returns:
         For each process its answers. ``failure`` is one more, where it failed: the error, or how the process ended.
     """
+    for words in questions:
+        # Importing and compiling may take a minute on a GPU.
+        print(f"doctor: checking {' '.join(words)} …", file=sys.stderr, flush=True)
     environment = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
     command = [sys.executable, *python_options(), "-m", "longnet_dist.cli.diagnosis.probes"]
     started = [

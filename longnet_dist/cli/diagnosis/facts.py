@@ -256,8 +256,9 @@ def _runs(name: str) -> dict[str, Any]:
     """What runs on a device."""
     (told,) = ask(["kernels", name])
     checks = []
-    for dtype, head_dim in CHECKED[name.partition(":")[0]]:
-        (answer,) = ask(["attention", name, dtype, str(head_dim)])
+    checked = CHECKED[name.partition(":")[0]]
+    answers = ask(*(["attention", name, dtype, str(head_dim)] for dtype, head_dim in checked))
+    for (dtype, head_dim), answer in zip(checked, answers, strict=True):
         checks.append(Check(dtype, head_dim, **answer))
     return {key: told[key] for key in ("kernels", "matmul", "row_functions", "failure") if key in told} | {
         "checks": checks
