@@ -244,6 +244,10 @@ class TrainConfig(Section):
                 "train.matmul=quack is for compiled blocks, but train.compile is false; use train.compile=auto or "
                 "train.matmul=auto"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
         SCHEDULES.check(self.schedule, "train.schedule")
         for key, owner in (("decay_power", "polynomial"), ("decay_fraction", "wsd")):
             if key in self.model_fields_set and self.schedule != owner and getattr(self, key) != _default(self, key):
