@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -48,7 +49,7 @@ class Registry(Generic[Entry]):
 
     def names(self) -> tuple[str, ...]:
         """Return all known names, in alphabetical order. Nothing is imported for it."""
-        return tuple(sorted({*self._entries, *self._files()}))
+        return tuple(sorted({*self._entries, *self._files}))
 
     def check(self, name: object, key: str = "") -> None:
         """Refuse a name that is not known.
@@ -77,6 +78,7 @@ class Registry(Generic[Entry]):
             assert name in self._entries, f"{self._package}/{name}.py must register the {self.kind} {name!r}"
         return self._entries[name]
 
+    @cached_property
     def _files(self) -> set[str]:
         spec = find_spec(self._package)
         assert spec is not None

@@ -11,7 +11,7 @@ from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.model_cost import block_parameters, inner_dim, key_dim
 
 WIDE = 4  # bytes of a float32
-SDPA_BLOCK_NUMBERS = 1 << 22  # numbers of a block of queries in attention/kernels/sdpa.py
+SDPA_BLOCK_NUMBERS = 1 << 22  # numbers of a block of queries in attention/kernels/backends/sdpa.py
 _AFTER_ATTENTION = ("norm_out", "y", "norm2", "fc1", "gelu", "norm3")
 
 
@@ -79,8 +79,8 @@ def attention_backward_bytes(layout: RunLayout) -> int:
 
     On a GPU (``attention/kernels/triton``) only dQ has a float32 sum. Where it is rounded into a tensor of the run's
     precision, the statistics of the queries use that tensor as scratch. A checkpointed block takes the float32 sum
-    itself, so the statistics need memory of their own. On a CPU (``attention/kernels/sdpa.py``) all sums are float32,
-    and the tokens of one block have theirs twice.
+    itself, so the statistics need memory of their own. On a CPU (``attention/kernels/backends/sdpa.py``) all sums are
+    float32, and the tokens of one block have theirs twice.
     """
     model, itemsize = layout.config.model, layout.itemsize
     gradients = _gradients(layout)

@@ -90,7 +90,7 @@ class Counter:
     """Counts the calls of a kernel."""
 
     def __init__(self, monkeypatch):
-        from longnet_dist.attention.kernels.sdpa import SdpaKernel
+        from longnet_dist.attention.kernels.backends.sdpa import SdpaKernel
 
         self.forwards, forward = 0, SdpaKernel.forward
 

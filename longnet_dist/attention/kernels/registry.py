@@ -1,62 +1,33 @@
-"""The one place where a backend is chosen."""
+"""The one place where a backend is chosen; the folder ``backends`` has one file for each."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from longnet_dist.attention.kernels.backends import BACKENDS, KernelChoice
+from longnet_dist.attention.kernels.backends.triton import TritonBackend, has_triton
 from longnet_dist.attention.kernels.contract import Kernel
-from longnet_dist.attention.kernels.hopper import support
-from longnet_dist.attention.kernels.reference import ReferenceKernel
-from longnet_dist.attention.kernels.sdpa import SdpaKernel
 from longnet_dist.errors import ConfigError
 from longnet_dist.numerics import log_once
 
-BACKENDS = ("auto", "reference", "sdpa", "triton", "flash")
-_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True)
-class KernelChoice:
-    """Name the kernels that a call of dilated attention runs.
-
-    Attributes:
-        backend: one of ``BACKENDS`` but ``"auto"``.
-        forward: ``"hopper"`` or ``"portable"`` of the backend ``"triton"``; of another backend its name.
-        backward: the same for the backward pass.
-        reason: why no faster kernel runs; an empty string where the fastest one does.
-        remedy: what the user can do to get a faster kernel; an empty string where nothing helps.
-    """
-
-    backend: str
-    forward: str
-    backward: str
-    reason: str = ""
-    remedy: str = ""
+AUTO = "auto"
 
 
 def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> Kernel:
     """Return the kernel of ``backend``; ``"auto"`` takes the fastest that runs on the device.
 
-    On a GPU (benchmarks/results/attention_kernels.md) that is ``triton``, then ``flash``, then ``reference``; why
-    one is passed over is logged once.
+    Backends rank themselves: on a GPU (benchmarks/results/attention_kernels.md) ``triton``, then ``flash``, on a CPU
+    ``sdpa``, then ``reference``. Why one is passed over is logged once.
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run on the device, in the dtype or deterministically.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "auto":
-        return _fastest(device, dtype, deterministic)
-    reason = _obstacle(backend, device, dtype, deterministic)
-    if reason:
-        raise ConfigError(f"backend {backend!r} {reason}; use 'auto'")
-    return _kernel(backend)
+    name, passed_over = _choose(backend, device, dtype, deterministic)
+    for other, obstacle in passed_over:
+        log_once(f"dilated attention passes over backend {other!r}: it {obstacle}")
+    return _kernel(name)
 
 
 def describe_kernels(
@@ -64,7 +35,7 @@ def describe_kernels(
     dtype: torch.dtype,
     head_dim: int,
     *,
-    backend: str = "auto",
+    backend: str = AUTO,
     deterministic: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> KernelChoice:
@@ -84,103 +55,44 @@ def describe_kernels(
     Raises:
         ConfigError: an unknown backend, or one that cannot run on the device, in the dtype or deterministically.
     """
-    passed_over = []
-    if backend == "auto":
-        for name in _by_speed(device):
-            obstacle = _obstacle(name, device, dtype, deterministic)
-            if not obstacle:
-                backend = name
-                break
-            passed_over.append(f"backend {name!r} {obstacle}")
-        else:
-            backend = "reference"
-    else:
-        choose_kernel(backend, device, dtype, deterministic)
-    if backend == "triton" and device.type == "cuda":
-        return _triton_kernels(capability or torch.cuda.get_device_capability(device), dtype, head_dim, deterministic)
-    lacks_triton = device.type == "cuda" and not has_triton()
-    remedy = "install triton" if lacks_triton and passed_over else ""
-    return KernelChoice(backend, backend, backend, "; ".join(passed_over), remedy)
+    name, passed_over = _choose(backend, device, dtype, deterministic)
+    if passed_over:
+        remedy = "install triton" if device.type == "cuda" and not has_triton() else ""
+        reason = "; ".join(f"backend {other!r} {obstacle}" for other, obstacle in passed_over)
+        return KernelChoice(name, name, name, reason, remedy)
+    return BACKENDS[name].describe(name, device, dtype, head_dim, deterministic, capability)
 
 
-def _triton_kernels(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, deterministic: bool
-) -> KernelChoice:
-    """Return which of our own kernels run on a GPU."""
-    import triton  # absent on most CPUs
-
-    reason = remedy = ""
-    if capability[0] != support.COMPUTE_CAPABILITY:
-        major, minor = capability
-        reason = f"the kernels for Hopper need compute capability {support.COMPUTE_CAPABILITY}.x, not {major}.{minor}"
-    elif obstacle := support.release_obstacle(triton.__version__):
-        reason, remedy = obstacle, support.REMEDY
-    elif dtype not in _HALF_DTYPES:
-        reason, remedy = f"the kernels for Hopper take bfloat16 and float16, not {dtype}", "train in bfloat16"
-    elif head_dim not in support.BACKWARD_DIMS:
-        reason = f"the kernels for Hopper take head dims {support.BACKWARD_DIMS}, not {head_dim}"
-    if reason:
-        return KernelChoice("triton", "portable", "portable", reason, remedy)
-    forward = "hopper" if head_dim in support.FORWARD_DIMS else "portable"
-    if deterministic:
-        reason = "the backward kernel for Hopper cannot promise deterministic gradients"
-        return KernelChoice("triton", forward, "portable", reason)
-    return KernelChoice("triton", forward, "hopper")
+def _choose(
+    backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool
+) -> tuple[str, list[tuple[str, str]]]:
+    """Return the name of a backend, and faster ones with the reason why each is passed over."""
+    if backend != AUTO:
+        if backend not in (known := BACKENDS.names()):
+            raise ConfigError(f"backend must be one of {', '.join((AUTO, *known))}, not {backend!r}")
+        if obstacle := BACKENDS[backend].obstacle(device, dtype, deterministic):
+            raise ConfigError(f"backend {backend!r} {obstacle}; use 'auto'")
+        return backend, []
+    passed_over: list[tuple[str, str]] = []
+    for name in _by_rank(device.type):
+        obstacle = BACKENDS[name].obstacle(device, dtype, deterministic)
+        if not obstacle:
+            return name, passed_over
+        passed_over.append((name, obstacle))
+    raise ConfigError(f"no backend runs on {device} in {dtype}: {dict(passed_over)}; use a CPU or a GPU")
 
 
-def _by_speed(device: torch.device) -> tuple[str, ...]:
+def _by_rank(device_type: str) -> list[str]:
     """Return the backends that ``"auto"`` tries, the fastest first."""
-    return ("sdpa",) if device.type == "cpu" else ("triton", "flash")
+    ranks = ((BACKENDS[name].rank(device_type), name) for name in BACKENDS.names())
+    return [name for _, name in sorted((rank, name) for rank, name in ranks if rank is not None)]
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, deterministic: bool) -> Kernel:
-    for backend in _by_speed(device):
-        reason = _obstacle(backend, device, dtype, deterministic)
-        if not reason:
-            return _kernel(backend)
-        log_once(f"dilated attention passes over backend {backend!r}: it {reason}")
-    return _kernel("reference")
-
-
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
-    """Return why ``backend`` cannot run, or an empty string."""
-    if backend == "reference":
-        return ""
-    if backend == "sdpa":
-        return "" if device.type == "cpu" else f"runs on the CPU, but the tensors are on {device}"
-    if backend == "triton" and device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32 and has_triton():
-            return ""
-        return "runs on a CPU only in float32 in Triton's interpreter (TRITON_INTERPRET=1)"
-    if device.type != "cuda":
-        return f"runs on a GPU, but the tensors are on {device}"
-    if backend == "triton":
-        if not has_triton():
-            return "needs the package triton"
-        return "" if dtype in _GPU_DTYPES else f"takes bfloat16, float16 and float32, not {dtype}"
-    if dtype not in _HALF_DTYPES:
-        return f"takes bfloat16 and float16, not {dtype}"
-    return "cannot promise deterministic gradients" if deterministic else ""
-
-
-@lru_cache(maxsize=len(BACKENDS))
+@lru_cache(maxsize=16)
 def _kernel(backend: str) -> Kernel:
-    if backend == "triton":
-        from longnet_dist.attention.kernels.triton.kernel import TritonKernel  # triton is absent on most CPUs
-
-        return TritonKernel()
-    if backend == "flash":
-        from longnet_dist.attention.kernels.flash import FlashKernel, find_engine
-
-        return FlashKernel(find_engine())
-    return SdpaKernel() if backend == "sdpa" else ReferenceKernel()
+    return BACKENDS[backend].kernel()
 
 
 def takes_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels of our own for row-wise work run there: on GPUs."""
-    return device.type == "cuda" and not _obstacle("triton", device, dtype, deterministic=False)
-
-
-def has_triton() -> bool:
-    """Whether Triton is installed; it is absent on most CPUs."""
-    return importlib.util.find_spec("triton") is not None
+    """Say whether kernels of our own for row-wise work run there: on GPUs."""
+    return device.type == "cuda" and not TritonBackend.obstacle(device, dtype, deterministic=False)

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
+from longnet_dist.attention.kernels.backends.sdpa import SdpaKernel
 from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, with_lse_gradient
 from longnet_dist.attention.kernels.reference import ReferenceKernel, oracle
-from longnet_dist.attention.kernels.sdpa import SdpaKernel
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import dense_pieces
 

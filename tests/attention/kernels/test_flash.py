@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from longnet_dist.attention import functional
-from longnet_dist.attention.kernels import flash
+from longnet_dist.attention.kernels.backends import flash
 from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.errors import ConfigError

@@ -1,9 +1,12 @@
 import logging
+from importlib import import_module
 
 import pytest
 import torch
 
 from longnet_dist.attention.kernels import registry as choice
+from longnet_dist.attention.kernels.backends import BACKENDS
+from longnet_dist.attention.kernels.backends import triton as triton_backend
 from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.registry import choose_kernel, describe_kernels
 from longnet_dist.errors import ConfigError
@@ -77,7 +80,8 @@ def test_an_unknown_triton_gets_the_portable_kernels_and_a_remedy(tried_triton, 
 
 
 def test_without_triton_a_gpu_is_told_to_install_it(monkeypatch):
-    monkeypatch.setattr(choice, "has_triton", lambda: False)
+    for module in (choice, triton_backend):
+        monkeypatch.setattr(module, "has_triton", lambda: False)
     found = describe_kernels(CUDA, HALF, 64)
     assert (found.backend, found.forward, found.remedy) == ("flash", "flash", "install triton")
     assert "needs the package triton" in found.reason
@@ -88,3 +92,46 @@ def test_describes_a_cpu_and_refuses_what_a_call_would():
     assert (found.backend, found.forward, found.backward, found.reason) == ("sdpa", "sdpa", "sdpa", "")
     with pytest.raises(ConfigError, match="runs on a GPU"):
         describe_kernels(torch.device("cpu"), torch.bfloat16, 64, backend="flash")
+
+
+NEW_BACKEND = """
+from longnet_dist.attention.kernels.backends import BACKENDS, Backend
+from longnet_dist.attention.kernels.reference import ReferenceKernel
+
+
+class Kernel(ReferenceKernel):
+    name = "mine"
+
+
+@BACKENDS.register("mine")
+class Mine(Backend):
+    @staticmethod
+    def rank(device_type):
+        return 1 if device_type == "cpu" else None
+
+    @staticmethod
+    def obstacle(device, dtype, deterministic):
+        return "" if dtype == torch.float64 else f"takes float64, not {dtype}"
+
+    @staticmethod
+    def kernel():
+        return Kernel()
+"""
+
+
+def test_a_new_backend_is_one_file(tmp_path, monkeypatch, caplog):
+    (tmp_path / "new_backend.py").write_text("import torch" + NEW_BACKEND)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(BACKENDS, "_entries", dict(BACKENDS._entries))
+    import_module("new_backend")
+    cpu = torch.device("cpu")
+    assert choose_kernel("auto", cpu, torch.float64).name == "mine"
+    assert describe_kernels(cpu, torch.float64, 64).backend == "mine"
+    choice.log_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert choose_kernel("auto", cpu, torch.float32).name == "sdpa"
+    assert "passes over backend 'mine': it takes float64, not torch.float32" in caplog.text
+    with pytest.raises(ConfigError, match="backend 'mine' takes float64"):
+        choose_kernel("mine", cpu, torch.float32)
+    with pytest.raises(ConfigError, match="must be one of auto, flash, mine, reference, sdpa, triton, not 'fast'"):
+        choose_kernel("fast", cpu, torch.float32)

@@ -10,12 +10,37 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideAccumulation, with_lse_gradient
+from longnet_dist.attention.kernels.backends import BACKENDS, Backend
+from longnet_dist.attention.kernels.contract import (
+    BackwardInputs,
+    Call,
+    Gradients,
+    Kernel,
+    WideAccumulation,
+    with_lse_gradient,
+)
 from longnet_dist.attention.kernels.views import View, dense_problems, views
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _BLOCK_ELEMENTS = 1 << 22
+
+
+@BACKENDS.register("sdpa")
+class SdpaBackend(Backend):
+    """The fastest on a CPU."""
+
+    @staticmethod
+    def rank(device_type: str) -> int | None:
+        return 10 if device_type == "cpu" else None
+
+    @staticmethod
+    def obstacle(device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
+        return "" if device.type == "cpu" else f"runs on the CPU, but the tensors are on {device}"
+
+    @staticmethod
+    def kernel() -> Kernel:
+        return SdpaKernel()
 
 
 class SdpaKernel(WideAccumulation):

@@ -14,10 +14,39 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, WideAccumulation, with_lse_gradient
+from longnet_dist.attention.kernels.backends import BACKENDS, Backend
+from longnet_dist.attention.kernels.contract import (
+    BackwardInputs,
+    Call,
+    Gradients,
+    Kernel,
+    WideAccumulation,
+    with_lse_gradient,
+)
 from longnet_dist.attention.kernels.views import dense_problems, views
 
 MOST_PROBLEMS = 65_535  # the batch is a grid dimension of most flash kernels (flash-attention#1786)
+
+
+@BACKENDS.register("flash")
+class FlashBackend(Backend):
+    """Dense flash kernels of others, the second on a GPU."""
+
+    @staticmethod
+    def rank(device_type: str) -> int | None:
+        return 20 if device_type == "cuda" else None
+
+    @staticmethod
+    def obstacle(device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
+        if device.type != "cuda":
+            return f"runs on a GPU, but the tensors are on {device}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"takes bfloat16 and float16, not {dtype}"
+        return "cannot promise deterministic gradients" if deterministic else ""
+
+    @staticmethod
+    def kernel() -> Kernel:
+        return FlashKernel(find_engine())
 
 
 class Engine(Protocol):
