@@ -48,7 +48,7 @@ def test_gradient_differs_from_torchscales_by_its_detached_weights_alone(name):
         q, k = module.positions(q, k, module.pattern, 0, x.shape[1])
     branches = [DilatedPattern([b.segment_length], [b.dilation_rate], "blocked") for b in module.pattern]
     results = [dilated_attention(q, k, v, b, causal=module.causal, return_lse=True) for b in branches]
-    weights = torch.stack([lse for _, lse in results]).softmax(0)  # lse has no gradient
+    weights = torch.stack([lse.detach() for _, lse in results]).softmax(0)
     mixed = sum(weight[..., None] * out for weight, (out, _) in zip(weights, results, strict=True))
     out = module.out_proj(module.inner_attn_ln(mixed.flatten(-2)))
     (detached,) = torch.autograd.grad(out, x, case["cot"])
