@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_intermixed_args(arguments)
 
-    from longnet_dist.config.loading import find_config, load_config
+    from longnet_dist.config.loading import load_config
+    from longnet_dist.config.packaged import find_config
     from longnet_dist.estimate.layout import RunLayout
     from longnet_dist.estimate.run_estimate import Estimate
     from longnet_dist.estimate.table import remedy_lines, table
@@ -77,7 +78,7 @@ def _ranks(config: Config) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet plan``."""
-    from longnet_dist.config.loading import run_names
+    from longnet_dist.config.packaged import run_names
     from longnet_dist.estimate.devices import GPUS
 
     what = "Parameters, FLOPs, memory, step time and the longest sequence of a training run."

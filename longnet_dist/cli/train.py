@@ -45,7 +45,7 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
     Raises:
         LongNetError: a mistake in the command line, the configuration, the data or a checkpoint.
     """
-    from longnet_dist.config.loading import run_names
+    from longnet_dist.config.packaged import run_names
     from longnet_dist.errors import ConfigError
 
     options = parser().parse_intermixed_args(arguments)
@@ -87,7 +87,8 @@ def train(
             checkpoint.
         SystemExit: with status 75 after a request to stop, or with that of the ranks that were started here.
     """
-    from longnet_dist.config.loading import find_config, load_config
+    from longnet_dist.config.loading import load_config
+    from longnet_dist.config.packaged import find_config
     from longnet_dist.errors import REQUEUE_STATUS
     from longnet_dist.extras import require_extra
 
@@ -116,7 +117,7 @@ def train(
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet train``."""
-    from longnet_dist.config.loading import run_names
+    from longnet_dist.config.packaged import run_names
 
     result = CommandParser("train", "Train a LongNet.", EXAMPLES.format(names=", ".join(run_names())))
     result.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterator, Sequence
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import accumulate
 from pathlib import Path
@@ -18,40 +17,11 @@ from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
 
 
-def run_names() -> list[str]:
-    """Return the names of the configurations that this package brings, in ``config/runs``."""
-    runs = (files("longnet_dist.config") / "runs").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in runs if file.name.endswith(".yaml"))
-
-
-def find_config(word: str) -> Path | Traversable:
-    """Return the file that a command line means: a packaged configuration, by its name, or a path.
-
-    A name of a packaged configuration takes precedence; write ``./name`` for a file of that name.
-
-    Args:
-        word: name or path.
-
-    Raises:
-        ConfigError: it is neither a name nor a path.
-    """
-    if word in (names := run_names()):
-        return files("longnet_dist.config") / "runs" / f"{word}.yaml"
-    path = Path(word)
-    if (word and path.exists()) or path.suffix in (".yaml", ".yml"):
-        return path
-    near = difflib.get_close_matches(word, names, n=1)
-    raise ConfigError(
-        f"there is no configuration {word!r}: give a YAML file or one of {', '.join(names)}"
-        + (f"; the nearest is {near[0]}" if near else "")
-    )
-
-
 def load_config(path: Path | Traversable, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, replace single values and check the result.
 
     Args:
-        path: a YAML file, as from :func:`find_config`.
+        path: a YAML file, as from :func:`~longnet_dist.config.packaged.find_config`.
         overrides: ``section.key=value`` words with YAML values, which replace those of the file.
 
     Raises:

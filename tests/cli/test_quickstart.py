@@ -11,7 +11,8 @@ import pytest
 from longnet_dist.cli.evaluate import main as evaluate
 from longnet_dist.cli.export import main as export
 from longnet_dist.cli.generate import main as generate
-from longnet_dist.config.loading import find_config, load_config
+from longnet_dist.config.loading import load_config
+from longnet_dist.config.packaged import find_config
 from tests.train.runs import write_corpus
 
 ROOT = Path(__file__).parents[2]

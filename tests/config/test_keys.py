@@ -3,7 +3,8 @@
 import yaml
 
 from longnet_dist.config.keys import key_lines, keys
-from longnet_dist.config.loading import find_config, known_keys, load_config
+from longnet_dist.config.loading import known_keys, load_config
+from longnet_dist.config.packaged import find_config
 from longnet_dist.config.schema import Config
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from longnet_dist.config.loading import find_config, known_keys, load_config, parse_yaml, read_yaml, run_names
+from longnet_dist.config.loading import known_keys, load_config, parse_yaml, read_yaml
 from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
 
@@ -103,29 +103,6 @@ def test_a_merge_key_is_no_duplicate():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_comes_with_the_package_loads(path):
     assert load_config(path).train.output_dir == Path("runs") / path.stem
-
-
-def test_a_packaged_configuration_has_a_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run_names() == ["paper", "quickstart"]
-    (tmp_path / "paper").mkdir()
-    (tmp_path / "paper" / "my.yaml").write_text(TEXT)
-    assert load_config(find_config("paper")).train.output_dir == Path("runs/paper")
-    assert load_config(find_config("paper/my.yaml")).train.steps == 10
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("qickstart", "'qickstart': give a YAML file or one of paper, quickstart; the nearest is quickstart"),
-        ("zzz", "'zzz': give a YAML file or one of paper, quickstart"),
-        ("", "'': give a YAML file"),
-    ],
-)
-def test_no_such_configuration(word, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"there is no configuration {message}"):
-        find_config(word)
 
 
 def test_known_keys_are_dotted():

@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from torch.distributed.run import parse_args
 
 from longnet_dist.cli.program.dispatch import command_names
-from longnet_dist.config.loading import find_config, load_config
+from longnet_dist.config.loading import load_config
+from longnet_dist.config.packaged import find_config
 from tests.docs.commands import check_command
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import subprocess
 from importlib import import_module
 
 from longnet_dist.cli.program.dispatch import command_names
-from longnet_dist.config.loading import find_config, known_keys, load_config, run_names
+from longnet_dist.config.loading import known_keys, load_config
+from longnet_dist.config.packaged import find_config, run_names
 from longnet_dist.config.schema import Config
 from tests.docs.pages import ROOT
 

@@ -1,0 +1,42 @@
+"""The configurations of runs that travel with the package, by name.
+
+It imports nothing else of the package but errors, so that a command's help names them at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from longnet_dist.errors import ConfigError
+
+
+def run_names() -> list[str]:
+    """Return the names of the configurations that this package brings, in ``config/runs``."""
+    runs = (files("longnet_dist.config") / "runs").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in runs if file.name.endswith(".yaml"))
+
+
+def find_config(word: str) -> Path | Traversable:
+    """Return the file that a command line means: a packaged configuration, by its name, or a path.
+
+    A name of a packaged configuration takes precedence; write ``./name`` for a file of that name.
+
+    Args:
+        word: name or path.
+
+    Raises:
+        ConfigError: it is neither a name nor a path.
+    """
+    if word in (names := run_names()):
+        return files("longnet_dist.config") / "runs" / f"{word}.yaml"
+    path = Path(word)
+    if (word and path.exists()) or path.suffix in (".yaml", ".yml"):
+        return path
+    near = difflib.get_close_matches(word, names, n=1)
+    raise ConfigError(
+        f"there is no configuration {word!r}: give a YAML file or one of {', '.join(names)}"
+        + (f"; the nearest is {near[0]}" if near else "")
+    )
