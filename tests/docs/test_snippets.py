@@ -8,14 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from longnet_dist.cli.program.dispatch import main as longnet
@@ -23,18 +20,16 @@ from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.config.loading import parse_config
 from tests.docs.commands import check_command, command_lines
 from tests.docs.pages import ROOT, Block, blocks, pages
-from tests.train.runs import import_deepspeed
 
 PAGES = {page.name: page for page in pages()}
 TRAININGS = ("quickstart", "train")
 RAN_IN_README = ["longnet", "quickstart"]  # whose run every other page finds in its folder
-SECONDS = 240.0  # of one block, on a busy machine
+SECONDS = 600.0  # of one command, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def readme_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with some books, in which the commands of README have run."""
-    import_deepspeed()  # type: ignore[no-untyped-call]  # once, before commands are forked
     folder = tmp_path_factory.mktemp("snippets") / "readme"
     (folder / "books").mkdir(parents=True)
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES.values())
@@ -88,7 +83,7 @@ def run_page(page: Path, folder: Path) -> None:
         else:
             assert not kind, f"{block.name}: no such mark: {block.mark}"
     code = [block for block in blocks(page) if block.language == "python" and not block.mark]
-    forked(lambda: run_python(code), folder, page.name)
+    forked(partial(run_python, code), folder, page.name)
 
 
 def run_shell(block: Block, folder: Path, settings: Sequence[str]) -> str:
@@ -125,38 +120,25 @@ def run_python(code: Sequence[Block]) -> None:
 
 
 def forked(work: Callable[[], None], folder: Path, name: str) -> str:
-    """What ``work`` prints in a process of its own, in a folder."""
+    """What ``work`` prints in a process of its own, in a folder; it is forked from a server without threads."""
     output, errors = folder.parent / "stdout.txt", folder.parent / "stderr.txt"
-
-    def child() -> None:
-        warnings.resetwarnings()  # a reader's Python makes no errors of them
-        os.chdir(folder)
-        for path, stream in ((output, 1), (errors, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        os.environ["OMP_NUM_THREADS"] = "1"
-        # A fork has none of the threads that its parent started; a command that uses them would wait for ever.
-        torch.set_num_threads(1)
-        torch.set_num_threads = lambda number: None
-        status = 0
-        try:
-            work()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.docs.preloaded"])
+    process = context.Process(target=_child, args=(work, folder, output, errors))
     process.start()
     process.join(SECONDS)
     if process.is_alive():
+        process.terminate()  # which ranks that it has started are told, too
+        process.join(30)
         process.kill()
-        process.join()
     said = output.read_text(encoding="utf-8", errors="replace")
     assert process.exitcode == 0, f"{name}: status {process.exitcode}\n{said}\n{errors.read_text(errors='replace')}"
     return said
+
+
+def _child(work: Callable[[], None], folder: Path, output: Path, errors: Path) -> None:
+    for path, stream in ((output, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    work()
