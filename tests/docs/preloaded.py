@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the cores to other tests
 
 from longnet_dist.train import loop  # noqa: F401
 from tests.train.runs import import_deepspeed

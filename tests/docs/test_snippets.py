@@ -74,15 +74,15 @@ def run_page(page: Path, folder: Path) -> None:
     printed = ""
     for block in blocks(page):
         kind, _, rest = block.mark.partition(":")
-        if kind == "run":
+        if kind == "run" and block.language == "bash":
             printed = run_shell(block, folder, rest.split())
         elif kind == "file":
             (folder / rest.strip()).write_text(block.code, encoding="utf-8")
         elif kind == "output":
             assert printed.strip() == block.code.strip(), f"{block.name} is not what the command above prints"
         else:
-            assert not kind, f"{block.name}: no such mark: {block.mark}"
-    code = [block for block in blocks(page) if block.language == "python" and not block.mark]
+            assert kind in ("", "run"), f"{block.name}: no such mark: {block.mark}"
+    code = [block for block in blocks(page) if block.language == "python" and block.mark in ("", "run")]
     forked(partial(run_python, code), folder, page.name)
 
 
