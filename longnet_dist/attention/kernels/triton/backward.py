@@ -2,8 +2,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Backward of one piece: dK and dV with dQ added on the way, or dQ in a launch of its own.
 
-Symbols: ``weights`` = P = exp(scale·q·k − lse) with the *merged* lse, ``gradient`` = dS = P ∘ (dO Vᵀ − delta). The
-kernels take lse in units of log 2.
+Symbols: ``weights`` = P = m exp(scale·q·k − lse) with the multiplicity m of a pair and the *merged* lse, ``gradient`` =
+dP = dO Vᵀ and then dS = P ∘ (dP − delta). As ``log m`` is constant, m enters by way of P alone. The kernels take lse in
+units of log 2. The algebra is that of :mod:`longnet_dist.attention.kernels.contract`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def statistics_kernel(
     dout, out, lse, statistics, dq, dout_strides, out_strides, lse_strides, statistics_strides, dq_strides, rows, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """``(lse / log 2, delta)`` of ``ROWS`` rows of a (batch, head), ``delta = rowsum(dO ∘ O)``; and ``dq = 0``.
+    """Write ``(lse / log 2, delta)`` of ``ROWS`` rows of a (batch, head), ``delta = rowsum(dO ∘ O)``; and ``dq = 0``.
 
     With ``DELTA`` this is what ``out (B, n, H)`` holds.
     """
@@ -44,7 +45,7 @@ def statistics_kernel(
     else:
         a = tl.load(pointers(dout, dout_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
         b = tl.load(pointers(out, out_strides, batch, head, zero, 1, index, BLOCK_D), mask=mask, other=0.0)
-        delta = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+        delta = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)  # rowsum(dO ∘ O) = Σ_j P_ij dP_ij over all branches
     row_lse = tl.load(row_pointers(lse, lse_strides, batch, head, zero, 1, index), mask=valid, other=0.0)
     place = row_pointers(statistics, statistics_strides, batch, head, zero, 1, index)
     tl.store(place, row_lse * LOG2_E, mask=valid)
@@ -55,7 +56,8 @@ def statistics_kernel(
 
 @triton.jit
 def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
-    """P of a tile whose shape ``key_index`` and ``index`` broadcast to."""
+    """Return P, the share in the whole softmax, in the shape to which ``key_index`` and ``index`` broadcast."""
+    # exp(scale·q·k + ln m - lse) = 2^(s·factor - lse / ln 2).
     weights = tl.math.exp2(scores * factor - lse)
     if MASKED:
         seen = key_index < keys
@@ -74,7 +76,10 @@ def _add_queries(
     MASKED: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of ``QUERIES`` queries from ``start`` on in the gradients of a key tile, computed transposed."""
+    """Add the part of ``QUERIES`` queries from ``start`` on to the gradients of a key tile, computed transposed.
+
+    A row is a key: ``scores`` holds Sᵀ = K Qᵀ, ``weights`` holds Pᵀ, ``gradient`` dPᵀ and then dSᵀ.
+    """
     index = start + tl.arange(0, QUERIES)
     valid = index < last
     query = load_tile(q, q_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
@@ -86,12 +91,15 @@ def _add_queries(
     scores = scores_of(key, key_columns, query, query_columns, OVERLAPS, PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    # dV += Pᵀ dO.
     dvalue = tl.dot(weights.to(doutput.dtype), doutput, dvalue, input_precision=PRECISION)
     row_delta = tl.load(place + 1, mask=valid, other=0.0)
+    # dPᵀ = V dOᵀ, dSᵀ = Pᵀ ∘ (dPᵀ - delta), dK += dSᵀ Q; the factor scale of dK comes once, behind the loop.
     gradient = tl.dot(value, doutput.T, input_precision=PRECISION)
     gradient = (weights * (gradient - row_delta[None, :])).to(query.dtype)
     dkey = tl.dot(gradient, query, dkey, input_precision=PRECISION)
     if ADD_DQ:
+        # dQ += scale·dS K: programs of other keys add to the same queries.
         dquery = tl.dot(gradient.T, key, input_precision=PRECISION) * scale
         if REDUCE:
             dq.atomic_add([batch, rows[2] + start, rows[3], head, 0], dquery.reshape(1, QUERIES, 1, 1, BLOCK_D))
@@ -112,7 +120,7 @@ def key_gradient_kernel(
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
     REDUCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dK and dV of ``KEYS`` keys of a (batch, kv head, segment); with ``ADD_DQ`` also to dQ, atomically.
+    """Add to dK and dV of ``KEYS`` keys of a (batch, kv head, segment); with ``ADD_DQ`` also to dQ, atomically.
 
     With ``REDUCE`` dQ is a descriptor, and the copy engine adds whole tiles. With ``FRESH`` dK and dV were not written
     yet.
@@ -151,6 +159,7 @@ def key_gradient_kernel(
     if OVERLAPS:  # the same for all tiles, which are a period apart
         index = first + tl.arange(0, QUERIES)
         query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, overlaps, False, key.dtype)
+    # The query heads of a group share the key, so their parts are summed here.
     for member in range(group):
         head = kv_head * group + member
         for start in tl.range(first, tl.minimum(masked, last), QUERIES):
@@ -187,7 +196,7 @@ def query_gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dQ of ``QUERIES`` queries of a (batch, head, segment), in an order that never changes."""
+    """Add to dQ of ``QUERIES`` queries of a (batch, head, segment), in an order that never changes."""
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     segment = first_segment + (program // tiles) % segments
@@ -230,6 +239,7 @@ def query_gradient_kernel(
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION)
         key_index = start + tl.arange(0, KEYS)
         weights = _weights(scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL)
+        # dP = dO Vᵀ, dS = P ∘ (dP - delta), dQ += dS K, and the factor scale once, behind the loop.
         gradient = tl.dot(doutput, value.T, input_precision=PRECISION)
         gradient = (weights * (gradient - row_delta[:, None])).to(key.dtype)
         dquery = tl.dot(gradient, key, dquery, input_precision=PRECISION)

@@ -22,7 +22,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores_of(left, left_columns, right, right_columns, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr):
-    """``left · rightᵀ``, and of the columns of ``multiplicity_columns``, if there are any."""
+    """Return ``left · rightᵀ``, to which the columns of ``multiplicity_columns``, if any, add ``ln m / scale``."""
     if OVERLAPS:
         scores = tl.dot(left_columns, right_columns.T, input_precision=PRECISION)
         scores = tl.dot(left, right.T, scores, input_precision=PRECISION)
@@ -38,7 +38,11 @@ def _attend(
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, OVERLAPS: tl.constexpr,
     MASKED: tl.constexpr, FIXED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax after keys ``begin … end-1``; with ``FIXED`` its ``maximum`` is kept, whatever the scores."""
+    """Return the running softmax after keys ``begin … end-1``; with ``FIXED`` it keeps its ``maximum``.
+
+    With scores ``s`` in units of log 2 and a level ``m`` for each query it holds ``total = Σ 2^(s - m)`` and
+    ``result = Σ 2^(s - m) v``, so that ``O = result / total`` and ``LSE = ln 2 · (m + log2 total)`` for any ``m``.
+    """
     for start in tl.range(begin, end, KEYS):
         key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         if OVERLAPS and KEYS % 64 != 0:
@@ -46,6 +50,7 @@ def _attend(
             key_columns = multiplicity_columns(
                 place, tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
             )
+        # scale·q·k + ln m, over ln 2: the GPU has exp2 alone.
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION) * factor
         if MASKED:
             key_index = start + tl.arange(0, KEYS)
@@ -55,12 +60,15 @@ def _attend(
             scores = tl.where(seen, scores, -float("inf"))
         level = maximum
         if not FIXED:
+            # From level m to m' = max(m, max s) both sums shrink by 2^(m - m'). Without any key m' is -inf, where a
+            # level of 0 gives 2^(-inf) = 0 and no NaN.
             new = tl.maximum(maximum, tl.max(scores, 1))
             level = tl.where(new == -float("inf"), 0.0, new)
             shrink = tl.math.exp2(maximum - level)
             total *= shrink
             result *= shrink[:, None]
             maximum = new
+        # total += Σ 2^(s - m'), result += Σ 2^(s - m') v.
         weights = tl.math.exp2(scores - level[:, None])
         total += tl.sum(weights, 1)
         value = load_tile(v, v_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
@@ -73,7 +81,11 @@ def _start(
     running, lse_pointers, valid, out_strides, batch, head, rows, first, last,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax of the earlier branches: (maximum = lse, sum = 1, accumulator = out)."""
+    """Return the running softmax of the earlier branches: (maximum = lse, sum = 1, accumulator = out).
+
+    ``out = Σ exp(s - lse) v`` and ``Σ exp(s - lse) = 1``: so it is the running softmax at level ``lse``, and going on
+    from it merges the branches as equations 9 and 10 do.
+    """
     if FRESH:
         maximum = tl.full([QUERIES], -float("inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
@@ -164,6 +176,7 @@ def forward_kernel(
             D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
+    # O = result / total, LSE = ln 2 · (m + log2 total).
     out_pointers = pointers(out, out_strides, batch, head, row, r, index, BLOCK_D)
     tl.store(out_pointers, (result / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None] & columns)
     tl.store(lse_pointers, (maximum + tl.math.log2(total)) / LOG2_E, mask=valid)

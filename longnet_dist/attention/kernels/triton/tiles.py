@@ -87,15 +87,18 @@ def rows_of(row, step, first):
 
 @triton.jit
 def multiplicity_columns(index, column, kv_head, r, factor, overlaps, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
-    """Sixteen columns more of queries (``WEIGHTED``) or keys, whose product is the logarithm of a pair's multiplicity.
+    """Return sixteen more columns for queries or keys, whose inner product is the logarithm of a pair's multiplicity.
 
-    ``column`` is ``0 … 15``. Rows ``overlap.PERIOD`` apart have the same.
+    A pair that ``n`` later branches hold too counts ``m = n + 1`` times. Their rows lie in one another, so it is the
+    first ``n`` that hold it, and ``log2 m = Σ_{t=1…n} log2((t + 1) / t)``. One side (``WEIGHTED``) has a column with
+    the number of a summand, the other has 1 there; both have 0 where the branch does not keep the row. Two columns
+    share a summand: the number over ``factor``, rounded, and what its rounding leaves.
 
-    ``overlaps`` is ``Problem.overlaps``. The rows of a branch that leaves pairs here lie in those of the one before
-    it, so a pair that ``n`` of them hold gets the sum of ``log2((t + 1) / t)`` up to ``t = n``: ``log2(n + 1)``. Two
-    columns hold each summand, over ``factor``: the number itself, and what its rounding leaves.
+    ``column`` is ``0 … 15``, ``overlaps`` is ``Problem.overlaps``. Rows ``overlap.PERIOD`` apart have equal columns.
     """
     number = column // 2
+    # A later branch of rate 2^(step-1)·r keeps the rows ≡ h modulo its rate. Row j here is at h mod r + j·r, so it is
+    # one of these if j ≡ h // r modulo 2^(step-1). Step 0 is no branch.
     step = (overlaps >> (4 * number)) & 15
     inside = ((index - kv_head // r)[:, None] & (((1 << step) >> 1) - 1)[None, :]) == 0
     inside = inside & (step > 0)[None, :]
