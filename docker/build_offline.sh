@@ -7,7 +7,7 @@
 # under the name that FROM asks for; Debian therefore stands in for the Ubuntu of NVIDIA's image. The CPU image then trains
 # the quick start. The GPU image imports its libraries, compiles DeepSpeed's optimizer for offload and runs `longnet doctor`.
 #
-# It takes 25 minutes and 40 GB on two cores. Settings, as environment variables:
+# Both take less than an hour on two cores, and 30 GB of disk. Settings, as environment variables:
 #   WORK         folder for images and logs, which later runs use again (/var/tmp/longnet-images)
 #   MIRROR       Debian's archive (http://deb.debian.org/debian)
 #   TORCH_INDEX  where the CPU image gets torch, if not from the index that the Dockerfile names
