@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from longnet_dist.attention.kernels.hopper.gluon_api import fetch_block, fetch_elements, reinterpret
 from longnet_dist.attention.kernels.hopper.instructions import meet
 from longnet_dist.attention.kernels.triton.tiles import locate
 
@@ -107,6 +108,7 @@ class Work(NamedTuple):
     num_diagonal: Any
     tail: Any
     masked: Any
+    seen_from: Any
 
 
 @gluon.jit
@@ -145,6 +147,7 @@ def work_of_program(shape, group, form):
         num_diagonal,
         tail,
         num_diagonal + tail,
+        0,
     )
 
 
@@ -191,8 +194,8 @@ def fetch(sources, tiles, shape, group, form):
             place, tile = row + start + half * 64, slot * form.HALVES + half
             from_q = [place, q_column + member * sources.q_strides[2]]
             from_dout = [place, dout_column + member * sources.dout_strides[2]]
-            tma.async_copy_global_to_shared(sources.q, from_q, bar, tiles.q.index(tile))
-            tma.async_copy_global_to_shared(sources.dout, from_dout, bar, tiles.dout.index(tile))
+            fetch_block(sources.q, from_q, bar, tiles.q.index(tile))
+            fetch_block(sources.dout, from_dout, bar, tiles.dout.index(tile))
     # The groups leave a slot even after the last tile: whoever arrives at a barrier must be met.
     steps = group * work.num_tiles
     for step in range(gl.maximum(steps - form.STAGES, 0), steps):
@@ -210,9 +213,9 @@ def _fetch_keys(sources, tiles, work, r, form):
     v_column = column * sources.v_strides[1] + work.kv_head * sources.v_strides[2]
     mbarrier.expect(tiles.key_ready, 2 * (sources.k.block_type.nbytes + sources.v.block_type.nbytes))
     for w in gl.static_range(2):
-        tma.async_copy_global_to_shared(sources.k, [place + 64 * w, k_column], tiles.key_ready, tiles.key.index(w))
+        fetch_block(sources.k, [place + 64 * w, k_column], tiles.key_ready, tiles.key.index(w))
     for w in gl.static_range(2):
-        tma.async_copy_global_to_shared(sources.v, [place + 64 * w, v_column], tiles.key_ready, tiles.value.index(w))
+        fetch_block(sources.v, [place + 64 * w, v_column], tiles.key_ready, tiles.value.index(w))
 
 
 @gluon.jit
@@ -221,10 +224,10 @@ def _fetch_statistics(statistics, start, count, row_stride, tiles, slot, form):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     vector: gl.constexpr = tiles.lse.type.layout
     QUERIES: gl.constexpr = 64 * form.HALVES
-    lse = tiles.lse._reinterpret(gl.float32, [form.STAGES, QUERIES], vector)
-    delta = tiles.delta._reinterpret(gl.float32, [form.STAGES, QUERIES], vector)
+    lse = reinterpret(tiles.lse, gl.float32, [form.STAGES, QUERIES], vector)
+    delta = reinterpret(tiles.delta, gl.float32, [form.STAGES, QUERIES], vector)
     index = start + gl.arange(0, QUERIES, layout)
     pointers = statistics + index.to(gl.int64) * row_stride
-    async_copy.async_copy_global_to_shared(lse.index(slot), pointers, index < count)
-    async_copy.async_copy_global_to_shared(delta.index(slot), pointers + 1, index < count)
+    fetch_elements(lse.index(slot), pointers, index < count)
+    fetch_elements(delta.index(slot), pointers + 1, index < count)
     async_copy.mbarrier_arrive(tiles.ready.index(slot), increment_count=False)

@@ -26,17 +26,21 @@ from longnet_dist.attention.kernels.hopper.backward.fetch import (
     query_tile,
     work_of_program,
 )
+from longnet_dist.attention.kernels.hopper.gluon_api import group_barrier, reinterpret
 from longnet_dist.attention.kernels.hopper.instructions import (
     arrive,
     copies_read,
     meet,
     opaque_zero,
     reduce_add,
+    lane_bit,
     uniform,
 )
+from longnet_dist.attention.kernels.hopper.masks import keep_before, keep_columns
 from longnet_dist.attention.kernels.hopper.multiplicity import multiplicity_product, write_columns
 
 LOG2_E = gl.constexpr(1.4426950408889634)
+NEVER = gl.constexpr(2**30)  # an index behind all queries
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # (64 keys, 64 queries)
 QUERY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
@@ -80,9 +84,11 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     first, first_key = uniform(given.first), uniform(given.first_key + W * 64)
     count, keys, num_tiles = uniform(given.count), uniform(given.keys), uniform(given.num_tiles)
     num_diagonal, tail = uniform(given.num_diagonal), uniform(given.tail)
+    key_index = first_key + gl.arange(0, 64, KEY)
+    seen_from = gl.where(key_index < keys, key_index - first if form.CAUSAL else 0, NEVER)
     work = Work(
         given.batch, given.kv_head, group, given.origin, given.begin, first_key, keys, first, count, num_tiles,
-        num_diagonal, tail, num_diagonal + tail,
+        num_diagonal, tail, num_diagonal + tail, seen_from,
     )  # fmt: skip
     target = _target(results, work, shape[5])
     dkey = gl.zeros([64, form.D], gl.float32, dkey_layout)
@@ -90,13 +96,13 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     mbarrier.wait(tiles.key_ready, 0)
     key_rows, value_rows = tiles.key.index(W), tiles.value.index(W)
     if form.HALVES == 2:
-        key_rows, value_rows = key_rows.load(operand), value_rows.load(operand)
+        key_rows = key_rows.load(operand)
     factor = scale * LOG2_E
     if form.OVERLAPS:  # of all tiles of queries, which are a period apart
         first_row = given.begin + first_key
         write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, shape[12], True)
         write_columns(tiles.query_columns.index(W), first, given.kv_head, shape[5], factor, shape[12], False)
-        gl.thread_barrier()
+        group_barrier()
     mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
     scores = _scores(key_rows, tiles.q.index(0), tiles, form, W)
     scores = warpgroup_mma_wait(0, deps=[scores])
@@ -104,6 +110,8 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
         scores, dkey, dvalue = _step(
             step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, True
         )
+    if form.HALVES == 2:  # the masks of the steps before take as many registers
+        value_rows = value_rows.load(operand)
     for step in range(group * work.masked, group * num_tiles):
         scores, dkey, dvalue = _step(
             step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, False
@@ -113,6 +121,18 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
         _last_dquery(steps, tiles, work, target, form, W)
     _add_key_gradients(results, dkey, dvalue, tiles.dq.index(W), work, shape[5], form)
     meet(FREE + W + ((steps + 1) % 2 * 2 if form.HALVES == 1 else 0), MULTIPLIERS)
+
+
+@gluon.jit
+def _fresh(number, form):
+    """``number`` of a tile; where registers are few, in a form whose address is computed just before it is used.
+
+    The compiler computes addresses early: before the loop, or those of several products before the first of them. Then
+    they take registers of every thread instead of those that a warp shares.
+    """
+    if form.HALVES == 1:
+        number += opaque_zero()
+    return number
 
 
 @gluon.jit
@@ -151,18 +171,15 @@ def _step(
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, dkey.type.layout, 2)
     slot = step % form.STAGES
-    zero = opaque_zero()
     if form.HALVES == 1:  # too few registers for K and V
-        key_rows, value_rows = tiles.key.index(W + zero), tiles.value.index(W + zero)
+        value_rows = tiles.value.index(_fresh(W, form))
     _, start = query_tile(step, work, form)
     tile = slot * form.HALVES
-    query = tiles.q.index(tile)
-    gradient = _transposed_product(value_rows, tiles.dout.index(tile))
+    gradient = _transposed_product(value_rows, tiles.dout.index(_fresh(tile, form)))
     weights, delta, dvalue = _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED)
     gradient = warpgroup_mma_wait(1, deps=[gradient])
     ds = (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype)
     if form.HALVES == 2:
-        query = tiles.q.index(tile + 1)
         ds, dkey, dvalue = _second_half(
             ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form, W, MASKED
         )
@@ -175,20 +192,23 @@ def _step(
         tiles.late_ds.index(W).store(ds)
         fence_async_shared()
     copies_read()
-    gl.thread_barrier()  # in the group: dS is written, the tile of dQ is free
+    group_barrier()  # in the group: dS is written, the tile of dQ is free
     if form.HALVES == 2:
         meet(READY + W, MULTIPLIERS)
     elif step > 0:
         meet(READY + W + 2 * before, MULTIPLIERS)
-    dquery = _dquery(tiles, 2 * before + zero, zero, form, W)
+    dquery = _dquery(tiles, 2 * before, form, W)
     if form.HALVES == 2:
-        dkey = warpgroup_mma(gl.convert_layout(ds, operand), query, dkey, is_async=True)
+        dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile + 1), dkey, is_async=True)
     else:  # too few registers to hold dS
-        dkey = warpgroup_mma(tiles.late_ds.index(2 * now + W + zero), query, dkey, is_async=True)
+        own_ds, query = tiles.late_ds.index(_fresh(2 * now + W, form)), tiles.q.index(_fresh(tile, form))
+        dkey = warpgroup_mma(own_ds, query, dkey, is_async=True)
     later = step + 1  # after the last step: scores of some old tile
     bar, parity = tiles.ready.index(later % form.STAGES), (later // form.STAGES) % 2
     mbarrier.wait(bar, parity, pred=later < work.group * work.num_tiles)
-    scores = _scores(key_rows, tiles.q.index(later % form.STAGES * form.HALVES), tiles, form, W)
+    if form.HALVES == 1:
+        key_rows = tiles.key.index(_fresh(W, form))
+    scores = _scores(key_rows, tiles.q.index(_fresh(later % form.STAGES * form.HALVES, form)), tiles, form, W)
     PRODUCTS: gl.constexpr = 1 + form.OVERLAPS  # of the scores
     dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
     arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
@@ -227,16 +247,16 @@ def _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED
     """P of the keys and the 64 queries from ``start`` on, which stand in ``tile``; their delta; dV, not waited for."""
     operand: gl.constexpr = gl.DotOperandLayout(0, dvalue.type.layout, 2)
     lse = tiles.lse.index(tile).load(QUERY)
+    if MASKED:  # a query behind the last one weighs nothing
+        lse = keep_before(lse, work.count - start, float("inf"))
     weights = gl.exp2(scores * factor - lse[None, :])
     if MASKED:
-        key_index = work.first_key + gl.arange(0, 64, KEY)
-        index = start + gl.arange(0, 64, QUERY)
-        seen = (key_index < work.keys)[:, None] & (index < work.count)[None, :]
         if form.CAUSAL:
-            seen = seen & (key_index[:, None] <= work.first + index[None, :])
-        weights = gl.where(seen, weights, 0.0)
+            weights = keep_columns(weights, work.seen_from - start, None, 0.0)
+        else:
+            weights = gl.where((work.seen_from < NEVER)[:, None], weights, 0.0)
     narrow = gl.convert_layout(weights.to(tiles.key.dtype), operand)
-    dvalue = warpgroup_mma(narrow, tiles.dout.index(tile), dvalue, is_async=True)
+    dvalue = warpgroup_mma(narrow, tiles.dout.index(_fresh(tile, form)), dvalue, is_async=True)
     return weights, tiles.delta.index(tile).load(QUERY) * scale, dvalue
 
 
@@ -250,30 +270,34 @@ def _hand_over(ds, tile, now, before, W: gl.constexpr):
 
 
 @gluon.jit
-def _dquery(tiles, tile, zero, form, W: gl.constexpr):
+def _dquery(tiles, tile, form, W: gl.constexpr):
     """Of group ``W``: dQ of its 64 queries, or its 64 columns, from dS in ``tile`` and the next."""
+    dquery = gl.zeros([64, 64], gl.float32, SCORES)
     ds = tiles.late_ds
     if form.HALVES == 2 and W == 0:
         ds = tiles.early_ds
-    first_keys, second_keys = tiles.key.index(zero), tiles.key.index(1 + zero)
-    if form.HALVES == 1:  # 64 columns of 64 keys are a tile in shared memory
-        parts = tiles.key._reinterpret(tiles.key.dtype, [form.D // 32, 64, 64], tiles.key.type.layout)
-        first_keys, second_keys = parts.index(W + zero), parts.index(2 + W + zero)
-    dquery = gl.zeros([64, 64], gl.float32, SCORES)
-    dquery = warpgroup_mma(ds.index(tile).permute((1, 0)), first_keys, dquery, use_acc=False, is_async=True)
-    return warpgroup_mma(ds.index(tile + 1).permute((1, 0)), second_keys, dquery, is_async=True)
+    for half in gl.static_range(2):
+        zero = opaque_zero()
+        if form.HALVES == 1:  # 64 columns of 64 keys are a tile in shared memory
+            parts = reinterpret(tiles.key, tiles.key.dtype, [form.D // 32, 64, 64], tiles.key.type.layout)
+            keys = parts.index(2 * half + W + zero)
+        else:
+            keys = tiles.key.index(half + zero)
+        part = ds.index(tile + half + zero).permute((1, 0))
+        dquery = warpgroup_mma(part, keys, dquery, use_acc=half == 1, is_async=True)
+    return dquery
 
 
 @gluon.jit
 def _last_dquery(steps, tiles, work, target, form, W: gl.constexpr):
     """Where dQ comes a step later: that of the last step."""
-    zero, last = opaque_zero(), (steps + 1) % 2
+    last = (steps + 1) % 2
     if steps > 0:
         meet(READY + W + 2 * last, MULTIPLIERS)
-    dquery = _dquery(tiles, 2 * last + zero, zero, form, W)
+    dquery = _dquery(tiles, 2 * last, form, W)
     copies_read()
     dquery = warpgroup_mma_wait(0, deps=[dquery])
-    gl.thread_barrier()
+    group_barrier()
     _stage_dquery(tiles.dq.index(W), dquery)
     if steps > 0:
         _add_dquery(steps - 1, tiles, work, target, form, W)
@@ -282,13 +306,13 @@ def _last_dquery(steps, tiles, work, target, form, W: gl.constexpr):
 @gluon.jit
 def _stage_dquery(tile, dquery):
     """Write dQ for the copy engine, odd rows in another order: no two of four rows meet in a bank of shared memory."""
-    odd = gl.arange(0, 64, KEY) % 2 == 1
+    odd = lane_bit(gl.full([64], 0, gl.int32, KEY), 2) == 1  # four threads have a row
     left, right = dquery.reshape(64, 2, 2, 16).permute(0, 1, 3, 2).split()
     exchanged = gl.join(right, left).permute(0, 1, 3, 2).reshape(64, 64)
     dquery = gl.where(odd[:, None], gl.convert_layout(exchanged, SCORES, assert_trivial=True), dquery)
-    tile._reinterpret(gl.float32, [64, 64], EXCHANGED).store(dquery)
+    reinterpret(tile, gl.float32, [64, 64], EXCHANGED).store(dquery)
     fence_async_shared()
-    gl.thread_barrier()
+    group_barrier()
 
 
 @gluon.jit

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from longnet_dist.attention.kernels.hopper.backward.fetch import FETCHERS, MULTIPLIERS
+from longnet_dist.attention.kernels.hopper.gluon_api import fetch_block, reinterpret
 from longnet_dist.attention.kernels.hopper.instructions import meet
 from longnet_dist.attention.kernels.triton.tiles import locate
 
@@ -181,12 +182,12 @@ def fetch_tile(source, row, column, bar, tiles, number, ROWS: gl.constexpr, D: g
     PARTS: gl.constexpr = ROWS // 64 * (D // 64)
     DTYPE: gl.constexpr = tiles.dtype
     COUNT: gl.constexpr = tiles.type.shape[0] * PARTS
-    parts = tiles._reinterpret(DTYPE, [COUNT, 64, 64], tiles.type.layout)
+    parts = reinterpret(tiles, DTYPE, [COUNT, 64, 64], tiles.type.layout)
     mbarrier.expect(bar, ROWS * D * 2)
     for block in gl.static_range(D // 64):
         for part in gl.static_range(ROWS // 64):
             target = parts.index(number * PARTS + block * (ROWS // 64) + part)
-            tma.async_copy_global_to_shared(source, [row + part * 64, column + block * 64], bar, target)
+            fetch_block(source, [row + part * 64, column + block * 64], bar, target)
 
 
 @gluon.jit

@@ -55,7 +55,7 @@ def _run(sources, results, shape, scale, form):
             (fetch, (sources, memory, shape, form)),
         ],
         [4, 1],
-        [240, 24],  # registers of a thread of the second group and of the fetching warp; the first has the others
+        [232, 40],  # registers of a thread of the second group and of the fetching warp; the first has the others
     )
 
 

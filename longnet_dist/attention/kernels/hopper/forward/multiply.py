@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -27,7 +26,9 @@ from longnet_dist.attention.kernels.hopper.forward.fetch import (
     steps,
     work_of_turn,
 )
+from longnet_dist.attention.kernels.hopper.gluon_api import group_barrier, reinterpret, store_block
 from longnet_dist.attention.kernels.hopper.instructions import arrive, copies_read, uniform
+from longnet_dist.attention.kernels.hopper.masks import keep_columns
 from longnet_dist.attention.kernels.hopper.multiplicity import multiplicity_product, write_columns
 
 
@@ -66,7 +67,7 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
         first, factor = work_of_turn(0, shape, form).first, scale * LOG2_E  # which is there without work, too
         write_columns(tiles.query_columns.index(W), first, work.kv_head, work.r, factor, shape[13], True)
         write_columns(tiles.key_columns.index(W), work.begin, work.kv_head, work.r, factor, shape[13], False)
-        gl.thread_barrier()
+        group_barrier()
     scores = _begin(work, all_seen, base, done, tiles, form, W)
     scores = _end(scores, work, all_seen, base, form)
     for turn in range(form.TURNS):
@@ -201,7 +202,7 @@ def _first_weights(scores, tile, tiles, work, done, factor, form, W: gl.constexp
     """The weights of the last tile of keys, while the result of the tile of queries before leaves."""
     scores_layout: gl.constexpr = _scores_layout(form.KEYS)
     copies_read()
-    gl.thread_barrier()
+    group_barrier()
     if not form.FRESH:
         mbarrier.arrive(tiles.out_free.index(W), pred=done > 0)
     scores = _masked(scores * factor, tile * form.KEYS, work, form, scores_layout)
@@ -245,20 +246,17 @@ def _last_sum(position, done, state, tiles, form, W: gl.constexpr):
     mbarrier.wait(tiles.v_ready.index(slot), position // form.STAGES % 2)
     result = warpgroup_mma(operand, tiles.v.index(slot), state.result, is_async=True)
     number, _phase = query_slot(done)
-    gl.thread_barrier()
+    group_barrier()
     mbarrier.arrive(tiles.q_free.index(number + W))
     return result, operand, slot
 
 
 @gluon.jit
 def _masked(scores, first_key, work, form, scores_layout: gl.constexpr):
-    KEYS: gl.constexpr = scores.shape[1]
-    key_index = first_key + gl.arange(0, KEYS, gl.SliceLayout(0, scores_layout))
-    seen = (key_index < work.keys)[None, :]
+    stop = gl.full([64], 0, gl.int32, gl.SliceLayout(1, scores_layout)) + work.keys
     if form.CAUSAL:
-        index = work.first + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
-        seen = seen & (key_index[None, :] <= index[:, None])
-    return gl.where(seen, scores, -float("inf"))
+        stop = gl.minimum(stop, work.first + 1 + gl.arange(0, 64, gl.SliceLayout(1, scores_layout)))
+    return keep_columns(scores, None, stop - first_key, -float("inf"))
 
 
 @gluon.jit
@@ -291,7 +289,7 @@ def _again(sources, tiles, work, stop, factor, form, W: gl.constexpr):
     rows: gl.constexpr = gl.SliceLayout(1, _scores_layout(form.KEYS))
     out_layout: gl.constexpr = _scores_layout(form.D)
     places, bar, room = places_of(sources, work, form), tiles.own.index(W), tiles.out.index(W)
-    gl.thread_barrier()
+    group_barrier()
     fetch_tile(sources.q, places.row, places.q_column, bar, tiles.out, W, 64, form.D)
     mbarrier.wait(bar, 0)
     query = room.load(gl.DotOperandLayout(0, scores_layout, 2))
@@ -300,12 +298,12 @@ def _again(sources, tiles, work, stop, factor, form, W: gl.constexpr):
     result = gl.zeros([64, form.D], gl.float32, out_layout)
     for start in range(0, stop, 64):
         fence_async_shared()
-        gl.thread_barrier()
+        group_barrier()
         fetch_tile(sources.k, places.key_row + start, places.k_column, bar, tiles.out, W, 64, form.D)
         mbarrier.wait(bar, 1)
         scores = _scores(query, room, tiles, form, W)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        gl.thread_barrier()
+        group_barrier()
         fetch_tile(sources.v, places.key_row + start, places.v_column, bar, tiles.out, W, 64, form.D)
         scores = _masked(scores * factor, start, work, form, scores_layout)
         weights, maximum, shrink = _online(scores, maximum)
@@ -315,7 +313,7 @@ def _again(sources, tiles, work, stop, factor, form, W: gl.constexpr):
         result = warpgroup_mma(_operand(weights, tiles.q.dtype, form), room, result, is_async=True)
         result = warpgroup_mma_wait(0, deps=[result])
     fence_async_shared()
-    gl.thread_barrier()
+    group_barrier()
     fetch_tile(sources.out, places.row, places.out_column, bar, tiles.out, W, 64, form.D)
     mbarrier.wait(bar, 1)
     weights = gl.zeros([64, form.KEYS], gl.float32, _scores_layout(form.KEYS))
@@ -340,11 +338,11 @@ def _write(sources, results, room_tiles, state, old, work, form, W: gl.constexpr
         places = places_of(sources, work, form)
         room.store(result)
         fence_async_shared()
-        gl.thread_barrier()
-        parts = room._reinterpret(DTYPE, [form.D // 64, 64, 64], room.type.layout)
+        group_barrier()
+        parts = reinterpret(room, DTYPE, [form.D // 64, 64, 64], room.type.layout)
         for block in gl.static_range(form.D // 64):
             place = [places.row, places.out_column + block * 64]
-            tma.async_copy_shared_to_global(sources.out, place, parts.index(block))
+            store_block(sources.out, place, parts.index(block))
     else:
         index = work.first + gl.arange(0, 64, gl.SliceLayout(1, out_layout))
         columns = gl.arange(0, form.D, gl.SliceLayout(0, out_layout))[None, :]
