@@ -9,6 +9,9 @@ import torch
 
 _log = logging.getLogger(__name__)
 
+COMPILE = {"enable_fp_fusion": True}
+"""Options of every Triton kernel. From Triton 3.10 on, only those that ask for it get fused multiply-adds."""
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype for sums over inputs of ``dtype``: float64 for float64, float32 for all others."""

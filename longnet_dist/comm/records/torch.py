@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet_dist.numerics import COMPILE
+
 _ROWS = 8  # records (or places, when accumulating) of one Triton program
 
 
@@ -76,7 +78,7 @@ def accumulate(packed: Tensor, k: Tensor, v: Tensor, groups: RecordGroups) -> No
         from longnet_dist.comm.records.triton import add_kernel
 
         add_kernel[_grid(groups.places, k)](
-            packed, k, v, groups.places, groups.order, groups.starts, *_layout(groups.places, k, v)
+            packed, k, v, groups.places, groups.order, groups.starts, *_layout(groups.places, k, v), **COMPILE
         )
         return
     added = torch.segment_reduce(packed[groups.order], "sum", offsets=groups.starts, axis=0, unsafe=True, initial=0)
@@ -98,7 +100,7 @@ def _copy(packed: Tensor, k: Tensor, v: Tensor, places: Tensor, pack: bool) -> N
     if len(places):
         from longnet_dist.comm.records.triton import copy_kernel
 
-        copy_kernel[_grid(places, k)](packed, k, v, places, *_layout(places, k, v), PACK=pack)
+        copy_kernel[_grid(places, k)](packed, k, v, places, *_layout(places, k, v), PACK=pack, **COMPILE)
 
 
 def _grid(places: Tensor, k: Tensor) -> tuple[int, int]:

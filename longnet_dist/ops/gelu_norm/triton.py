@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longnet_dist.numerics import processors
+from longnet_dist.numerics import COMPILE, processors
 
 LONGEST = 10240
 """Numbers of a row that fit in the registers of a program."""
@@ -78,6 +78,7 @@ def gelu_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         layout.split(length),
         affine,
         num_warps=layout.warps,
+        **COMPILE,
     )
     return y
 
@@ -105,7 +106,7 @@ def _gelu_norm_gradients(dy: Tensor, h: Tensor, eps: float) -> Tensor:
     programs = min(rows, layout.programs * processors(h.device))
     sums = h.new_empty(programs, length, dtype=torch.float32)
     _gelu_norm_gradients_kernel[(programs,)](
-        dy, h, sums, rows, eps, length, layout.split(length), num_warps=layout.warps
+        dy, h, sums, rows, eps, length, layout.split(length), num_warps=layout.warps, **COMPILE
     )
     return sums.sum(0)
 

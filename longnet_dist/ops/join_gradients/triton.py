@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longnet_dist.numerics import processors
+from longnet_dist.numerics import COMPILE, processors
 
 WIDEST = 12288
 """Numbers of a row of the result that a program can sum."""
@@ -75,6 +75,7 @@ def _join_gradients(
         rows_at_once,
         bool(table),
         num_warps=warps,
+        **COMPILE,
     )
     return joined, sums.sum(0)
 

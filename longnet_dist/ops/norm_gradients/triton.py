@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longnet_dist.numerics import processors
+from longnet_dist.numerics import COMPILE, processors
 
 THREADS = 128
 """Of a program, each of which takes eight numbers of every piece of a row."""
@@ -68,6 +68,7 @@ def norm_gradients(
         sums,
         normed,
         num_warps=THREADS // 32,
+        **COMPILE,
     )
     return parts.sum(0) if sums else parts, y
 

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from longnet_dist.attention.kernels.contract import Call
 from longnet_dist.geometry.documents import SegmentTable
 from longnet_dist.geometry.window import Piece
-from longnet_dist.numerics import block_dim
+from longnet_dist.numerics import COMPILE, block_dim
 
 FORWARD_SIDES, BACKWARD_SIDES = "qkkqqq", "qqkkqqkk"
 """Where the buffers of a launch stand: with the window's rows, ``"q"``, or where the keys do, ``"k"``."""
@@ -80,7 +80,7 @@ class Launch:
     ) -> None:
         self._kernel, self._grid, self._views, self._numbers = kernel, (programs, 1, 1), views, numbers
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        self._options, self._first_rows = options, first_rows if any(first_rows) else ()
+        self._options, self._first_rows = COMPILE | options, first_rows if any(first_rows) else ()
         self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:

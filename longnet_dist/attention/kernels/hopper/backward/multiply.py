@@ -30,10 +30,10 @@ from longnet_dist.attention.kernels.hopper.gluon_api import group_barrier, reint
 from longnet_dist.attention.kernels.hopper.instructions import (
     arrive,
     copies_read,
+    lane_bit,
     meet,
     opaque_zero,
     reduce_add,
-    lane_bit,
     uniform,
 )
 from longnet_dist.attention.kernels.hopper.masks import keep_before, keep_columns
