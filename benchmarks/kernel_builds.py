@@ -114,7 +114,7 @@ def attention(capability: int, dim: int) -> None:
     lse, dq = torch.empty(1, 2, ROWS).transpose(1, 2), torch.empty(1, ROWS, 2, dim)
     pattern, kernel = DilatedPattern([4096], [2]), TritonKernel()
     for deterministic in (False, True):
-        call = Call(dense_pieces(pattern, 0, ROWS, ROWS, True)[0], (0, 1), True, 0.1, deterministic)
+        call = Call(dense_pieces(pattern, 0, ROWS, ROWS, True)[0], (0, 1), True, 0.1, deterministic, head_block=1)
         kernel.forward(call, q, k, v, out, lse)
         statistics = kernel.start_backward(dout, out, lse, dq, None, lse)
         statistics = kernel.start_backward(dout, out, lse, dq)
@@ -127,12 +127,12 @@ def attention(capability: int, dim: int) -> None:
     pattern, causal = DilatedPattern([8192], [2]), dim == 64
     (segment,) = shared_segments(pattern, 4096, 8192, 8192, causal)
     piece = replace(compact_piece(pattern, segment, 4096, 8192), overlap_rates=(2, 4))
-    call = Call(piece, (0,), causal, 0.1, fresh=not causal)
+    call = Call(piece, (0,), causal, 0.1, fresh=not causal, head_block=1)
     (key, value), (dkey, dvalue) = (torch.empty(2, 1, 4096, 1, dim, dtype=x) for x in (HALF, torch.float32))
     kernel.backward(call, BackwardInputs(dout, q, key, value, statistics), Gradients(dq, dkey, dvalue))
     kernel.forward(call, q, key, value, out, lse)
     if dim == 64:
-        call = Call(dense_pieces(DilatedPattern([4096], [1]), 0, ROWS, ROWS, False)[0], (0, 0), False, 0.1, fresh=True)
+        call = Call(dense_pieces(DilatedPattern([4096], [1]), 0, ROWS, ROWS, False)[0], (0, 0), False, 0.1, fresh=True, head_block=1)
         kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
 
 

@@ -172,8 +172,8 @@ def measure(each: Case) -> dict[str, Any]:
     """Steps of one configuration in this process, and its plan."""
     import torch
 
+    from longnet_dist.attention.kernels.planning import planned_device
     from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
-    from longnet_dist.estimate.devices import device_of
     from longnet_dist.estimate.run_estimate import Estimate
     from longnet_dist.machine import host_memory_bytes
     from longnet_dist.telemetry.throughput import Throughput
@@ -188,7 +188,7 @@ def measure(each: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), [*each.settings, f"data.path={_random_tokens(Path(folder), each)}"])
         layout = RunSetup.make(config, 1, device.type)
-        planned = Estimate.of(layout, device_of(device), 1, host_memory_bytes()).to_json()
+        planned = Estimate.of(layout, planned_device(device, layout), 1, host_memory_bytes()).to_json()
         launch.share_cores()
         prepare_deepspeed(launch, device)
         seconds = []

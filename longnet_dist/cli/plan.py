@@ -39,6 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_intermixed_args(arguments)
 
+    import torch
+
+    from longnet_dist.attention.kernels.planning import planned_device
     from longnet_dist.config.loading import load_config
     from longnet_dist.config.packaged import find_config
     from longnet_dist.estimate.layout import RunLayout
@@ -49,6 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(find_config(options.config), options.settings)
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
+    if here and device.type == "cuda":
+        device = planned_device(torch.device("cuda", 0), layout)
     local_ranks = min(layout.num_ranks, GPUS_OF_A_MACHINE)
     plan = Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
     if options.json:

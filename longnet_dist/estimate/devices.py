@@ -52,6 +52,13 @@ class Rates:
     context_bytes: int = int(0.905 * GIB)
 
 
+PORTABLE_SHARES = {64: (1.0, 0.75), 128: (0.85, 0.5)}
+"""Rates of the portable attention kernels, forward and backward, as shares of :class:`Rates`, by head dim.
+
+Measured on a Hopper GPU (``benchmarks/results/triton_versions.json``). At head dim 64 the forward of both is portable.
+"""
+
+
 @dataclass(frozen=True)
 class Device:
     """A Device is one kind of device with its peak rates.
@@ -77,6 +84,23 @@ class Device:
     link: float = 32e9
     host_link: float = 32e9
     rates: Rates = Rates()
+
+    def with_kernels(self, forward: str, backward: str, head_dim: int) -> Device:
+        """Return the device with the rates of the attention kernels that run there.
+
+        Args:
+            forward: ``"portable"`` where the kernel written for Hopper does not run, else any other name.
+            backward: the same for the backward pass.
+            head_dim: of the model; up to 64 it counts as 64, beyond as 128.
+        """
+        shares = PORTABLE_SHARES[64 if head_dim <= 64 else 128]
+        slower = [share if name == "portable" else 1.0 for name, share in zip((forward, backward), shares, strict=True)]
+        rates = replace(
+            self.rates,
+            attention_forward=self.rates.attention_forward * slower[0],
+            attention_backward=self.rates.attention_backward * slower[1],
+        )
+        return replace(self, rates=rates)
 
     @property
     def type(self) -> str:

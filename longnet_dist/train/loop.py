@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from longnet_dist.attention.kernels.planning import planned_device
 from longnet_dist.checkpoint.format import CheckpointState, checkpoint_folder, load_weights, restore
 from longnet_dist.checkpoint.run_folder import set_aside
 from longnet_dist.checkpoint.writer import CheckpointWriter, remove_partial
@@ -26,7 +27,6 @@ from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
-from longnet_dist.estimate.devices import device_of
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import check_fits
 from longnet_dist.extras import require_extra
@@ -65,7 +65,7 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     prepare_allocator(os.environ)
     device = launch.device()
     plan = RunSetup.make(config, launch.world_size, device.type)
-    needs = Estimate.of(plan, device_of(device), launch.local_world_size, host_memory_bytes())
+    needs = Estimate.of(plan, planned_device(device, plan), launch.local_world_size, host_memory_bytes())
     check_fits(needs)
     launch.share_cores()
     prepare_deepspeed(launch, device)
