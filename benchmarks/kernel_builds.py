@@ -132,7 +132,14 @@ def attention(capability: int, dim: int) -> None:
     kernel.backward(call, BackwardInputs(dout, q, key, value, statistics), Gradients(dq, dkey, dvalue))
     kernel.forward(call, q, key, value, out, lse)
     if dim == 64:
-        call = Call(dense_pieces(DilatedPattern([4096], [1]), 0, ROWS, ROWS, False)[0], (0, 0), False, 0.1, fresh=True, head_block=1)
+        call = Call(
+            dense_pieces(DilatedPattern([4096], [1]), 0, ROWS, ROWS, False)[0],
+            (0, 0),
+            False,
+            0.1,
+            fresh=True,
+            head_block=1,
+        )
         kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
 
 
