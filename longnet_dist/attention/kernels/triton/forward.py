@@ -110,8 +110,7 @@ def forward_kernel(
     """One tile of ``QUERIES`` queries of a (batch, head, segment) against all keys it sees.
 
     The running softmax starts as (maximum = lse, sum = 1, accumulator = out), so the earlier branches need no merge;
-    with ``FRESH`` nothing was written yet. ``running`` is ``out`` as a source of tiles. Scores
-    and maxima are in units of log 2.
+    with ``FRESH`` nothing was written yet. ``running`` is ``out`` as a source of tiles. Units of scores: log 2.
     """
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles  # causal: the longest first, so that no long one is left for the end
