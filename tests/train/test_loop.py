@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import math
 from itertools import product
@@ -193,8 +194,12 @@ def bytes_at_sample(config):
     """Bytes of tensors that are alive when the sample is begun, less those before training, over the weights'."""
 
     def alive():
-        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+        storages = {}
+        for tensor in gc.get_objects():
+            if issubclass(type(tensor), torch.Tensor):
+                # A tensor that a transform of torch.func wraps has no storage of its own.
+                with contextlib.suppress(NotImplementedError):
+                    storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
     def measure(*_):
