@@ -24,15 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = ((80, 64), (80, 128), (90, 64), (90, 128))
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program of a compute capability can have."""
-MOST_SPILLED = {"3.9": (160, 9)}
-"""What a thread of a Hopper kernel may spill with a release: bytes stored, and instructions in the inner loops.
-
-Triton 3.9 assembles with CUDA 13's ptxas, at a level of register allocation at which more is spilled.
-"""
-MOST_ELSEWHERE = (48, 0)
-"""The same with all other releases."""
-MOST_ROW_WISE = 8
-"""Bytes that a thread of a row-wise kernel may store."""
+MOST_SPILLED = 48
+"""Bytes that a thread of a Hopper kernel may store to local memory, all of them outside the inner loops."""
+MOST_SPILLED_ROW_WISE = 8
+"""The same of a row-wise kernel, wherever."""
 
 
 def build(folder: Path | None, capability: int, dim: int) -> dict[str, Any]:
@@ -56,9 +51,8 @@ def build(folder: Path | None, capability: int, dim: int) -> dict[str, Any]:
         if answer.returncode == 0:
             return dict(json.loads(output.read_text()))
     errors = [line for line in answer.stderr.splitlines() if "Error" in line]
-    error = (errors or [f"status {answer.returncode}: {answer.stderr[-200:]}"])[0]
     where = folder.name if folder else "installed"
-    return {"triton": where, "capability": capability, "dim": dim, "builds": [], "error": error}
+    return {"triton": where, "capability": capability, "dim": dim, "builds": [], "error": (errors or ["?"])[0]}
 
 
 def faults(case: dict[str, Any]) -> list[str]:
@@ -72,14 +66,11 @@ def faults(case: dict[str, Any]) -> list[str]:
         found += [f"{name} was not compiled" for name in sorted(expected - names)]
     for one in case["builds"]:
         name = one["kernel"]
-        release = ".".join(case["triton"].split(".")[:2])
-        most, inside = MOST_SPILLED.get(release, MOST_ELSEWHERE)
-        if not name.startswith("hopper_"):
-            most = MOST_ROW_WISE
+        most = MOST_SPILLED if name.startswith("hopper_") else MOST_SPILLED_ROW_WISE
         if one["spill_store_bytes"] > most and (one["part"] != "attention" or name.startswith("hopper_")):
             found.append(f"{name} spills {one['spill_store_bytes']} bytes")
-        if one["spills_in_inner_loops"] > inside and name.startswith("hopper_"):
-            found.append(f"{name} spills {one['spills_in_inner_loops']} times in its inner loops")
+        if one["spills_in_inner_loops"] and name.startswith("hopper_"):
+            found.append(f"{name} spills in its inner loops")
         if one["serialized"] and name.startswith("hopper_"):
             found.append(f"{name} waits for every matrix product")
         if one["shared_bytes"] > SHARED_MEMORY[case["capability"]]:

@@ -35,16 +35,15 @@ def test_kernels_compile_without_a_gpu(capability, dim):
 def test_faults_are_named():
     good = {"kernel": "hopper_backward_kernel", "part": "attention", "spill_store_bytes": 0,
             "spills_in_inner_loops": 0, "serialized": False, "shared_bytes": 1000}  # fmt: skip
-    case = {"triton": "3.6.0", "capability": 90, "dim": 64, "builds": [good]}
+    case = {"triton": "3.9.0", "capability": 90, "dim": 64, "builds": [good]}
     assert faults(case) == []
     for key, value, words in (
         ("spill_store_bytes", 100, "spills 100 bytes"),
-        ("spills_in_inner_loops", 1, "spills 1 times in its inner loops"),
+        ("spills_in_inner_loops", 1, "spills in its inner loops"),
         ("serialized", True, "waits for every matrix product"),
         ("shared_bytes", 10**6, "bytes of shared memory"),
     ):
         (fault,) = faults({**case, "builds": [{**good, key: value}]})
         assert words in fault
-    assert faults({**case, "triton": "3.9.0", "builds": [{**good, "spills_in_inner_loops": 9}]}) == []
     assert faults({**case, "dim": 128}) == ["hopper_forward_kernel was not compiled"]
     assert faults({**case, "error": "CompilationError: at 1:1"}) == ["CompilationError: at 1:1"]

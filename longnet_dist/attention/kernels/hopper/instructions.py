@@ -45,10 +45,10 @@ def opaque_zero(_semantic=None):
 
 
 @builtin
-def lane_bits(like, first, count, _semantic=None):
-    """Bits of a thread's number in its warp, as int32 of the shape of ``like``; read anew, not kept in a register."""
-    first, count = gl._core._unwrap_if_constexpr(first), gl._core._unwrap_if_constexpr(count)
-    text = f"{{ .reg .u32 lane; mov.u32 lane, %laneid; bfe.u32 $0, lane, {first}, {count}; }}"
+def lane_bit(like, bit, _semantic=None):
+    """A bit of the number of the thread, as int32 of the shape of ``like``; read anew, not kept in a register."""
+    bit = gl._core._unwrap_if_constexpr(bit)
+    text = f"{{ .reg .u32 lane; mov.u32 lane, %laneid; bfe.u32 $0, lane, {bit}, 1; }}"
     return gl.inline_asm_elementwise(text, "=r,r", [like], dtype=gl.int32, is_pure=False, pack=1, _semantic=_semantic)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
+from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.hopper.backward.kernel import hopper_backward_kernel
 from longnet_dist.attention.kernels.hopper.forward.kernel import hopper_forward_kernel
+from longnet_dist.attention.kernels.hopper.gluon_api import ASSEMBLER_OPTIONS
 from longnet_dist.attention.kernels.triton.launch import BACKWARD_SIDES, FORWARD_SIDES, Geometry, Launch, Problem, View
 
 
@@ -35,6 +36,7 @@ class ForwardTiles:
 # By head dim: the fastest of benchmarks/results/attention_kernels.md.
 FORWARD_TILES = {128: ForwardTiles(keys=64, stages=4, turns=4)}
 TILES = {64: HopperTiles(128, 3), 128: HopperTiles(64, 2)}
+OPTIONS: dict[str, Any] = {"num_warps": 4, **ASSEMBLER_OPTIONS}
 QUERIES = KEYS = 128  # of a tile of a program, forward and backward
 ENOUGH = 4 * 132  # programs: with fewer, some multiprocessors have more to do than others
 
@@ -70,7 +72,7 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         views,
         (*strides, q.shape[1], k.shape[1], *numbers),
         constants,
-        {"num_warps": 4},
+        OPTIONS,
         problem.first_rows(FORWARD_SIDES),
     )
 
@@ -114,9 +116,9 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         hopper_backward_kernel,
         problem.programs(problem.keys, KEYS, heads),
         views,
-        (q.shape[1], k.shape[1], *problem.numbers(problem.keys, KEYS, heads, *buffers), problem.call.scale / log(2)),
+        (q.shape[1], k.shape[1], *problem.numbers(problem.keys, KEYS, heads, *buffers)),
         constants,
-        {"num_warps": 4},
+        OPTIONS,
         problem.first_rows(BACKWARD_SIDES),
     )
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from longnet_dist.attention.kernels.hopper.instructions import lane_bits
-
 
 @gluon.jit
 def keep_columns(tile, first, stop, OTHER: gl.constexpr):
@@ -26,7 +24,7 @@ def keep_columns(tile, first, stop, OTHER: gl.constexpr):
     eights = tile.reshape(ROWS, COLUMNS // 8, 8)
     LAYOUT: gl.constexpr = eights.type.layout
     row_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
-    place = _place_in_eight(gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    place = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     eight = 8 * gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     if first is not None:
         first = gl.convert_layout(first, row_layout, assert_trivial=True)[:, None, None]
@@ -43,14 +41,7 @@ def keep_before(vector, stop, OTHER: gl.constexpr):
     COLUMNS: gl.constexpr = vector.shape[0]
     eights = vector.reshape(COLUMNS // 8, 8)
     LAYOUT: gl.constexpr = eights.type.layout
-    place = _place_in_eight(gl.SliceLayout(0, LAYOUT))[None, :]
+    place = gl.arange(0, 8, gl.SliceLayout(0, LAYOUT))[None, :]
     eight = 8 * gl.arange(0, COLUMNS // 8, gl.SliceLayout(1, LAYOUT))[:, None]
     eights = gl.where(stop - place > eight, eights, OTHER)
     return gl.convert_layout(eights.reshape(COLUMNS), vector.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _place_in_eight(LAYOUT: gl.constexpr):
-    """``0 … 7``, two of them in each of four threads, whose numbers are read anew."""
-    place = gl.arange(0, 8, LAYOUT)
-    return 2 * lane_bits(place, 0, 2) + place % 2

@@ -14,10 +14,14 @@ FIRST_RELEASE, LAST_RELEASE = (3, 6), (3, 9)
 REMEDY = "install a torch from 2.11 to 2.15, which bring Triton 3.6 to 3.9"
 
 
+def release_of(version: str) -> tuple[int, ...]:
+    """Return major and minor number of a version of Triton."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def release_obstacle(version: str) -> str:
     """Say why the Triton of ``version`` cannot compile the kernels; an empty string where it can."""
-    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if FIRST_RELEASE <= release <= LAST_RELEASE:
+    if FIRST_RELEASE <= release_of(version) <= LAST_RELEASE:
         return ""
     known = " to ".join(dict.fromkeys(f"{major}.{minor}" for major, minor in (FIRST_RELEASE, LAST_RELEASE)))
     return f"the kernels for Hopper need Triton {known}, but {version} is installed"

@@ -27,7 +27,7 @@ def hopper_backward_kernel(
     rows, key_rows,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, factor,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
     D: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
     GROUPED: gl.constexpr, FRESH: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
@@ -45,18 +45,18 @@ def hopper_backward_kernel(
     )
     results = Results(dq, dk, dv, dq_strides, dk_strides, dv_strides, rows)
     _run(  # a form with a name would be made of numbers that the compiler does not know
-        sources, results, shape, group, scale, factor,
+        sources, results, shape, group, scale,
         Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, OVERLAPS),
     )  # fmt: skip
 
 
 @gluon.jit
-def _run(sources, results, shape, group, scale, factor, form):
+def _run(sources, results, shape, group, scale, form):
     memory = _allocate(sources, results, form)
     gl.warp_specialize(
         [
-            (multiply, (results, memory, shape, group, scale, factor, form, 0)),
-            (multiply, (results, memory, shape, group, scale, factor, form, 1)),
+            (multiply, (results, memory, shape, group, scale, form, 0)),
+            (multiply, (results, memory, shape, group, scale, form, 1)),
             (fetch, (sources, memory, shape, group, form)),
         ],
         [4, 1],

@@ -30,7 +30,7 @@ from longnet_dist.attention.kernels.hopper.gluon_api import group_barrier, reint
 from longnet_dist.attention.kernels.hopper.instructions import (
     arrive,
     copies_read,
-    lane_bits,
+    lane_bit,
     meet,
     opaque_zero,
     reduce_add,
@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 
 @gluon.jit
-def multiply(results, tiles, shape, group, scale, factor, form, W: gl.constexpr):
+def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     """Group ``W``, whose keys are the ``W``-th 64 of the tile."""
     dkey_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, form.D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
@@ -97,6 +97,7 @@ def multiply(results, tiles, shape, group, scale, factor, form, W: gl.constexpr)
     key_rows, value_rows = tiles.key.index(W), tiles.value.index(W)
     if form.HALVES == 2:
         key_rows = key_rows.load(operand)
+    factor = scale * LOG2_E
     if form.OVERLAPS:  # of all tiles of queries, which are a period apart
         first_row = given.begin + first_key
         write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, shape[12], True)
@@ -175,9 +176,9 @@ def _step(
     _, start = query_tile(step, work, form)
     tile = slot * form.HALVES
     gradient = _transposed_product(value_rows, tiles.dout.index(_fresh(tile, form)))
-    weights, dvalue = _weigh(scores, tile, start, dvalue, tiles, work, factor, form, MASKED)
+    weights, delta, dvalue = _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED)
     gradient = warpgroup_mma_wait(1, deps=[gradient])
-    ds = _dscores(weights, gradient, tile, tiles, scale, form)
+    ds = (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype)
     if form.HALVES == 2:
         ds, dkey, dvalue = _second_half(
             ds, tile, start, dkey, dvalue, key_rows, value_rows, tiles, work, factor, scale, form, W, MASKED
@@ -236,14 +237,14 @@ def _second_half(
     dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile), dkey, is_async=True)
     gradient = _transposed_product(value_rows, tiles.dout.index(tile + 1))
     scores, dvalue = warpgroup_mma_wait(2, deps=[scores, dvalue])
-    weights, dvalue = _weigh(scores, tile + 1, start + 64, dvalue, tiles, work, factor, form, MASKED)
+    weights, delta, dvalue = _weigh(scores, tile + 1, start + 64, dvalue, tiles, work, factor, scale, form, MASKED)
     gradient, dkey = warpgroup_mma_wait(1, deps=[gradient, dkey])
-    return _dscores(weights, gradient, tile + 1, tiles, scale, form), dkey, dvalue
+    return (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype), dkey, dvalue
 
 
 @gluon.jit
-def _weigh(scores, tile, start, dvalue, tiles, work, factor, form, MASKED: gl.constexpr):
-    """P of the keys and the 64 queries from ``start`` on, which stand in ``tile``; dV, not waited for."""
+def _weigh(scores, tile, start, dvalue, tiles, work, factor, scale, form, MASKED: gl.constexpr):
+    """P of the keys and the 64 queries from ``start`` on, which stand in ``tile``; their delta; dV, not waited for."""
     operand: gl.constexpr = gl.DotOperandLayout(0, dvalue.type.layout, 2)
     lse = tiles.lse.index(tile).load(QUERY)
     if MASKED:  # a query behind the last one weighs nothing
@@ -256,14 +257,7 @@ def _weigh(scores, tile, start, dvalue, tiles, work, factor, form, MASKED: gl.co
             weights = gl.where((work.seen_from < NEVER)[:, None], weights, 0.0)
     narrow = gl.convert_layout(weights.to(tiles.key.dtype), operand)
     dvalue = warpgroup_mma(narrow, tiles.dout.index(_fresh(tile, form)), dvalue, is_async=True)
-    return weights, dvalue
-
-
-@gluon.jit
-def _dscores(weights, gradient, tile, tiles, scale, form):
-    """``scale · dS`` of the keys and the 64 queries in ``tile``, rounded for the products."""
-    delta = tiles.delta.index(_fresh(tile, form)).load(QUERY) * scale
-    return (weights * (gradient * scale - delta[None, :])).to(tiles.key.dtype)
+    return weights, tiles.delta.index(tile).load(QUERY) * scale, dvalue
 
 
 @gluon.jit
@@ -312,7 +306,7 @@ def _last_dquery(steps, tiles, work, target, form, W: gl.constexpr):
 @gluon.jit
 def _stage_dquery(tile, dquery):
     """Write dQ for the copy engine, odd rows in another order: no two of four rows meet in a bank of shared memory."""
-    odd = lane_bits(gl.full([64], 0, gl.int32, KEY), 2, 1) == 1  # four threads have a row
+    odd = lane_bit(gl.full([64], 0, gl.int32, KEY), 2) == 1  # four threads have a row
     left, right = dquery.reshape(64, 2, 2, 16).permute(0, 1, 3, 2).split()
     exchanged = gl.join(right, left).permute(0, 1, 3, 2).reshape(64, 64)
     dquery = gl.where(odd[:, None], gl.convert_layout(exchanged, SCORES, assert_trivial=True), dquery)
