@@ -1,21 +1,18 @@
-r"""Rotary positions (RoPE) and extrapolatable positions (xPos), right at row :math:`2^{30}` and beyond.
+r"""Positions of queries and keys, right at row :math:`2^{30}` and beyond.
 
-Row :math:`n` rotates channel pair :math:`i` of queries and keys by :math:`n\theta_i`, :math:`\theta_i = \theta^{-2i/D}`
-(RoPE, arXiv 2104.09864). xPos (arXiv 2212.10554) also scales queries by :math:`\zeta_i^{n/\mathrm{base}}` and keys by
-:math:`\zeta_i^{-n/\mathrm{base}}`, :math:`\zeta_i = (2i/D + 0.4) / 1.4`, so that scores decay with the distance. Only
-differences of rows matter to a score, and neither product survives floating point at large :math:`n`, so
+Row :math:`n` multiplies channel pair :math:`i`, a complex number, by the factor of its encoding
+(``geometry/position_encodings``): a rotation, and for some encodings a scale that lets scores decay with the distance.
+Only differences of rows matter to a score, and neither factor survives floating point at large :math:`n`, so
 
 * angles are whole numbers of :math:`2^{-64}` turns: ``n`` times such an integer, in 64-bit arithmetic that wraps, is
   the angle without its full turns, exact for every ``n``;
-* xPos counts rows from the centre of a *span* that holds every pair of rows that can attend to each other.
+* scales count rows from the centre of a *span* that holds every pair of rows that can attend to each other.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from decimal import Decimal, localcontext
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +22,14 @@ from torch import Tensor
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.position_encodings import (
+    POSITION_ENCODINGS,
+    Decay,
+    PositionSettings,
+    checked_decay,
+    checked_turns,
+)
 from longnet_dist.numerics import wide_dtype
-
-_TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
-
 
 _TABLE_ROWS = 65536
 """Rows of the tables that are computed at once: on the way there an angle takes 60 bytes, in the tables 8 to 16."""
@@ -37,7 +38,7 @@ _TABLE_ROWS = 65536
 class RotaryTable(NamedTuple):
     """Hold the cosine and sine of each row and pair of channels, times the pair's scale: for queries, for keys.
 
-    Both are ``(n, 1, D/2, 2)``, float32 or float64. With RoPE they are one tensor.
+    Both are ``(n, 1, D/2, 2)``, float32 or float64. They are one tensor if the encoding does not scale.
     """
 
     query: Tensor
@@ -50,8 +51,8 @@ class RotaryTable(NamedTuple):
     def transposed(self) -> RotaryTable:
         """Return the transposed linear maps, which gradients of queries and keys take on their way back.
 
-        A pair of channels is a complex number, and its factor ``c·exp(iφ)`` has the transpose ``c·exp(-iφ)``. For RoPE,
-        where ``c = 1``, that is the opposite rotation.
+        A pair of channels is a complex number, and its factor ``c·exp(iφ)`` has the transpose ``c·exp(-iφ)``. Where
+        ``c = 1`` (RoPE), that is the opposite rotation.
         """
         signs = 1 - 2 * torch.arange(2, device=self.query.device)
         return RotaryTable(self.query * signs, self.key * signs)
@@ -64,11 +65,33 @@ class Positions:
     Attributes:
         theta: base of the wavelengths of the rotation, at least 1.
         xpos_base: rows over which xPos scales by ``ζ``; None for RoPE.
+        encoding: name of a file of ``geometry/position_encodings``; if not given, ``"xpos"`` with an ``xpos_base`` and
+            ``"rope"`` without.
+
+    Raises:
+        ConfigError: the encoding is not known, or has no tables (``"none"``).
     """
 
     theta: float = 10000.0
     xpos_base: int | None = None
+    encoding: str | None = None
     _cached: tuple[tuple[object, ...], RotaryTable] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.encoding is None:
+            self.encoding = "rope" if self.xpos_base is None else "xpos"
+        if not POSITION_ENCODINGS[self.encoding].rotates:
+            raise ConfigError(f"positions {self.encoding!r} have no tables; use positions=None")
+
+    @property
+    def name(self) -> str:
+        """Return the name of the encoding."""
+        assert self.encoding is not None
+        return self.encoding
+
+    def decay(self, head_dim: int) -> Decay | None:
+        """Return the scales of each pair of channels; None if the encoding does not scale."""
+        return checked_decay(self.name, head_dim, self._settings)
 
     def __call__(
         self, q: Tensor, k: Tensor, pattern: DilatedPattern, start: int, total_rows: int
@@ -81,7 +104,7 @@ class Positions:
             total_rows: ``N``.
 
         Raises:
-            ConfigError: ``D`` is odd, or xPos leaves the range of the dtype (see :meth:`check`).
+            ConfigError: ``D`` is odd, or the scales leave the range of the dtype (see :meth:`check`).
         """
         _, rows, _, head_dim = q.shape
         return rotate(q, k, self.table(pattern, start, rows, total_rows, head_dim, q.dtype, q.device))
@@ -115,24 +138,28 @@ class Positions:
                 self._cached = key, self._tables(start, rows, span, head_dim, wide, device, batch, documents)
         return self._cached[1]
 
+    @property
+    def _settings(self) -> PositionSettings:
+        return PositionSettings(self.theta, self.xpos_base)
+
     def check(self, pattern: DilatedPattern, total_rows: int, head_dim: int, dtype: torch.dtype) -> None:
         """Raise ConfigError if these positions cannot serve ``total_rows`` rows of ``head_dim`` channels in ``dtype``.
 
-        xPos scales by at most ``exp(span/2 · ln(3.5) / base)``. Scaled queries meet scaled keys, so this must stay
-        under the square root of the largest number of the dtype: the paper's 32,768 rows at base 512 do in float32 and
+        Scales are at most ``exp(span/2 · ln(1/ζ) / rows)``. Scaled queries meet scaled keys, so this must stay under
+        the square root of the largest number of the dtype: the paper's 32,768 rows at base 512 do in float32 and
         bfloat16.
         """
         if head_dim < 2 or head_dim % 2:
             raise ConfigError(f"positions rotate pairs of channels, but head_dim is {head_dim}; use an even head_dim")
-        if self.xpos_base is None:
+        if (decay := self.decay(head_dim)) is None:
             return
         span = attending_span(pattern, total_rows)
-        exponent = span / 2 * -math.log(0.4 / 1.4)
+        exponent = span / 2 * -math.log(min(decay.factors))
         largest = math.log(torch.finfo(dtype).max) / 2
-        if exponent / self.xpos_base > largest:
+        if exponent / decay.rows > largest:
             raise ConfigError(
-                f"xpos with base {self.xpos_base} leaves the range of {dtype} over the {span} rows in which {pattern} "
-                f"lets rows attend; use xpos_base={math.ceil(exponent / largest)} or more, or rope"
+                f"{self.name} with base {decay.rows} leaves the range of {dtype} over the {span} rows in which "
+                f"{pattern} lets rows attend; use xpos_base={math.ceil(exponent / largest)} or more, or rope"
             )
 
     def _tables(
@@ -146,22 +173,22 @@ class Positions:
         batch: int,
         documents: Documents | None,
     ) -> RotaryTable:
-        turns = torch.tensor(_turns(self.theta, head_dim), device=device)
-        zeta = (torch.arange(0, head_dim, 2, device=device).double() / head_dim + 0.4) / 1.4
-        number = 1 if self.xpos_base is None else 2
-        tables = torch.empty(number, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
+        turns = torch.tensor(checked_turns(self.name, head_dim, self._settings), device=device)
+        decay = self.decay(head_dim)
+        tables = torch.empty(1 if decay is None else 2, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
         for first in range(0, rows, _TABLE_ROWS):
             part = tables[:, first : first + _TABLE_ROWS]
             n, spans = _indices(start + first, part.shape[1], span, device, documents)
             # The int64 product wraps at 2^64, which is a full turn: what is left is n θ_i without its full turns.
             angle = (n * turns).double() * (2 * math.pi / 2**64)
             factors = torch.stack([angle.cos(), angle.sin()], -1)
-            if self.xpos_base is None:
+            if decay is None:
                 part[0] = factors
             else:
-                # Queries take ζ^(m/base) and keys ζ^(-m/base), with m counted from the centre of the span. A score sees
-                # only ζ^((m - m')/base), in which the centre cancels.
-                scale = zeta.pow((n % spans - spans / 2) / self.xpos_base).unsqueeze(-1)
+                # Queries take ζ^(m/rows) and keys ζ^(-m/rows), with m counted from the centre of the span. A score sees
+                # only ζ^((m - m')/rows), in which the centre cancels.
+                zeta = torch.tensor(decay.factors, dtype=torch.float64, device=device)
+                scale = zeta.pow((n % spans - spans / 2) / decay.rows).unsqueeze(-1)
                 part[0], part[1] = factors * scale, factors / scale
         if batch > 1:
             tables = tables.repeat(1, batch, 1, 1, 1)
@@ -171,7 +198,7 @@ class Positions:
 def _indices(
     start: int, rows: int, span: int, device: torch.device, documents: Documents | None
 ) -> tuple[Tensor, Tensor | int]:
-    """Return the index ``(rows, 1, 1)`` of each row in its document, and the span over which xPos counts there.
+    """Return the index ``(rows, 1, 1)`` of each row in its document, and the span over which scales count there.
 
     Padding counts from row 0 of the sequence, which nobody sees.
     """
@@ -191,15 +218,6 @@ def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
     Segments of length ``w`` never cross a multiple of a multiple of ``w``.
     """
     return min(math.lcm(*pattern.segment_lengths), total_rows)
-
-
-@lru_cache(maxsize=8)
-def _turns(theta: float, head_dim: int) -> tuple[int, ...]:
-    """Return the angle between neighbouring rows for each pair of channels, in units of 2^-64 turns, rounded once."""
-    with localcontext() as context:
-        context.prec = 40
-        base = Decimal(theta)
-        return tuple(round(base ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64) for i in range(head_dim // 2))
 
 
 def rotate(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from importlib.resources import files
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
+from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 
 MODEL_NAMES = ("tiny", "paper", "125m", "350m", "760m", "1.3b", "2.7b")
 
@@ -32,9 +33,9 @@ class LongNetConfig(BaseModel):
         head_offsets: name of a rule of ``geometry/offset_rules``, such as ``"modulo"`` (the paper) or ``"blocked"``
             (torchscale's checkpoints).
         causal: causal language model, in which a token sees itself and earlier tokens, or else bidirectional encoder.
-        positions: ``"xpos"`` (default of causal models), ``"rope"`` (default of bidirectional ones) or ``"none"``. xPos
-            scales a score down with the distance of the key behind the query. It would scale up keys ahead of the
-            query, so it is for causal models only.
+        positions: name of an encoding of ``geometry/position_encodings``: ``"xpos"`` (default of causal models),
+            ``"rope"`` (default of bidirectional ones) or ``"none"``. xPos scales a score down with the distance of the
+            key behind the query. It would scale up keys ahead of the query, so it is for causal models only.
         xpos_base: tokens over which xPos decays by its factor; a larger value decays more slowly.
         rope_theta: base of the wavelengths of RoPE, also in xPos.
         qk_norm: apply an RMSNorm to the query and the key of every head, before the positions.
@@ -59,7 +60,7 @@ class LongNetConfig(BaseModel):
     dilation_rates: tuple[int, ...]
     head_offsets: str = "modulo"
     causal: bool = True
-    positions: Literal["xpos", "rope", "none"] = "xpos"
+    positions: str = "xpos"
     xpos_base: PositiveInt = 512
     rope_theta: float = 10000.0
     qk_norm: bool = False
@@ -93,14 +94,17 @@ class LongNetConfig(BaseModel):
             raise ConfigError(
                 f"heads must divide dim, but dim={self.dim} and heads={self.heads}; make dim a multiple of heads"
             )
-        if self.positions != "none" and self.head_dim % 2:
+        POSITION_ENCODINGS.check(self.positions)
+        encoding = POSITION_ENCODINGS[self.positions]
+        if encoding.rotates and self.head_dim % 2:
             raise ConfigError(
                 f"positions rotate pairs of channels, so dim/heads must be even, but dim={self.dim} and "
                 f"heads={self.heads} give {self.head_dim}; use another number of heads, or positions=none"
             )
-        if self.positions == "xpos" and not self.causal:
+        if encoding.scales and not self.causal:
             raise ConfigError(
-                "positions=xpos would weigh later rows up in a model with causal=false; use positions=rope (or none)"
+                f"positions={self.positions} would weigh later rows up in a model with causal=false; use "
+                f"positions=rope (or none)"
             )
         if self.rope_theta < 1 or self.norm_eps <= 0:
             raise ConfigError(

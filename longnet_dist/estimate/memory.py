@@ -17,6 +17,7 @@ from longnet_dist.estimate.model_cost import num_parameters
 from longnet_dist.estimate.state import state_of
 from longnet_dist.estimate.traffic import Exchange, exchange_of
 from longnet_dist.geometry.chunks import cache_rows, record_rows
+from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 
 HOST_PROCESS_BYTES = 4 * 2**30  # of a process with CUDA and all libraries loaded
 MASTER_COPY_BYTES = 12  # of a parameter: an asynchronous checkpoint copies weight and two moments, float32
@@ -90,8 +91,8 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
 def _always(layout: RunLayout) -> dict[str, int]:
     """Return what exists during the whole step: token ids and labels, tables of positions, the record of a stream."""
     model, tokens = layout.config.model, layout.local_tokens
-    tables = {"none": 0, "rope": 2, "xpos": 4}[model.positions]
-    positions = tokens // layout.micro_batch_size * tables * model.head_dim // 2 * WIDE
+    tables = POSITION_ENCODINGS[model.positions].num_tables()
+    positions = tokens // layout.micro_batch_size * tables * model.head_dim * WIDE
     return {"inputs": 2 * 8 * tokens + positions, "stream": _stream(layout)}
 
 

@@ -15,6 +15,7 @@ from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ShapeError
+from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 from longnet_dist.model.block import Block
 from longnet_dist.model.head import LanguageModelHead
 from longnet_dist.model.loss import IGNORE_INDEX
@@ -168,6 +169,6 @@ class LongNet(nn.Module):
 
 def positions_of(config: LongNetConfig) -> Positions | None:
     """Return the positions of a model's queries and keys, or None."""
-    if config.positions == "none":
+    if not POSITION_ENCODINGS[config.positions].rotates:
         return None
-    return Positions(config.rope_theta, config.xpos_base if config.positions == "xpos" else None)
+    return Positions(config.rope_theta, config.xpos_base, config.positions)

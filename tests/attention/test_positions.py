@@ -4,9 +4,10 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from longnet_dist.attention.positions import _TWO_PI, Positions, attending_span
+from longnet_dist.attention.positions import Positions, attending_span
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.position_encodings import TWO_PI
 
 PATTERN = DilatedPattern([8, 32], [1, 2])
 BILLION = 2**30
@@ -40,7 +41,7 @@ def test_angles_are_right_to_the_last_bits(row):
     cos, sin = table.unbind(-1)
     with localcontext() as context:
         context.prec = 60
-        angles = [float(row * Decimal(theta) ** (Decimal(-2 * i) / dim) % _TWO_PI) for i in range(dim // 2)]
+        angles = [float(row * Decimal(theta) ** (Decimal(-2 * i) / dim) % TWO_PI) for i in range(dim // 2)]
     # 2^-65 turns a row is all the error there is, beside that of one float64
     tolerance = 1e-15 + row * 2**-65 * 2 * math.pi
     assert [abs(c - math.cos(a)) < tolerance for c, a in zip(cos.flatten().tolist(), angles, strict=True)] == [True] * 8
