@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from longnet_dist.errors import ConfigError
 
@@ -51,17 +51,18 @@ class Registry(Generic[Entry]):
         """Return all known names, in alphabetical order. Nothing is imported for it."""
         return tuple(sorted({*self._entries, *self._files}))
 
-    def check(self, name: object, key: str = "") -> None:
+    def check(self, name: object, key: str = "", *others: str) -> None:
         """Refuse a name that is not known.
 
         Args:
             name: as given.
             key: of the configuration, for the message; the kind if not given.
+            others: further values that the key may have, such as ``"auto"``.
 
         Raises:
             ConfigError: with the known names.
         """
-        if name not in (known := self.names()):
+        if name not in (known := (*others, *self.names())):
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key or self.kind} must be one of {', '.join(known)}, not {name!r}{hint}")
@@ -83,3 +84,7 @@ class Registry(Generic[Entry]):
         spec = find_spec(self._package)
         assert spec is not None
         return {file.name for file in iter_modules(spec.submodule_search_locations)}
+
+
+ATTENTION_BACKENDS: Registry[Any] = Registry("backend", "longnet_dist.attention.kernels.backends")
+"""The registry of that folder, which types it. It is made here since a configuration checks names without torch."""

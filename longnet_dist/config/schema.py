@@ -5,13 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.optim.schedules import SCHEDULES
+from longnet_dist.registry import ATTENTION_BACKENDS
 
 Precision = Literal["fp32", "bf16"]
+AUTO = "auto"
 
 DEEPSPEED_KEYS_OF_OURS = {
     "train_batch_size": "train.batch_size",
@@ -132,6 +143,10 @@ class TrainConfig(Section):
         matmul: backend of the linear layers in compiled blocks. ``quack`` (package quack-kernels) fuses the norm before
             and the addition after a linear layer, in bf16 on a Hopper GPU. ``auto`` uses it where it runs. With fewer
             than 4,096 tokens at once, ``torch`` is used in any case.
+        attention_backend: backend of dilated attention: ``auto`` (the fastest that runs), ``triton``, ``flash``,
+            ``sdpa``, ``reference``, or another that is registered.
+        deterministic: make the attention's gradients bitwise equal from run to run; on a Hopper GPU the backward kernel
+            is slower then.
         peak_tflops: peak of one GPU for the model FLOPs utilization, TFLOP/s; if not given, the data sheet's dense
             bf16 peak.
         ignore_plan: start even if the estimated memory is larger than that of the device.
@@ -181,6 +196,8 @@ class TrainConfig(Section):
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
     matmul: Literal["auto", "torch", "quack"] = "auto"
+    attention_backend: str = AUTO
+    deterministic: bool = False
     peak_tflops: PositiveFloat | None = None
     ignore_plan: bool = False
     profile: ProfileConfig | None = None
@@ -245,6 +262,12 @@ class TrainConfig(Section):
                 "train.matmul=auto"
             )
         return self
+
+    @field_validator("attention_backend")
+    @classmethod
+    def _check_backend(cls, backend: str) -> str:
+        ATTENTION_BACKENDS.check(backend, "train.attention_backend", AUTO)
+        return backend
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

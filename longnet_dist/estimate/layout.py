@@ -8,6 +8,7 @@ from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.window import Shards
+from longnet_dist.registry import ATTENTION_BACKENDS
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ class RunLayout:
 
     @property
     def merges_overlaps(self) -> bool:
-        """Say whether the kernels compute a pair that several branches have only once; those of a GPU do."""
-        return self.device_type == "cuda"
+        """Say whether the kernels compute a pair that several branches have only once; of a GPU the fastest do."""
+        backend = self.config.train.attention_backend
+        if backend == "auto":
+            return self.device_type == "cuda"
+        merges: bool = ATTENTION_BACKENDS[backend].merges_overlaps
+        return merges
 
     @property
     def num_chunks(self) -> int:

@@ -160,6 +160,8 @@ class Trainer:
             self.config.model,
             group=self.mesh.sequence_group,
             overlap=self.config.parallel.overlap,
+            backend=self.config.train.attention_backend,
+            deterministic=self.config.train.deterministic,
             execution=Execution.of(self.config.train, self.device.type),
         )
         if self.plan.resume.checkpoint:

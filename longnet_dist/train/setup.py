@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longnet_dist.attention.kernels.registry import check_backend
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point
-from longnet_dist.config.schema import Config, Precision
+from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Batches, Windows, objective
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
@@ -45,7 +46,9 @@ class RunSetup(RunLayout):
             ConfigError, ShapeError, DataError, CheckpointError: whatever would make the run fail later.
         """
         layout = RunLayout.of(config, world_size, device_type)
-        _check_positions(config, layout.precision)
+        dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+        _check_positions(config, dtype)
+        check_backend(config.train.attention_backend, torch.device(device_type), dtype, config.train.deterministic)
         usable_loggers(config.train.loggers)
         folder = RunFolder(config.train.output_dir)
         folder.check_writable()
@@ -94,8 +97,7 @@ class RunSetup(RunLayout):
         return values
 
 
-def _check_positions(config: Config, precision: Precision) -> None:
+def _check_positions(config: Config, dtype: torch.dtype) -> None:
     """Refuse positions that cannot span a sequence, which the model would notice in its first forward."""
     if positions := positions_of(config.model):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         positions.check(config.model.pattern, config.data.sequence_length, config.model.head_dim, dtype)

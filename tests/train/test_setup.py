@@ -1,11 +1,13 @@
 import pytest
 
+from longnet_dist.attention import functional
+from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.checkpoint.run_folder import ResumePoint
 from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.errors import CheckpointError, ConfigError, DataError, ShapeError
 from longnet_dist.train.setup import RunSetup
 from tests.distributed import run_distributed
-from tests.train.runs import make_trainer, run, tiny_config
+from tests.train.runs import import_deepspeed, make_trainer, run, tiny_config
 
 
 def test_a_plan_fills_in_what_was_left_open(tmp_path, corpus):
@@ -103,3 +105,39 @@ def test_the_standard_library_is_prepared_once_for_all_ranks(tmp_path, corpus):
     messages = run_distributed(default_corpus, 2, config, tmp_path / "cache")
     assert messages[0] == messages[1]
     assert str(file) in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("train.attention_backend=sdpaa",), r"train\.attention_backend must be one of auto, flash, .*mean sdpa\?"),
+        (("train.attention_backend=flash",), r"backend 'flash' runs on a GPU.*; use 'auto'"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_before_ranks_meet(tmp_path, corpus, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RunSetup.make(tiny_config(tmp_path / "run", corpus, *settings), 2, "cpu")
+
+
+@pytest.mark.parametrize("settings", [(), ("train.activation_checkpointing=selective",)], ids=["modules", "engine"])
+def test_the_backend_reaches_every_block(tmp_path, corpus, settings, monkeypatch):
+    """What is asked for is what the attention of a step and of a validation chooses its kernel by."""
+    chosen = set()
+
+    def note(backend, device, dtype, deterministic=False):
+        chosen.add((backend, deterministic))
+        return choose_kernel(backend, device, dtype, deterministic)
+
+    monkeypatch.setattr(functional, "choose_kernel", note)
+    asked = ("train.attention_backend=reference", "train.deterministic=true", "train.validate_every=1")
+    config = tiny_config(tmp_path / "run", corpus, "train.steps=1", *asked, *settings)
+    import_deepspeed()
+    attentions = run_distributed(_attentions_of_a_run, 1, config, chosen)[0]
+    assert attentions == (2 * [("reference", True)], {("reference", True)})
+
+
+def _attentions_of_a_run(config, chosen):
+    trainer = make_trainer(config)
+    trainer.run()
+    blocks = trainer.engine.module.blocks
+    return [(block.self_attn.backend, block.self_attn.deterministic) for block in blocks], chosen

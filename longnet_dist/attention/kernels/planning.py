@@ -24,8 +24,11 @@ def planned_device(device: torch.device, layout: RunLayout) -> Device:
     found = device_of(device)
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != support.COMPUTE_CAPABILITY:
         return found  # no other device has kernels of its own
-    head_dim = layout.config.model.head_dim
-    choice = describe_kernels(device, torch.bfloat16 if layout.precision == "bf16" else torch.float32, head_dim)
+    head_dim, train = layout.config.model.head_dim, layout.config.train
+    dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+    choice = describe_kernels(
+        device, dtype, head_dim, backend=train.attention_backend, deterministic=train.deterministic
+    )
     if choice.remedy:
         log_once(f"planned with slower attention kernels than this GPU has: {choice.reason}; {choice.remedy}")
     return found.with_kernels(choice.forward, choice.backward, head_dim)

@@ -30,6 +30,11 @@ def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype, determ
     return _kernel(name)
 
 
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> None:
+    """Refuse a backend before the ranks meet; arguments and errors of :func:`choose_kernel`."""
+    _choose(backend, device, dtype, deterministic)
+
+
 def describe_kernels(
     device: torch.device,
     dtype: torch.dtype,
@@ -68,8 +73,7 @@ def _choose(
 ) -> tuple[str, list[tuple[str, str]]]:
     """Return the name of a backend, and faster ones with the reason why each is passed over."""
     if backend != AUTO:
-        if backend not in (known := BACKENDS.names()):
-            raise ConfigError(f"backend must be one of {', '.join((AUTO, *known))}, not {backend!r}")
+        BACKENDS.check(backend, "backend", AUTO)
         if obstacle := BACKENDS[backend].obstacle(device, dtype, deterministic):
             raise ConfigError(f"backend {backend!r} {obstacle}; use 'auto'")
         return backend, []

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from longnet_dist.attention.kernels import planning
+from longnet_dist.attention.kernels.backends import BACKENDS
 from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.planning import planned_device
+from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.devices import PORTABLE_SHARES, named_device
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.numerics import log_once
@@ -56,6 +58,15 @@ def test_a_triton_without_them_is_planned_slower_and_says_why_once(this_machine,
     (record,) = caplog.records
     assert "9.9.0 is installed" in record.getMessage()
     assert support.REMEDY in record.getMessage()
+
+
+def test_the_backend_of_the_run_is_planned(this_machine):
+    slow = named_device("h100").with_kernels("hopper", "portable", 128)
+    assert planned_device(CUDA, small_layout(model={"heads": 1}, train={"deterministic": True})) == slow
+    with pytest.raises(ConfigError, match="'sdpa' runs on the CPU"):
+        planned_device(CUDA, small_layout(train={"attention_backend": "sdpa"}))
+    merges = [small_layout(train={"attention_backend": name}).merges_overlaps for name in ("auto", *BACKENDS.names())]
+    assert merges == [True, *(type(BACKENDS[name].kernel()).merges_overlaps for name in BACKENDS.names())]
 
 
 def test_other_gpus_and_the_cpu_keep_their_rates(this_machine):

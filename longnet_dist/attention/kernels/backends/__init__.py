@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longnet_dist.registry import Registry
+from longnet_dist.registry import ATTENTION_BACKENDS, Registry
 
 if TYPE_CHECKING:
     from longnet_dist.attention.kernels.contract import Kernel
@@ -50,7 +50,13 @@ class KernelChoice:
 
 
 class Backend:
-    """Say where a backend runs, how fast it is among others, and which kernel it has."""
+    """Say where a backend runs, how fast it is among others, and which kernel it has.
+
+    Attributes:
+        merges_overlaps: as of its kernel; the planner, which makes no kernel, asks here.
+    """
+
+    merges_overlaps: bool = False
 
     @staticmethod
     def rank(device_type: str) -> int | None:
@@ -91,4 +97,4 @@ class Backend:
         return KernelChoice(name, name, name)
 
 
-BACKENDS: Registry[type[Backend]] = Registry("backend", __name__)
+BACKENDS: Registry[type[Backend]] = ATTENTION_BACKENDS

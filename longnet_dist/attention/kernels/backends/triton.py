@@ -24,6 +24,8 @@ def has_triton() -> bool:
 class TritonBackend(Backend):
     """The fastest on a GPU (benchmarks/results/attention_kernels.md); on a CPU only Triton's interpreter runs it."""
 
+    merges_overlaps = True
+
     @staticmethod
     def rank(device_type: str) -> int | None:
         return 10 if device_type == "cuda" else None
