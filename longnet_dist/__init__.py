@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from longnet_dist.attention.positions import Positions
     from longnet_dist.attention.sink import phantom_keys
     from longnet_dist.attention.stream import Stream
+    from longnet_dist.config.encoder_model import EncoderConfig
     from longnet_dist.config.model import LongNetConfig, named_model
     from longnet_dist.geometry.pattern import DilatedPattern
+    from longnet_dist.model.encoder import LongNetEncoder
     from longnet_dist.model.longnet import LongNet
 
 __version__ = "0.2.0"
@@ -39,8 +41,10 @@ __version__ = "0.2.0"
 __all__ = [
     "DilatedAttention",
     "DilatedPattern",
+    "EncoderConfig",
     "LongNet",
     "LongNetConfig",
+    "LongNetEncoder",
     "Positions",
     "Stream",
     "dilated_attention",
@@ -51,8 +55,10 @@ __all__ = [
 _HOMES = {
     "DilatedAttention": "attention.module",
     "DilatedPattern": "geometry.pattern",
+    "EncoderConfig": "config.encoder_model",
     "LongNet": "model.longnet",
     "LongNetConfig": "config.model",
+    "LongNetEncoder": "model.encoder",
     "Positions": "attention.positions",
     "Stream": "attention.stream",
     "dilated_attention": "attention.functional",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longnet_dist.attention.functional import AttentionSpec, attend
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch, documents_of_model
+from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, ShapeError
@@ -47,6 +48,7 @@ class DilatedAttention(nn.Module):
         sub_norm: LayerNorm before the last projection (MAGNETO, arXiv 2210.06423).
         norm_eps: epsilon of the norms.
         backend, overlap, deterministic: of the attention, see :func:`~longnet_dist.dilated_attention`.
+        phantom_keys: torchscale's zero keys, for its bidirectional checkpoints; None for none.
 
     Raises:
         ConfigError: numbers of heads or a head dim that cannot work.
@@ -68,6 +70,7 @@ class DilatedAttention(nn.Module):
         backend: str = "auto",
         overlap: bool = True,
         deterministic: bool = False,
+        phantom_keys: PhantomKeys | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -82,7 +85,7 @@ class DilatedAttention(nn.Module):
             )
         self.pattern, self.causal, self.positions, self.group = pattern, causal, positions, group
         self.backend, self.overlap, self.deterministic = backend, overlap, deterministic
-        self.kv_heads = kv_heads
+        self.kv_heads, self.phantom_keys = kv_heads, phantom_keys
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim)
@@ -131,9 +134,15 @@ class DilatedAttention(nn.Module):
             return joined.view_as(x)
         spec, table = self.prepare(x, start, total_rows, cache, documents)
         q, k, v = self.project(x, table)
-        out, _ = attend(q, k, v, spec)
+        out, _ = attend(q, k, v, spec, self.sink(spec, x.device))
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
         return result
+
+    def sink(self, spec: AttentionSpec, device: torch.device) -> Tensor | None:
+        """Return the sink ``(n, H)`` of the rows of a call; None without phantom keys."""
+        if self.phantom_keys is None:
+            return None
+        return self.phantom_keys.sink(self.pattern, spec.window, spec.shards.total_rows, spec.documents, device)
 
     def project(self, x: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries ``(B, n, H, D)``, keys and values ``(B, n, Hkv, D)`` of ``x (B, n, E)``.

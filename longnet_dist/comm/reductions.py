@@ -1,10 +1,13 @@
-"""Reductions over all ranks."""
+"""Reductions over ranks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def total_over_ranks(value: Tensor) -> Tensor:
@@ -15,3 +18,29 @@ def total_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().to(torch.float64)
     dist.all_reduce(total)
     return total
+
+
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum a tensor over the ranks of ``group``; all must call, forward and backward.
+
+    Backward sums the gradients over the ranks, which is the gradient of the sum of all ranks' losses. So averages over
+    ranks, as DDP and ZeRO take them, are right where every rank computes the whole loss.
+    """
+    total: Tensor = _SumOverRanks.apply(value, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = value.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+        dvalue = dtotal.contiguous().clone()
+        dist.all_reduce(dvalue, group=ctx.group)
+        return dvalue, None

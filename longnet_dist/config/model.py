@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any, Self
 
@@ -72,7 +73,7 @@ class LongNetConfig(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(_message(error)) from None
+            raise ConfigError(_message(error, type(self).model_fields)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -101,17 +102,21 @@ class LongNetConfig(BaseModel):
                 f"positions rotate pairs of channels, so dim/heads must be even, but dim={self.dim} and "
                 f"heads={self.heads} give {self.head_dim}; use another number of heads, or positions=none"
             )
-        if encoding.scales and not self.causal:
-            raise ConfigError(
-                f"positions={self.positions} would weigh later rows up in a model with causal=false; use "
-                f"positions=rope (or none)"
-            )
+        self._check_direction()
         if self.rope_theta < 1 or self.norm_eps <= 0:
             raise ConfigError(
                 f"rope_theta must be at least 1 and norm_eps above 0, not {self.rope_theta} and {self.norm_eps}"
             )
         self.pattern  # noqa: B018 (raises if the branches cannot work)
         return self
+
+    def _check_direction(self) -> None:
+        """Refuse positions that decay with the distance of earlier rows where a row sees later ones."""
+        if POSITION_ENCODINGS[self.positions].scales and not self.causal:
+            raise ConfigError(
+                f"positions={self.positions} would weigh later rows up in a model with causal=false; use "
+                f"positions=rope (or none)"
+            )
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -159,13 +164,13 @@ def _named_fields(name: object) -> dict[str, Any]:
     return fields
 
 
-def _message(error: ValidationError) -> str:
-    """Write one line for each invalid field: its name, value and rule."""
+def _message(error: ValidationError, known: Iterable[str]) -> str:
+    """Write one line for each invalid field: its name, value and rule; ``known`` are the names of all fields."""
     lines = []
     for fault in error.errors():
         field = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, LongNetConfig.model_fields, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
             lines.append(f"a model has no field {field!r}; the nearest is {near!r}")
         elif fault["type"] == "missing":
             lines.append(f"a model needs {field!r}; give it, or the name of a size ({', '.join(MODEL_NAMES)})")

@@ -9,7 +9,7 @@ from longnet_dist.config.schema import TrainConfig
 from longnet_dist.engine.block_engine import BlockEngine
 from longnet_dist.engine.saved_tensors import PinnedPool
 from longnet_dist.model.block import Block
-from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.longnet import AnyModel
 from longnet_dist.ops.matmul.choice import MatmulName
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -55,7 +55,7 @@ class Execution:
             train.matmul,
         )
 
-    def attach(self, model: LongNet) -> LongNet:
+    def attach(self, model: AnyModel) -> AnyModel:
         """Let the engine run the blocks of ``model`` this way; returns the model.
 
         With the default execution the blocks run as plain modules.

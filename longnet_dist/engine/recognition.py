@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from longnet_dist.attention.module import DilatedAttention, HeadNorm
-from longnet_dist.model.block import Block
+from longnet_dist.model.block import OWN_STYLE, Block
 from longnet_dist.model.feed_forward import FeedForward
 
 _PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
@@ -43,6 +43,8 @@ def obstacle(block: Block) -> str:
     """
     if type(block) is not Block:
         return f"the block is a {_type(block)}"
+    if block.style != OWN_STYLE:
+        return f"the style of the block is not LongNet's own, but {block.style}"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks for all modules are registered"
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
@@ -51,6 +53,8 @@ def obstacle(block: Block) -> str:
 
 
 def _obstacles(block: Block) -> Iterator[str]:
+    if getattr(block.self_attn, "phantom_keys", None) is not None:
+        yield "the attention has phantom keys"
     eps = block.self_attn.norm_eps if type(block.self_attn) is DilatedAttention else None
     for name, types in _PARTS:
         module: nn.Module = block

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from longnet_dist.attention.module import DilatedAttention
+from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import LayerCache
+from longnet_dist.config.block_style import BlockStyle
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.feed_forward import FeedForward
+from longnet_dist.model.stochastic_depth import stochastic_depth
+
+OWN_STYLE = BlockStyle()
+"""The block of LongNet."""
 
 
 class BlockRunner(Protocol):
@@ -39,12 +47,18 @@ class Block(nn.Module):
         z = y + W_2\,\mathrm{LN}(\mathrm{gelu}(W_1 \mathrm{LN}(y)))
 
     Value, output and feed-forward projections begin with gain :math:`\sqrt{\ln 2M}` for :math:`M` blocks (section 2.2).
+    A style changes what stands here: with factor :math:`α` of the residual, the norm before or behind the sum,
+
+    .. math::
+        y = α x + W_o\,\mathrm{attn}(\mathrm{LN}(x)) \quad\text{or}\quad y = \mathrm{LN}(α x + W_o\,\mathrm{attn}(x)).
 
     Args:
         config: of the model.
         positions: shared by all blocks; None for none.
         group: the sequence-parallel group; None for one device.
         overlap, backend, deterministic: as in :class:`~longnet_dist.LongNet`.
+        style: what differs from the equation above.
+        phantom_keys: torchscale's zero keys, shared by all blocks; None for none.
 
     Attributes:
         engine: runs the block in place of its modules; None unless an execution was attached.
@@ -58,10 +72,13 @@ class Block(nn.Module):
         overlap: bool = True,
         backend: str = "auto",
         deterministic: bool = False,
+        style: BlockStyle = OWN_STYLE,
+        phantom_keys: PhantomKeys | None = None,
     ) -> None:
         super().__init__()
         self.engine: BlockRunner | None = None
-        gain = math.sqrt(math.log(2 * config.layers))
+        self.style, self.group = style, group
+        gain = math.sqrt(math.log(2 * config.layers)) if style.gain is None else style.gain
         self.self_attn_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.self_attn = DilatedAttention(
             config.dim,
@@ -72,15 +89,17 @@ class Block(nn.Module):
             qk_norm=config.qk_norm,
             positions=positions,
             group=group,
-            sub_norm=True,
+            sub_norm=style.sub_norm,
             norm_eps=config.norm_eps,
             backend=backend,
             overlap=overlap,
             deterministic=deterministic,
+            phantom_keys=phantom_keys,
         )
         self.self_attn.reset_parameters(gain)
         self.final_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.ffn = FeedForward(config.dim, config.ffn_dim or 4 * config.dim, norm_eps=config.norm_eps, gain=gain)
+        ffn_dim = config.ffn_dim or 4 * config.dim
+        self.ffn = FeedForward(config.dim, ffn_dim, norm_eps=config.norm_eps, gain=gain, style=style)
 
     def forward(
         self,
@@ -104,7 +123,16 @@ class Block(nn.Module):
         documents: Documents | None,
     ) -> Tensor:
         """Call the block's own modules; arguments and result of :meth:`forward`."""
-        normed = self.self_attn_layer_norm(x)
-        x = x + self.self_attn(normed, start=start, total_rows=total_rows, cache=cache, cu_seqlens=documents)
-        out: Tensor = x + self.ffn(self.final_layer_norm(x))
-        return out
+
+        def attend(rows: Tensor) -> Tensor:
+            out: Tensor = self.self_attn(rows, start=start, total_rows=total_rows, cache=cache, cu_seqlens=documents)
+            return out
+
+        def add(x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
+            y = F.dropout(layer(norm(x) if self.style.pre_norm else x), self.style.dropout, self.training)
+            if self.training and self.style.drop_path:
+                y = stochastic_depth(y, self.style.drop_path, documents, start, self.group)
+            x = (x if self.style.residual_scale == 1 else x * self.style.residual_scale) + y
+            return x if self.style.pre_norm else norm(x)
+
+        return add(add(x, self.self_attn_layer_norm, attend), self.final_layer_norm, self.ffn)

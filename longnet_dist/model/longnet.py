@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ShapeError
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 from longnet_dist.model.block import Block
 from longnet_dist.model.head import LanguageModelHead
@@ -29,18 +30,33 @@ class LongNetOutput(NamedTuple):
         logits: ``(B, n, V)``; None with labels, because they are never held whole.
         loss_sum: sum of the cross-entropies, float32 (float64 for float64 models); None without labels.
         num_labels: number of labelled rows, int64 scalar; None without labels.
+        last_hidden_state: ``(B, n, E)``, behind the last norm; with labels, only if the hidden states are asked for.
+        hidden_states: the embedded rows and every block's output, ``(B, n, E)`` each, without the last norm; None
+            unless asked for.
     """
 
     loss: Tensor | None
     logits: Tensor | None
     loss_sum: Tensor | None
     num_labels: Tensor | None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class BlockModel(Protocol):
+    """A model of blocks: :class:`LongNet` or :class:`~longnet_dist.LongNetEncoder`."""
+
+    execution: ModelExecution | None
+    blocks: nn.ModuleList
+
+
+AnyModel = TypeVar("AnyModel", bound=BlockModel)
 
 
 class ModelExecution(Protocol):
     """Say how a model is computed: :class:`longnet_dist.engine.execution.Execution`."""
 
-    def attach(self, model: LongNet) -> LongNet:
+    def attach(self, model: AnyModel) -> AnyModel:
         """Let an engine run the blocks of ``model``."""
 
     def compiles(self, training: bool, streamed: bool) -> bool:
@@ -113,13 +129,15 @@ class LongNet(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None = None,
         labels: Tensor | None = None,
         *,
         start: int | None = None,
         total_rows: int | None = None,
         stream: Stream | None = None,
         cu_seqlens: Any = None,
+        inputs_embeds: Tensor | None = None,
+        hidden_states: bool = False,
     ) -> LongNetOutput:
         """Return the loss if labels are given, else the logits; with a group, all its ranks must call.
 
@@ -133,38 +151,102 @@ class LongNet(nn.Module):
                 nothing is returned.
             cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`; a stream has its own.
                 Labels of the last token of a document are the caller's: -100 where it predicts nothing.
+            inputs_embeds: ``(B, n, E)`` in place of tokens, what ``embedding(tokens)`` returns.
+            hidden_states: also return the hidden states of all layers.
 
         Raises:
             ShapeError: shapes, rows or ``start`` that do not fit.
             ConfigError: xPos cannot span the pattern.
         """
-        if tokens.dim() != 2 or (labels is not None and labels.shape != tokens.shape):
-            given = "none" if labels is None else tuple(labels.shape)
-            raise ShapeError(f"tokens and labels must both be (batch, rows), but are {tuple(tokens.shape)} and {given}")
-        documents, as_one = documents_of_model(cu_seqlens, tokens.shape[0], tokens.shape[1], self.group)
+        x = self._checked(tokens, inputs_embeds, labels)
+        batch, rows = x.shape[:2]
+        documents, as_one = documents_of_model(cu_seqlens, batch, rows, self.group)
         if as_one:
             flat: LongNetOutput = self.forward(
-                tokens.flatten()[None], None if labels is None else labels.flatten()[None], cu_seqlens=documents
+                None if tokens is None else x.flatten()[None],
+                None if labels is None else labels.flatten()[None],
+                cu_seqlens=documents,
+                inputs_embeds=None if inputs_embeds is None else x.flatten(0, 1)[None],
+                hidden_states=hidden_states,
             )
-            logits = None if flat.logits is None else torch.unflatten(flat.logits[0], 0, tokens.shape)
-            return flat._replace(logits=logits)
-        x = self.embedding(tokens)
-        caches = stream.layers if stream else [None] * len(self.blocks)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, start, total_rows, cache, documents)
+            return _unflattened(flat, batch, rows)
+        states: list[Tensor] | None = [] if hidden_states else None
+        # The embedded rows are the argument alone, so that the first block's output takes their place in memory.
+        x = run_blocks(
+            self.blocks,
+            self.embedding(tokens) if inputs_embeds is None else inputs_embeds,
+            start,
+            total_rows,
+            stream,
+            documents,
+            states,
+        )
         if stream and stream.recording:
             return LongNetOutput(None, None, None, None)
         x = self._normed(x)
+        known = None if states is None else tuple(states)
         if labels is None:
-            return LongNetOutput(None, self.head(x), None, None)
+            return LongNetOutput(None, self.head(x), None, None, x, known)
         compile = self.execution is not None and self.execution.compiles(self.training, stream is not None)
         loss_sum, num_labels = self.head(x, labels, compile), (labels != IGNORE_INDEX).sum()
-        return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels)
+        last = x if hidden_states else None  # else it would live until backward
+        return LongNetOutput(loss_sum / num_labels.clamp(min=1), None, loss_sum, num_labels, last, known)
+
+    def _checked(self, tokens: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None) -> Tensor:
+        """Return the tokens or the embedded rows, after the shapes were checked."""
+        if (tokens is None) == (inputs_embeds is None):
+            raise ShapeError("a model takes tokens or inputs_embeds; give one of them")
+        if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.dim):
+            raise ShapeError(
+                f"inputs_embeds must be (batch, rows, {self.config.dim}), but are {tuple(inputs_embeds.shape)}"
+            )
+        x = cast(Tensor, inputs_embeds if tokens is None else tokens)
+        if (tokens is not None and tokens.dim() != 2) or (labels is not None and labels.shape != x.shape[:2]):
+            given = "none" if labels is None else tuple(labels.shape)
+            raise ShapeError(f"tokens and labels must both be (batch, rows), but are {tuple(x.shape)} and {given}")
+        return x
 
     def _normed(self, x: Tensor) -> Tensor:
         """Apply ``norm`` to as many rows at a time as torch's kernels can count with 32 bits."""
         tiles = torch.split(x, max(1, (2**31 - 1) // (x.shape[0] * x.shape[2])), dim=1)
         return self.norm(x) if len(tiles) == 1 else torch.cat([self.norm(tile) for tile in tiles], dim=1)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    start: int | None,
+    total_rows: int | None,
+    stream: Stream | None,
+    documents: Documents | None,
+    states: list[Tensor] | None,
+) -> Tensor:
+    """Pass ``x (B, n, E)`` through all blocks; ``states``, if given, receives it and every block's output.
+
+    Other arguments are those of :meth:`Block.forward`; each block gets its own cache of the stream.
+    """
+    caches = stream.layers if stream else [None] * len(blocks)
+    if states is not None:
+        states.append(x)
+    for block, cache in zip(blocks, caches, strict=True):
+        x = block(x, start, total_rows, cache, documents)
+        if states is not None:
+            states.append(x)
+    return x
+
+
+def _unflattened(output: LongNetOutput, batch: int, rows: int) -> LongNetOutput:
+    """Return the output of one sequence of ``batch · rows`` rows as that of ``batch`` items."""
+
+    def items(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.unflatten(x[0], 0, (batch, rows))
+
+    states = output.hidden_states
+    return output._replace(
+        logits=items(output.logits),
+        last_hidden_state=items(output.last_hidden_state),
+        hidden_states=None if states is None else tuple(torch.unflatten(x[0], 0, (batch, rows)) for x in states),
+    )
 
 
 def positions_of(config: LongNetConfig) -> Positions | None:
