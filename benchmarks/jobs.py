@@ -126,5 +126,5 @@ def model_flops(config: LongNetConfig, tokens: int, trains: bool, dense: bool) -
     forward = forward_flops(config, tokens)
     if dense:
         pairs_flops = 4 * config.head_dim * config.heads * (tokens * (tokens + 1) // 2)
-        forward += config.layers * (pairs_flops - attention_flops(config, tokens))
+        forward += config.layers * pairs_flops - attention_flops(config, tokens)
     return 3 * forward if trains else forward

@@ -26,17 +26,16 @@ class Case:
 
 
 def random_case(seed: int, ranks: int = 1) -> Case:
-    """A small problem: ragged N, any number of branches, w > N, r > w, grouped heads, both head offsets and masks."""
+    """A small problem: ragged N, any branches and shifts, w > N, r > w, grouped heads, both head offsets and masks."""
     rng = random.Random(f"{seed} {ranks}")
     rows = rng.randint(1, 70 // ranks)
     total = (ranks - 1) * rows + rng.randint(1, rows)
     batch, kv_heads, group, dim = rng.randint(1, 3), rng.randint(1, 5), rng.choice([1, 1, 2, 3]), rng.choice([2, 4, 8])
     branches = rng.randint(1, 4)
-    pattern = DilatedPattern(
-        [rng.randint(1, total + 20) for _ in range(branches)],
-        [rng.randint(1, 9) for _ in range(branches)],
-        rng.choice(["modulo", "blocked"]),
-    )
+    lengths = [rng.randint(1, total + 20) for _ in range(branches)]
+    rates, offsets = [rng.randint(1, 9) for _ in range(branches)], rng.choice(["modulo", "blocked"])
+    causal = rng.random() < 0.5
+    shift = [rng.choice([0, rng.randrange(width)]) for width in lengths] if rng.random() < 0.4 else None
     generator = torch.Generator().manual_seed(seed)
 
     def normal(heads: int) -> Tensor:
@@ -47,7 +46,7 @@ def random_case(seed: int, ranks: int = 1) -> Case:
         normal(kv_heads),
         normal(kv_heads),
         normal(kv_heads * group),
-        pattern,
-        rng.random() < 0.5,
+        DilatedPattern(lengths, rates, offsets, shift),
+        causal,
         Shards(total, rows, ranks),
     )

@@ -55,6 +55,8 @@ def dilated_attention(
     cache: LayerCache | None = None,
     cu_seqlens: Any = None,
     sink: Tensor | None = None,
+    first_head: int = 0,
+    total_heads: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Compute dilated attention (LongNet, section 2.2; across ranks, section 3), exact in output and gradients.
 
@@ -89,6 +91,9 @@ def dilated_attention(
         sink: ``(H,)``, ``(n, H)`` or ``(B, n, H)``, the logarithm of the weight of one more key, whose value is 0
             (:mod:`longnet_dist.attention.sink`); differentiable. Over ranks, rows are this rank's, and the gradient of
             ``(H,)`` is this rank's part: their sum is the whole.
+        first_head, total_heads: this call holds the key/value heads ``first_head … first_head+Hkv-1`` of
+            ``total_heads``, as with Ulysses or tensor parallelism; they keep the offsets of the whole model. None: up
+            to the last of this call.
 
     Returns:
         out ``(B, n, H, D)`` in the dtype of ``q``; with ``return_lse`` also lse ``(B, n, H)``, natural logarithm,
@@ -104,7 +109,7 @@ def dilated_attention(
     for item in packed.items(q, k, v, sink):
         spec = AttentionSpec.of(
             *item.qkv, pattern, causal, scale, group, backend, deterministic, overlap, total_rows, cache, item.sink,
-            item.documents, packed,
+            item.documents, packed, (first_head, total_heads),
         )  # fmt: skip
         parts.append(attend(*item.qkv, spec, item.sink))
     out, lse = packed.joined(parts, q)
@@ -156,14 +161,17 @@ class AttentionSpec:
         sink: Tensor | None = None,
         documents: Documents | None = None,
         packed: PackedBatch = ONE_DOCUMENT,
+        heads: tuple[int, int | None] = (0, None),
     ) -> AttentionSpec:
         """Build and check the spec of a call; the arguments and errors are those of :func:`dilated_attention`.
 
-        Only the shapes, dtypes and devices of q, k and v are used.
+        Only the shapes, dtypes and devices of q, k and v are used. ``heads`` are ``first_head, total_heads``.
         """
         kernel, refusal = None, None
         try:
             kernel = choose_kernel(backend, q.device, q.dtype, deterministic)
+            if k.dim() == 4:  # else refused below
+                pattern = pattern.of_heads(*heads, k.shape[2])
         except ConfigError as error:
             refusal = error
         exact_in_float16 = scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE
@@ -247,7 +255,8 @@ class _CallMaker(NamedTuple):
         branch = pattern.branches[piece.branch]
         offsets, block = pattern.offsets(branch, self.kv_heads), pattern.head_block(branch, self.kv_heads)
         common = offsets, self.causal, self.scale, self.deterministic
-        return tuple(Call(x, *common, head_block=block) for x in pieces)
+        before = pattern.heads_before(branch, self.kv_heads)
+        return tuple(Call(x, *common, head_block=block, heads_before=before) for x in pieces)
 
 
 @lru_cache(maxsize=256)

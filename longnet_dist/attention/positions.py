@@ -130,7 +130,10 @@ class Positions:
         """
         longest = total_rows if documents is None else documents.longest
         self.check(pattern, longest, head_dim, dtype)
-        span, wide = attending_span(pattern, longest), wide_dtype(dtype)
+        # Without scales there is no span, and the tables serve layers with other grids as well.
+        scales = POSITION_ENCODINGS[self.name].scales
+        span = (attending_span(pattern, longest), span_start(pattern, longest)) if scales else (1, 0)
+        wide = wide_dtype(dtype)
         key = (start, rows, span, head_dim, wide, device, batch, documents)
         if self._cached is None or self._cached[0] != key:
             self._cached = None  # so that the old tables' memory is free for the new
@@ -166,7 +169,7 @@ class Positions:
         self,
         start: int,
         rows: int,
-        span: int,
+        span: tuple[int, int],
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -178,7 +181,7 @@ class Positions:
         tables = torch.empty(1 if decay is None else 2, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
         for first in range(0, rows, _TABLE_ROWS):
             part = tables[:, first : first + _TABLE_ROWS]
-            n, spans = _indices(start + first, part.shape[1], span, device, documents)
+            n, places, spans = _indices(start + first, part.shape[1], span, device, documents)
             # The int64 product wraps at 2^64, which is a full turn: what is left is n θ_i without its full turns.
             angle = (n * turns).double() * (2 * math.pi / 2**64)
             factors = torch.stack([angle.cos(), angle.sin()], -1)
@@ -188,7 +191,7 @@ class Positions:
                 # Queries take ζ^(m/rows) and keys ζ^(-m/rows), with m counted from the centre of the span. A score sees
                 # only ζ^((m - m')/rows), in which the centre cancels.
                 zeta = torch.tensor(decay.factors, dtype=torch.float64, device=device)
-                scale = zeta.pow((n % spans - spans / 2) / decay.rows).unsqueeze(-1)
+                scale = zeta.pow((places - spans / 2) / decay.rows).unsqueeze(-1)
                 part[0], part[1] = factors * scale, factors / scale
         if batch > 1:
             tables = tables.repeat(1, batch, 1, 1, 1)
@@ -196,28 +199,41 @@ class Positions:
 
 
 def _indices(
-    start: int, rows: int, span: int, device: torch.device, documents: Documents | None
-) -> tuple[Tensor, Tensor | int]:
-    """Return the index ``(rows, 1, 1)`` of each row in its document, and the span over which scales count there.
+    start: int, rows: int, span: tuple[int, int], device: torch.device, documents: Documents | None
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Return ``(rows, 1, 1)``: the index of each row in its document and in its span; and the rows of that span.
 
-    Padding counts from row 0 of the sequence, which nobody sees.
+    Padding counts from row 0 of the sequence, which nobody sees. A document that ends before the second span has one
+    span, which begins with it.
     """
-    n = torch.arange(start, start + rows, device=device)
+    n, (length, phase) = torch.arange(start, start + rows, device=device), span
     if documents is None:
-        return n.view(-1, 1, 1), span
+        n = n.view(-1, 1, 1)
+        return n, (n - phase) % length, length
     number = np.searchsorted(documents.array_starts, np.arange(start, start + rows), side="right") - 1
     first = np.where(number < 0, 0, documents.array_starts[number])
-    length = np.where(number < 0, 1, (documents.array_stops - documents.array_starts)[number])
-    n = n - torch.from_numpy(first).to(device)
-    return n.view(-1, 1, 1), torch.from_numpy(np.minimum(length, span)).to(device).view(-1, 1, 1)
+    own = np.where(number < 0, 1, (documents.array_stops - documents.array_starts)[number])
+    arrays = first, np.where(own > phase, phase, 0), np.minimum(own, length)
+    firsts, phases, spans = (torch.from_numpy(x).to(device).view(-1, 1, 1) for x in arrays)
+    n = n.view(-1, 1, 1) - firsts
+    return n, (n - phases) % spans, spans
 
 
 def attending_span(pattern: DilatedPattern, total_rows: int) -> int:
     """Return a ``span``, at most N, such that rows which attend to each other lie in one ``[s·span, (s+1)·span)``.
 
-    Segments of length ``w`` never cross a multiple of a multiple of ``w``.
+    Segments of length ``w`` never cross a multiple of a multiple of ``w``. With shifts, spans begin where all grids do
+    (:func:`span_start`). Grids that never begin at one row leave the whole document.
     """
+    if pattern.common_start is None:
+        return total_rows
     return min(math.lcm(*pattern.segment_lengths), total_rows)
+
+
+def span_start(pattern: DilatedPattern, total_rows: int) -> int:
+    """Return a row at which a span begins, and which another span ends before; 0 if there is none in ``total_rows``."""
+    start = pattern.common_start or 0
+    return start if start < total_rows else 0
 
 
 def rotate(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:

@@ -88,16 +88,23 @@ def phantom_keys(pattern: DilatedPattern, N: int, heads: int, kv_heads: int | No
         heads: query heads ``H``.
         kv_heads: key/value heads, ``H`` if not given; the heads of a group share their number.
 
+    Packed documents have those of each, one after another.
+
     Returns:
         ``(N, H)`` float32: natural logarithms, ``-inf`` where there is no such key.
 
     Raises:
-        ConfigError: no tokens, or heads that do not divide.
+        ConfigError: no tokens, heads that do not divide, or a shifted grid, which torchscale does not have.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     check_heads(heads, kv_heads)
     if N < 1:
         raise ConfigError(f"a sequence needs at least one token, but N is {N}")
+    if pattern.shifted:
+        raise ConfigError(
+            f"torchscale's zero keys fill segments that begin at row 0, but the pattern has "
+            f"shift={list(pattern.shift)}; use a pattern without shift"
+        )
     rows = torch.arange(N)
     numbers = torch.zeros(N, kv_heads, dtype=torch.int64)
     for branch in pattern:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class Stream:
     chunks in reverse.
 
     Args:
-        pattern: the branches.
+        pattern: the branches, or those of each layer.
         total_rows: ``N``.
         num_layers: layers that keep a cache.
         num_ranks: ranks of the sequence group, which share every chunk.
@@ -42,7 +42,7 @@ class Stream:
 
     def __init__(
         self,
-        pattern: DilatedPattern,
+        pattern: DilatedPattern | Sequence[DilatedPattern],
         total_rows: int,
         num_layers: int,
         *,
@@ -51,13 +51,16 @@ class Stream:
         causal: bool = True,
         cu_seqlens: Any = None,
     ) -> None:
-        self.pattern, self.total_rows, self.num_ranks, self.rank = pattern, total_rows, num_ranks, rank
-        self.causal = causal
+        patterns = [pattern] * num_layers if isinstance(pattern, DilatedPattern) else list(pattern)
+        if len(patterns) != num_layers:
+            raise ConfigError(
+                f"a stream needs one pattern, or one for each of {num_layers} layers, not {len(patterns)}"
+            )
+        self.total_rows, self.num_ranks, self.rank, self.causal = total_rows, num_ranks, rank, causal
         self.documents = _documents(cu_seqlens, total_rows)
         self.shards: Shards | None = None
-        self.recorded: tuple[Segment, ...] | None = None
-        self.recording = self.replaying = False
-        self.layers = [LayerCache(self) for _ in range(num_layers)]
+        self.recorded = self.recording = self.replaying = False
+        self.layers = [LayerCache(self, own) for own in patterns]
         self._next_row = 0
 
     def chunks(self, length: int, start: int = 0) -> list[Shards]:
@@ -104,8 +107,13 @@ class Stream:
     def record(self, length: int) -> Iterator[Shards]:
         """Visit all chunks but the last, to keep the rows that :meth:`replay` needs; run them without graph."""
         chunks = self.chunks(length)
-        alone = len(chunks) == 1  # and then leaves nothing for others
-        self.recorded = () if alone else recorded_segments(self.pattern, chunks, self.rank, self.causal, self.documents)
+        self.recorded = True
+        found: dict[DilatedPattern, tuple[Segment, ...]] = {}
+        for layer in self.layers if len(chunks) > 1 else ():  # one chunk leaves nothing for others
+            if layer.pattern not in found:
+                kept = recorded_segments(layer.pattern, chunks, self.rank, self.causal, self.documents)
+                found[layer.pattern] = kept
+            layer.recorded = found[layer.pattern]
         yield from self._leave_rows(chunks[:-1])
 
     def replay(self, length: int) -> Iterator[Shards]:
@@ -114,7 +122,7 @@ class Stream:
         Rows that a chunk shared with later ones receive the gradients that those sent. The last chunk comes first and
         was not recorded: its rows are exchanged now. So a sequence of one chunk is computed once.
         """
-        if self.recorded is None or self.recording:
+        if not self.recorded or self.recording:
             raise ConfigError("only a stream that was recorded can be replayed; pass it through Stream.record first")
         self.replaying = True
         for shards in reversed(self.chunks(length)):
@@ -125,10 +133,10 @@ class Stream:
     def carried(self) -> list[Tensor]:
         """Return the records that each layer keeps of the open segments for later chunks, ``(2, B, slots, D)`` each.
 
-        They are the same on all ranks, and for any number of ranks. :meth:`resume` continues from them and the row.
+        Layers without an open segment are left out. The records are the same on all ranks, and for any number of ranks.
+        :meth:`resume` continues from them and the row.
         """
-        segments = open_segments(self.pattern, self._next_row, self.total_rows, self.documents)
-        return [layer.carried(segments) for layer in self.layers] if segments else []
+        return [layer.carried(segments) for layer, segments in self._open(self._next_row)]
 
     def resume(self, row: int, carried: list[Tensor]) -> None:
         """Let a fresh stream continue at ``row`` with what :meth:`carried` returned there.
@@ -137,14 +145,20 @@ class Stream:
             ShapeError: the records are not those of the open segments at ``row``.
         """
         self._next_row = row
-        segments = open_segments(self.pattern, row, self.total_rows, self.documents)
-        if len(carried) != (len(self.layers) if segments else 0):
+        layers = self._open(row)
+        if len(carried) != len(layers):
+            number = len(layers[0][1]) if layers else 0
             raise ShapeError(
-                f"{len(segments)} segments are open at row {row}, which {len(self.layers)} layers keep, "
+                f"{number} segments are open at row {row}, which {len(layers)} layers keep, "
                 f"but rows of {len(carried)} layers came"
             )
-        for layer, records in zip(self.layers, carried, strict=False):
+        for (layer, segments), records in zip(layers, carried, strict=True):
             layer.resume(segments, records)
+
+    def _open(self, row: int) -> list[tuple[LayerCache, tuple[Segment, ...]]]:
+        """Return the layers with segments that are open at ``row``, and these."""
+        found = ((x, open_segments(x.pattern, row, self.total_rows, self.documents)) for x in self.layers)
+        return [(layer, segments) for layer, segments in found if segments]
 
 
 def _documents(cu_seqlens: Any, total_rows: int) -> Documents | None:
@@ -156,10 +170,16 @@ def _documents(cu_seqlens: Any, total_rows: int) -> Documents | None:
 
 
 class LayerCache:
-    """Keep the sparse rows of a stream for one layer, and the gradients of those rows."""
+    """Keep the sparse rows of a stream for one layer, and the gradients of those rows.
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    Attributes:
+        pattern: the branches of the layer.
+        recorded: the segments of which a recorded stream keeps the rows of all chunks.
+    """
+
+    def __init__(self, stream: Stream, pattern: DilatedPattern) -> None:
+        self.stream, self.pattern = stream, pattern
+        self.recorded: tuple[Segment, ...] = ()
         self._rows: CompactBuffers | None = None
         self._gradients: CompactBuffers | None = None
 
@@ -172,8 +192,8 @@ class LayerCache:
     def rows(self, segments: tuple[Segment, ...], k: Tensor) -> CompactBuffers:
         """Return buffers for the ``segments`` of the present chunk, with the records that earlier chunks left."""
         if self._rows is None:
-            self._rows = CompactBuffers(self.stream.recorded or (), k.shape[2], k, k.dtype)
-        if not self.stream.recorded:
+            self._rows = CompactBuffers(self.recorded, k.shape[2], k, k.dtype)
+        if not self.recorded:
             self._rows.set_segments(segments)
         return self._rows
 

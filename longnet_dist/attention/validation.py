@@ -99,10 +99,10 @@ def _chunk_of(
     """Return the present chunk of a stream, whose rows every rank knows, and this rank's number."""
     check_inputs(q, k, v)
     stream = cache.stream
-    if stream.shards is None or causal != stream.causal or pattern != stream.pattern:
+    if stream.shards is None or causal != stream.causal or pattern.of_model != cache.pattern:
         raise ShapeError(
             f"a stream needs its own pattern and mask and a present chunk, but the pattern is {pattern} (the stream's: "
-            f"{stream.pattern}), causal is {causal} ({stream.causal}) and the chunk is {stream.shards}; "
+            f"{cache.pattern}), causal is {causal} ({stream.causal}) and the chunk is {stream.shards}; "
             f"enter a chunk first"
         )
     start, stop = stream.shards.window(stream.rank)
@@ -121,7 +121,7 @@ def _check_total(total_rows: int | None, rows: int) -> None:
 
 _FACTS = (
     *("rows", "batch", "heads", "kv_heads", "head_dim", "dtype"),
-    *("pattern", "causal", "backend", "total_rows", "sink", "documents"),
+    *("pattern", "first_head", "total_heads", "causal", "backend", "total_rows", "sink", "documents"),
 )
 """What ranks tell each other, one integer each; all but the rows must be equal on all ranks."""
 _REFUSED = -1
@@ -157,8 +157,9 @@ def _compare_ranks(
         if row[0] == _REFUSED or names:
             what = "was refused" if _REFUSED in (row[0], table[0][0]) else f"differs from rank 0 in {', '.join(names)}"
             raise ShapeError(
-                f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, causal, "
-                f"total_rows, kind of sink and documents and have the same backend, but rank {rank} {what}: "
+                f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, "
+                f"first_head, total_heads, causal, total_rows, kind of sink and documents and have the same backend, "
+                f"but rank {rank} {what}: "
                 f"{row} against {table[0]}"
             )
     counts = [row[0] for row in table]
@@ -189,7 +190,8 @@ def _facts(
     dtype, total = _DTYPES.index(q.dtype), 0 if total_rows is None else total_rows
     kind = 0 if sink is None else sink.dim()
     shape = [rows, batch, heads, k.shape[2], dim, dtype]
-    return [*shape, _digest(pattern), int(causal), int(merges), total, kind, documents]
+    grid = [_digest(pattern), pattern.first_head, pattern.total_heads or k.shape[2]]
+    return [*shape, *grid, int(causal), int(merges), total, kind, documents]
 
 
 @lru_cache(maxsize=64)

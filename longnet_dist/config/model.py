@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any, Self
@@ -33,6 +35,10 @@ class LongNetConfig(BaseModel):
         dilation_rates: dilation rate ``r`` of each branch.
         head_offsets: name of a rule of ``geometry/offset_rules``, such as ``"modulo"`` (the paper) or ``"blocked"``
             (torchscale's checkpoints).
+        layer_offsets: add the number of the layer to the offset of every head, modulo the rate, so that a head keeps
+            other tokens in other layers.
+        layer_shift: in odd layers all grids of segments begin at one common token, a third of the longest segment
+            rounded down to a multiple of every rate, so that other tokens share a segment.
         causal: causal language model, in which a token sees itself and earlier tokens, or else bidirectional encoder.
         positions: name of an encoding of ``geometry/position_encodings``: ``"xpos"`` (default of causal models),
             ``"rope"`` (default of bidirectional ones) or ``"none"``. xPos scales a score down with the distance of the
@@ -60,6 +66,8 @@ class LongNetConfig(BaseModel):
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: str = "modulo"
+    layer_offsets: bool = False
+    layer_shift: bool = False
     causal: bool = True
     positions: str = "xpos"
     xpos_base: PositiveInt = 512
@@ -120,8 +128,22 @@ class LongNetConfig(BaseModel):
 
     @property
     def pattern(self) -> DilatedPattern:
-        """Return the dilated pattern, which all layers share."""
+        """Return the dilated pattern of the first layer, which all layers share unless a field says otherwise."""
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+
+    def layer_pattern(self, layer: int) -> DilatedPattern:
+        """Return the dilated pattern of a layer, counted from 0."""
+        return self.pattern.of_layer(layer, self.layer_offsets, self.layer_shift)
+
+    @property
+    def pattern_counts(self) -> dict[DilatedPattern, int]:
+        """Return the number of layers that have each pattern; it costs nothing for a model of any depth."""
+        period = math.lcm(*self.dilation_rates) if self.layer_offsets else 1
+        period = math.lcm(period, 2) if self.layer_shift else period
+        found: Counter[DilatedPattern] = Counter()
+        for layer in range(min(period, self.layers)):
+            found[self.layer_pattern(layer)] += -(-(self.layers - layer) // period)
+        return found
 
     @property
     def head_dim(self) -> int:

@@ -91,7 +91,8 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
 def _always(layout: RunLayout) -> dict[str, int]:
     """Return what exists during the whole step: token ids and labels, tables of positions, the record of a stream."""
     model, tokens = layout.config.model, layout.local_tokens
-    tables = POSITION_ENCODINGS[model.positions].num_tables()
+    encoding, grids = POSITION_ENCODINGS[model.positions], len({pattern.shift for pattern in model.pattern_counts})
+    tables = encoding.num_tables() * (grids if encoding.scales else 1)
     positions = tokens // layout.micro_batch_size * tables * model.head_dim * WIDE
     return {"inputs": 2 * 8 * tokens + positions, "stream": _stream(layout)}
 
@@ -101,8 +102,9 @@ def _stream(layout: RunLayout) -> int:
     if layout.num_chunks == 1:
         return 0
     model, sizes = layout.config.model, (layout.config.data.sequence_length, layout.chunk_length, layout.mesh.sequence)
-    recorded, opened = record_rows(model.pattern, *sizes), cache_rows(model.pattern, *sizes)
-    return _record_numbers(layout) * model.layers * (recorded * layout.itemsize + opened * WIDE)
+    layers = model.pattern_counts.items()
+    recorded, opened = (sum(n * rows(pattern, *sizes) for pattern, n in layers) for rows in (record_rows, cache_rows))
+    return _record_numbers(layout) * (recorded * layout.itemsize + opened * WIDE)
 
 
 def _gathered(layout: RunLayout, exchange: Exchange) -> int:

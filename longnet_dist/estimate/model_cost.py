@@ -4,16 +4,18 @@ Model FLOPs count what the mathematics of a training step needs. What activation
 counted:
 
 .. math::
-    F_{token} = 6 P_{matmul} + 3 L \cdot F_{attention}(N) / N
+    F_{token} = 6 P_{matmul} + 3 \cdot F_{attention}(N) / N
 
 :math:`P_{matmul}` is the number of weights in the linear layers (projections, feed-forward, output projection; not the
 embedding, which is a look-up). Each costs 2 FLOPs for a token in forward and 4 in backward. :math:`F_{attention}` is
-``DilatedPattern.flops``: ``4 · D`` FLOPs for each (query, key) pair and head in forward; backward counts twice as much.
+the sum of ``DilatedPattern.flops`` over the layers: ``4 · D`` FLOPs for each (query, key) pair and head in forward;
+backward counts twice as much.
 """
 
 from __future__ import annotations
 
 from longnet_dist.config.model import LongNetConfig
+from longnet_dist.geometry.pattern import DilatedPattern
 
 
 def num_parameters(model: LongNetConfig) -> int:
@@ -43,13 +45,18 @@ def matrix_weights(model: LongNetConfig) -> int:
 
 
 def attention_flops(model: LongNetConfig, length: int) -> int:
-    """Count the FLOPs of one layer's attention over a sequence of ``length`` tokens, in forward."""
-    return model.pattern.flops(length, model.heads, model.head_dim, model.causal, model.kv_heads)
+    """Count the FLOPs of all layers' attention over a sequence of ``length`` tokens, in forward."""
+    return sum(number * pattern_flops(model, pattern, length) for pattern, number in model.pattern_counts.items())
+
+
+def pattern_flops(model: LongNetConfig, pattern: DilatedPattern, length: int) -> int:
+    """Count the FLOPs of the attention of one layer with ``pattern``, in forward."""
+    return pattern.flops(length, model.heads, model.head_dim, model.causal, model.kv_heads)
 
 
 def forward_flops(model: LongNetConfig, length: int) -> int:
     """Count the FLOPs of a forward over a sequence of ``length`` tokens; a training step has three times as many."""
-    return 2 * length * matrix_weights(model) + model.layers * attention_flops(model, length)
+    return 2 * length * matrix_weights(model) + attention_flops(model, length)
 
 
 def flops_per_token(model: LongNetConfig, length: int) -> float:

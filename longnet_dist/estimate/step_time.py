@@ -7,11 +7,11 @@ from longnet_dist.estimate.devices import Device
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.memory import offloaded_bytes
 from longnet_dist.estimate.model_cost import (
-    attention_flops,
     block_matrix_weights,
     inner_dim,
     key_dim,
     num_parameters,
+    pattern_flops,
 )
 from longnet_dist.estimate.traffic import exchange_of
 from longnet_dist.geometry.overlap import computed_share
@@ -105,9 +105,11 @@ def _attention_seconds(layout: RunLayout, device: Device, peak: float) -> float:
     model, rates = layout.config.model, device.rates
     sequences = layout.micro_batch_size * layout.accumulation / layout.mesh.sequence
     length = layout.config.data.sequence_length
-    flops = model.layers * attention_flops(model, length) * sequences
-    if layout.merges_overlaps:
-        flops *= computed_share(model.pattern, length, model.kv_heads or model.heads, model.causal)
+    flops = 0.0
+    for pattern, number in model.pattern_counts.items():
+        heads = model.kv_heads or model.heads
+        share = computed_share(pattern, length, heads, model.causal) if layout.merges_overlaps else 1.0
+        flops += number * pattern_flops(model, pattern, length) * sequences * share
     forwards = 1 + (layout.config.train.activation_checkpointing == "full") + _extra_forwards(layout)
     if layout.device_type == "cuda":
         flops *= block_dim(model.head_dim) / model.head_dim  # kernels pad the head dim

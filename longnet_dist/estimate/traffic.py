@@ -14,7 +14,7 @@ from longnet_dist.geometry.window import Segment, needs_exchange
 
 @dataclass(frozen=True)
 class Exchange:
-    """An Exchange describes one layer's exchange in the last chunk, on the rank that receives most.
+    """An Exchange describes one layer's exchange in the last chunk, on the rank and of the layer that receive most.
 
     Attributes:
         received: records that the rank receives; a record is the key and the value of one row and one head.
@@ -33,8 +33,13 @@ class Exchange:
 
 def exchange_of(layout: RunLayout) -> Exchange:
     """Count the exchange of a layer; all counts are 0 if no segment crosses an edge."""
+    found = [_exchange_of(layout, pattern) for pattern in layout.config.model.pattern_counts]
+    return max(found, key=lambda exchange: exchange.received)
+
+
+def _exchange_of(layout: RunLayout, pattern: DilatedPattern) -> Exchange:
     model, shards = layout.config.model, layout.last_chunk
-    pattern, kv_heads = model.pattern, model.kv_heads or model.heads
+    kv_heads = model.kv_heads or model.heads
     if not needs_exchange(pattern, shards):
         return Exchange(0, 0, 0, 0, 0)
     # A causal rank receives from all before it, so the last receives most.

@@ -83,7 +83,8 @@ def record_rows(pattern: DilatedPattern, total_rows: int, length: int, num_ranks
     """
     num_chunks = -(-total_rows // length)
     return sum(
-        min(-(-total_rows // branch.segment_length), at_once * num_chunks) * _rows(branch, total_rows)
+        min(-(-(total_rows - branch.shift) // branch.segment_length) + (branch.shift > 0), at_once * num_chunks)
+        * _rows(branch, total_rows)
         for branch in pattern
         if (at_once := _segments_at_once(branch, total_rows, length, num_ranks))
     )
@@ -105,10 +106,12 @@ def cache_bytes(rows: int, kv_heads: int, head_dim: int, layers: int, itemsize: 
 
 def _segments_at_once(branch: Branch, total_rows: int, length: int, num_ranks: int) -> int:
     """Return the largest number of segments of a branch of which a rank buffers rows during a chunk."""
-    width, length = branch.segment_length, min(length, total_rows)
+    width, shift, length = branch.segment_length, branch.shift, min(length, total_rows)
     slices = {-(-rows // num_ranks) for rows in (length, total_rows % length) if num_ranks > 1} | {length}
-    if (length == total_rows and num_ranks == 1) or all(rows % width == 0 for rows in slices):
+    if (length == total_rows and num_ranks == 1) or all(rows % width == 0 for rows in (*slices, shift)):
         return 0
+    if shift:  # a segment may end in a chunk and the next begin there, unless both do at its edge
+        return 1 if width % length == shift % length == 0 else 2
     return 1 if length % width == 0 or width % length == 0 or width >= total_rows else 2
 
 

@@ -38,6 +38,11 @@ class Documents:
         """Return the documents between neighbouring ``edges``, which must have been checked."""
         return cls(tuple(edges[:-1]), tuple(edges[1:]))
 
+    @classmethod
+    def whole(cls, rows: int) -> Documents:
+        """Return one document of ``rows`` rows."""
+        return cls((0,), (rows,))
+
     def covers(self, start: int, stop: int) -> bool:
         """Return whether no row of ``[start, stop)`` is padding."""
         rows = np.clip(self.array_stops, start, stop) - np.clip(self.array_starts, start, stop)
@@ -87,10 +92,12 @@ class SegmentTable:
     Attributes:
         starts: global row at which each segment, and the count of its rows, begins.
         stops: end (exclusive) of each.
+        leads: rows that each lacks at its start: the first of a document does where the grid is shifted.
     """
 
     starts: Integers
     stops: Integers
+    leads: Integers
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -101,19 +108,25 @@ class SegmentTable:
         return int((self.stops - self.starts).max())
 
 
-def segment_table(documents: Documents, segment_length: int) -> SegmentTable:
-    """Return all segments of a branch of ``segment_length`` rows, document by document."""
-    return _segment_table(documents, segment_length)
-
-
 @lru_cache(maxsize=64)
-def _segment_table(documents: Documents, segment_length: int) -> SegmentTable:
+def segment_table(documents: Documents, segment_length: int, shift: int = 0) -> SegmentTable:
+    """Return all segments of a branch of ``segment_length`` rows, document by document.
+
+    Args:
+        documents: of the sequence.
+        segment_length: ``w``.
+        shift: ``s``, the row of a document at which the grid begins; a first segment of ``s`` rows lies before it.
+    """
     lengths = documents.array_stops - documents.array_starts
-    counts = -(-lengths // segment_length)
+    shorter = int(shift > 0)
+    counts = shorter - np.minimum((shift - lengths) // segment_length, 0)  # s > 0, and ceil((length - s) / w)
     document = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = documents.array_starts[document] + number * segment_length
-    return SegmentTable(starts, np.minimum(starts + segment_length, documents.array_stops[document]))
+    # The first segment is a whole one that begins before its document and is cut there.
+    begin = shift + (number - shorter) * segment_length
+    first = documents.array_starts[document]
+    stops = np.minimum(first + begin + segment_length, documents.array_stops[document])
+    return SegmentTable(first + np.maximum(begin, 0), stops, np.maximum(-begin, 0))
 
 
 def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[list[int]]:

@@ -9,6 +9,9 @@ pair that ``m`` branches have counts ``m`` times. So it is enough that ``p`` com
 weight by ``m``. Branch ``c`` then computes only the pairs of a query in one half and a key in the other. In a causal
 model these are queries of the second half and keys of the first, a block without a mask.
 
+On shifted grids this holds where parents' segments begin in the middle of every whole segment of ``c``. The first
+segment of a document is the end of a whole one: it splits in the middle of that one, or not at all.
+
 The argument repeats: branches form chains, each with twice the segment length of the one before it. The first branch of
 a chain is its *root*.
 """
@@ -32,7 +35,7 @@ class Overlap:
     """An Overlap says which pairs a branch does not compute itself, and which it computes for other branches.
 
     Attributes:
-        half: rows of the first half of a segment, if another branch computes the pairs within each half; else 0.
+        half: rows of the first half of a whole segment, if another branch computes the pairs within each half; else 0.
         overlap_rates: for each branch whose pairs this one computes, its dilation rate divided by this branch's,
             ascending.
     """
@@ -99,10 +102,10 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool)
     """
     computed = 0
     for branch, overlap in zip(pattern, overlaps(pattern), strict=True):
-        width, rate, half = branch.segment_length, branch.dilation_rate, overlap.half
+        rate, half = branch.dilation_rate, overlap.half
         for offset in pattern.offsets(branch, kv_heads):
-            for length, count in ((width, N // width), (N % width, 1)):
-                kept, keys = kept_rows(length, offset, rate), kept_rows(min(length, half), offset, rate)
+            for length, count, lead in branch.lengths(N):
+                kept, keys = kept_rows(length, offset, rate), kept_rows(min(length, half - lead), offset, rate)
                 pairs = kept * (kept + 1) // 2 if causal else kept * kept
                 if half:
                     pairs = (kept - keys) * keys * (1 if causal else 2)
@@ -113,12 +116,17 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool)
 def _covers(parent: Branch, child: Branch, root: Branch) -> bool:
     """Say whether the parent can compute all pairs within the halves of the child's segments.
 
-    Three things are needed: halves of the child's segments are the parent's segments; the child's dilation rate is a
-    power of two times the parent's; and the child keeps the same rows in all segments of the root.
+    Four things are needed: halves of the child's segments are the parent's segments; the child's dilation rate is a
+    power of two times the parent's; the child keeps the same rows in all segments of the root; and so it does in the
+    first segment of a document.
     """
     # A power of two up to PERIOD times the root's rate divides PERIOD, so the pattern of multiplicities along the kept
     # rows of the root is the same in every tile. It is the same in every segment since r_child divides w_root.
     ratio, rest = divmod(child.dilation_rate, parent.dilation_rate)
     repeats = rest == 0 and ratio.bit_count() == 1 and child.dilation_rate <= PERIOD * root.dilation_rate
     aligned = child.segment_length == 2 * parent.segment_length and root.segment_length % child.dilation_rate == 0
-    return repeats and aligned
+    nested = (child.shift - parent.shift) % parent.segment_length == 0
+    # The child's first segment counts its rows from 0. A segment of the root that begins in it, at a row ≡ s_root
+    # (mod w_root), holds the same of these rows as others do only if r_child divides s_root.
+    counted = child.shift == root.shift or root.shift % child.dilation_rate == 0
+    return repeats and aligned and nested and counted

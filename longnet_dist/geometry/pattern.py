@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -16,10 +18,33 @@ from longnet_dist.geometry.offset_rules import OFFSET_RULES, OffsetRule
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One pair (segment length ``w``, dilation rate ``r``), both in rows."""
+    """One pair (segment length ``w``, dilation rate ``r``), both in rows.
+
+    Attributes:
+        shift: row ``s`` of a document at which the grid of segments begins, in ``[0, w)``. The first segment ``[0, s)``
+            is shorter; it counts its rows from 0, like any other.
+    """
 
     segment_length: int
     dilation_rate: int
+    shift: int = 0
+
+    def segment_of(self, position: int) -> tuple[int, int]:
+        """Return the segment ``(start, stop)`` that contains a row of a long document, both counted from its start."""
+        if position < self.shift:
+            return 0, self.shift
+        start = position - (position - self.shift) % self.segment_length
+        return start, start + self.segment_length
+
+    def lengths(self, rows: int) -> list[tuple[int, int, int]]:
+        """Return the segments of a document of ``rows`` rows as ``(length, count, lead)``.
+
+        The first segment lacks ``lead`` rows of a whole one at its start; others lack none there.
+        """
+        first = min(self.shift, rows)
+        whole, rest = divmod(rows - first, self.segment_length)
+        found = [(first, 1, self.segment_length - self.shift), (self.segment_length, whole, 0), (rest, 1, 0)]
+        return [(length, count, lead) for length, count, lead in found if length and count]
 
 
 @dataclass(frozen=True, init=False)
@@ -37,16 +62,31 @@ class DilatedPattern:
         head_offsets: name of a rule of ``geometry/offset_rules``. ``"modulo"``: offset ``h mod r`` (the paper);
             ``"blocked"``: ``h // ceil(H / r)`` (checkpoints of torchscale). With grouped-query attention ``h`` counts
             key/value heads.
+        shift: for each branch, ``s`` in ``[0, w)``: its segments begin at rows ``s`` modulo ``w`` of a document. The
+            first segment ``[0, s)`` is shorter. None: 0 for all.
+
+    Attributes:
+        turn: added to the offset of each head, modulo ``r`` (:meth:`of_layer`).
+        first_head, total_heads: the key/value heads of a call are those from ``first_head`` on, of ``total_heads`` of
+            the whole model (:meth:`of_heads`); None: of as many as the call has.
 
     Raises:
-        ConfigError: lengths or rates that are empty, of unequal number, or not positive integers; unknown offsets.
+        ConfigError: lengths or rates that are empty, of unequal number, or not positive integers; unknown offsets; a
+            shift outside ``[0, w)``.
     """
 
     branches: tuple[Branch, ...]
     head_offsets: str
+    turn: int
+    first_head: int
+    total_heads: int | None
 
     def __init__(
-        self, segment_lengths: Sequence[int], dilation_rates: Sequence[int], head_offsets: str = "modulo"
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        head_offsets: str = "modulo",
+        shift: Sequence[int] | None = None,
     ) -> None:
         lengths = _positive_integers("segment_lengths", segment_lengths)
         rates = _positive_integers("dilation_rates", dilation_rates)
@@ -56,8 +96,18 @@ class DilatedPattern:
                 f"segment_lengths {list(lengths)} and {len(rates)} dilation_rates {list(rates)}; give as many of each"
             )
         OFFSET_RULES.check(head_offsets)
-        object.__setattr__(self, "branches", tuple(map(Branch, lengths, rates)))
-        object.__setattr__(self, "head_offsets", head_offsets)
+        self._set(
+            branches=tuple(map(Branch, lengths, rates, _shifts(shift, lengths))),
+            head_offsets=head_offsets,
+            turn=0,
+            first_head=0,
+            total_heads=None,
+        )
+
+    def _set(self, **fields: Any) -> DilatedPattern:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        return self
 
     @classmethod
     def geometric(cls, base: int = 2048, longest: int = 32768, ratio: int = 2) -> DilatedPattern:
@@ -95,6 +145,79 @@ class DilatedPattern:
         """``r`` of each branch."""
         return tuple(branch.dilation_rate for branch in self.branches)
 
+    @property
+    def shift(self) -> tuple[int, ...]:
+        """Row of a document at which the grid of each branch begins, modulo ``w``."""
+        return tuple(branch.shift for branch in self.branches)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether a branch has a shift."""
+        return any(branch.shift for branch in self.branches)
+
+    @property
+    def common_start(self) -> int | None:
+        """The first row at which the grids of all branches begin, modulo the least common multiple of all ``w``.
+
+        It is None where there is no such row.
+        """
+        start, period = 0, 1
+        for branch in self.branches:
+            step = math.gcd(period, branch.segment_length)
+            if (branch.shift - start) % step:
+                return None
+            # start + t·period ≡ shift (mod w): a solution exists, as the gcd divides the difference.
+            width = branch.segment_length // step
+            start += period * ((branch.shift - start) // step * pow(period // step, -1, width) % width)
+            period *= width
+        return start
+
+    def of_layer(self, layer: int, offsets: bool = False, shift: bool = False) -> DilatedPattern:
+        """Return the pattern of a layer of a model, counted from 0.
+
+        Args:
+            layer: number of the layer.
+            offsets: whether head ``h`` has the offset of the rule plus ``layer``, modulo ``r``.
+            shift: whether in odd layers all grids begin at one common row: a third of the longest segment, rounded down
+                to a multiple of every rate.
+        """
+        turn, branches = (layer if offsets else 0), self.branches
+        if shift and layer % 2:
+            step = math.lcm(*self.dilation_rates)
+            row = max(self.segment_lengths) // 3 // step * step
+            branches = tuple(replace(branch, shift=row % branch.segment_length) for branch in branches)
+        return copy.copy(self)._set(branches=branches, turn=turn % math.lcm(*self.dilation_rates))
+
+    def of_heads(self, first_head: int, total_heads: int | None, heads: int) -> DilatedPattern:
+        """Return the pattern of a call that holds ``heads`` key/value heads from ``first_head`` on, of ``total_heads``.
+
+        Args:
+            first_head: of the whole model.
+            total_heads: of the whole model; None: those up to the last of this call.
+            heads: of this call.
+
+        Raises:
+            ConfigError: not integers, or heads that the model does not have.
+        """
+        if first_head == 0 and total_heads in (None, heads):
+            return self
+        for name, value in (("first_head", first_head), ("total_heads", heads if total_heads is None else total_heads)):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ConfigError(f"{name} must be an integer, not {value!r}")
+        total = first_head + heads if total_heads is None else total_heads
+        if not 0 <= first_head <= first_head + heads <= total:
+            raise ConfigError(
+                f"first_head and total_heads count key/value heads of the whole model, but heads {first_head} … "
+                f"{first_head + heads - 1} of this call are not all among {total}; first_head must be at least 0 and "
+                f"total_heads at least first_head plus the {heads} heads of k"
+            )
+        return copy.copy(self)._set(first_head=first_head.__index__(), total_heads=total.__index__())
+
+    @property
+    def of_model(self) -> DilatedPattern:
+        """The pattern of all heads of the model."""
+        return self if self.total_heads is None else copy.copy(self)._set(first_head=0, total_heads=None)
+
     def __iter__(self) -> Iterator[Branch]:
         return iter(self.branches)
 
@@ -102,9 +225,11 @@ class DilatedPattern:
         return len(self.branches)
 
     def __repr__(self) -> str:
+        shift = f", shift={list(self.shift)}" if self.shifted else ""
+        turn = f".of_layer({self.turn}, offsets=True)" if self.turn else ""
         return (
             f"DilatedPattern(segment_lengths={list(self.segment_lengths)}, "
-            f"dilation_rates={list(self.dilation_rates)}, head_offsets={self.head_offsets!r})"
+            f"dilation_rates={list(self.dilation_rates)}, head_offsets={self.head_offsets!r}{shift}){turn}"
         )
 
     @property
@@ -118,15 +243,26 @@ class DilatedPattern:
         Raises:
             ConfigError: the rule gives other numbers.
         """
-        return _offsets(self.head_offsets, branch.dilation_rate, heads)
+        first, rate = self.first_head, branch.dilation_rate
+        offsets = _offsets(self.head_offsets, rate, self.total_heads or heads)[first : first + heads]
+        return tuple((offset + self.turn) % rate for offset in offsets) if self.turn else offsets
 
     def head_block(self, branch: Branch, heads: int) -> int | None:
-        """Return the ``b`` with which head ``h`` has offset ``(h // b) mod r`` in the branch; None without one.
+        """Return the ``b`` with which head ``h`` has offset ``((h + c) // b) mod r`` in the branch; None without one.
+
+        ``c`` is :meth:`heads_before`.
 
         Raises:
             ConfigError: the rule has a ``b`` that does not give its offsets.
         """
-        return _head_block(self.head_offsets, branch.dilation_rate, heads)
+        return _head_block(self.head_offsets, branch.dilation_rate, self.total_heads or heads)
+
+    def heads_before(self, branch: Branch, heads: int) -> int:
+        """Return the ``c`` of :meth:`head_block`, reduced as far as the offsets of all branches allow."""
+        block = self.head_block(branch, heads)
+        if block is None or not (self.turn or self.first_head):
+            return 0
+        return (self.first_head + block * self.turn) % (block * math.lcm(*self.dilation_rates))
 
     def flops(
         self, N: int, heads: int, head_dim: int, causal: bool, kv_heads: int | None = None, cu_seqlens: Any = None
@@ -152,10 +288,9 @@ class DilatedPattern:
             return sum(count * flops for count, flops in of_length)
         pairs = 0
         for branch in self.branches:
-            width, rate = branch.segment_length, branch.dilation_rate
             for offset in self.offsets(branch, kv_heads):
-                for length, count in ((width, N // width), (N % width, 1)):
-                    kept = kept_rows(length, offset, rate)
+                for length, count, _ in branch.lengths(N):
+                    kept = kept_rows(length, offset, branch.dilation_rate)
                     pairs += count * (kept * (kept + 1) // 2 if causal else kept * kept)
         return 4 * head_dim * pairs * (heads // kv_heads)
 
@@ -200,6 +335,27 @@ def check_heads(heads: int, kv_heads: int) -> None:
             f"the number of query heads must be a multiple of the number of key/value heads, but heads={heads} and "
             f"kv_heads={kv_heads}; use a divisor of {heads}"
         )
+
+
+def _shifts(shift: Sequence[int] | None, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Check the shift of each branch."""
+    if shift is None:
+        return (0,) * len(lengths)
+    if isinstance(shift, str) or not hasattr(shift, "__iter__"):
+        raise ConfigError(f"shift must be a list with a row for each branch, not {shift!r}")
+    values = list(shift)
+    if len(values) != len(lengths):
+        raise ConfigError(
+            f"every branch needs one shift, but there are {len(lengths)} segment_lengths {list(lengths)} and "
+            f"{len(values)} in shift {values}; give as many of each, or None"
+        )
+    for value, width in zip(values, lengths, strict=True):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < width:
+            raise ConfigError(
+                f"a shift must be an integer of at least 0 and below the segment length, but {value!r} in shift "
+                f"{values} is none for segment length {width}; take it modulo {width}"
+            )
+    return tuple(value.__index__() for value in values)
 
 
 def _positive_integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:

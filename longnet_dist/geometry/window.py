@@ -89,10 +89,11 @@ class Segment:
 
     Attributes:
         branch: index of the branch in the pattern.
-        index: index of the segment in the branch; it starts at row ``index · w``.
+        index: index of the segment in the branch, or its first row where segments have no common length.
         start: first row.
         stop: end (exclusive); less than the end of the segment where later rows are not needed.
         dilation_rate: ``r`` of the branch.
+        lead: rows that the segment lacks at its start, as the first of a document on a shifted grid does.
     """
 
     branch: int
@@ -100,6 +101,7 @@ class Segment:
     start: int
     stop: int
     dilation_rate: int
+    lead: int = 0
 
     @property
     def compact_rows(self) -> int:
@@ -117,7 +119,9 @@ class Segment:
                 empty.
         """
         half = halves[self.branch] if halves else 0
-        middle = min(self.start + half, self.stop)
+        if half and half <= self.lead:  # all rows are in the second half
+            return self.start, self.stop
+        middle = min(self.start + half - self.lead, self.stop)
         return (middle, middle) if half else (self.stop, self.start)
 
 
@@ -147,10 +151,11 @@ class Piece:
         compact: whether the keys are in the compact buffer of a segment.
         half: 0: each query sees the keys of its segment. ``h > 0``: only queries behind the first ``h`` rows of a
             segment are computed, against all keys in these rows. ``-h``: only queries in the first ``h`` rows, against
-            all keys behind them. Only kernels that merge overlaps get such pieces.
+            all keys behind them. Where a segment lacks rows at its start, they count. Only kernels that merge overlaps
+            get such pieces.
         overlap_rates: the branches whose pairs this piece computes too, see :class:`~.overlap.Overlap`.
-        table: the segments where they are not all of ``w`` rows: those of packed documents. ``first_segment`` is 0
-            then, and segments are numbered by their place in the table.
+        table: the segments where they are not all of ``w`` rows: those of packed documents and of shifted grids.
+            ``first_segment`` is 0 then, and segments are numbered by their place in the table.
     """
 
     branch: int
@@ -240,6 +245,7 @@ def dense_pieces(
         causal: whether a row sees only itself and earlier rows.
         documents: the documents of the sequence; None: it is one.
     """
+    documents = listed_documents(pattern, total_rows, documents)
     if documents is not None:
         found = (
             _document_piece(number, branch, start, stop, causal, documents) for number, branch in enumerate(pattern)
@@ -258,15 +264,20 @@ def dense_pieces(
     return tuple(pieces)
 
 
+def listed_documents(pattern: DilatedPattern, total_rows: int, documents: Documents | None) -> Documents | None:
+    """Return the documents where segments must be listed: a shifted grid makes one document of the sequence."""
+    return Documents.whole(total_rows) if documents is None and pattern.shifted else documents
+
+
 def _document_piece(
     number: int, branch: Branch, start: int, stop: int, causal: bool, documents: Documents
 ) -> Piece | None:
     """Return the piece of one branch of a window of packed documents; None without a segment."""
-    table = segment_table(documents, branch.segment_length)
+    table = segment_table(documents, branch.segment_length, branch.shift)
     inside = (table.starts >= start) & ((table.starts < stop) if causal else (table.stops <= stop))
     if not inside.any():
         return None
-    part = SegmentTable(table.starts[inside], table.stops[inside])
+    part = SegmentTable(table.starts[inside], table.stops[inside], table.leads[inside])
     rows = int(part.starts[0]), min(int(part.stops[-1]), stop)
     width, rate = branch.segment_length, branch.dilation_rate
     return Piece(number, width, rate, 0, len(part), start, *rows, rows[1], compact=False, table=part)
@@ -280,15 +291,17 @@ def segment_at(
     Segments of packed documents are numbered by their first row.
     """
     branch = pattern.branches[number]
-    width = branch.segment_length
+    width, rate = branch.segment_length, branch.dilation_rate
+    documents = listed_documents(pattern, total_rows, documents)
     if documents is None:
         index = row // width
-        return Segment(number, index, index * width, min((index + 1) * width, total_rows), branch.dilation_rate)
+        return Segment(number, index, index * width, min((index + 1) * width, total_rows), rate)
     document = documents.containing(row)
     if document is None:
         return None
-    first = row - (row - document[0]) % width
-    return Segment(number, first, first, min(first + width, document[1]), branch.dilation_rate)
+    begin, end = branch.segment_of(row - document[0])
+    first = document[0] + begin
+    return Segment(number, first, first, min(document[0] + end, document[1]), rate, width - (end - begin))
 
 
 def edge_segments(
@@ -349,21 +362,25 @@ def shared_segments(
 def compact_piece(
     pattern: DilatedPattern, segment: Segment, start: int, stop: int, documents: Documents | None = None
 ) -> Piece:
-    """Return the piece for the queries of a shared segment in window ``[start, stop)``; its keys are compact."""
+    """Return the piece for the queries of a shared segment in window ``[start, stop)``; its keys are compact.
+
+    The segment may end where later keys are not needed; its queries may lie behind.
+    """
     width = pattern.branches[segment.branch].segment_length
-    end, index, table = segment.start + width, segment.index, None
+    end, index, table = segment.start + width - segment.lead, segment.index, None
     if documents is not None:
         document = documents.containing(segment.start)
         assert document is not None
-        end, index = min(end, document[1]), 0
-        table = _one_segment(segment.start, end)
+        end = min(end, document[1])
+    if documents is not None or pattern.shifted:
+        index, table = 0, _one_segment(segment.start, end, segment.lead)
     rows = max(start, segment.start), min(stop, end), segment.stop
     return Piece(segment.branch, width, segment.dilation_rate, index, 1, start, *rows, compact=True, table=table)
 
 
 @lru_cache(maxsize=512)
-def _one_segment(start: int, stop: int) -> SegmentTable:
-    return SegmentTable(np.array([start], np.int64), np.array([stop], np.int64))
+def _one_segment(start: int, stop: int, lead: int) -> SegmentTable:
+    return SegmentTable(*(np.array([number], np.int64) for number in (start, stop, lead)))
 
 
 def needs_exchange(pattern: DilatedPattern, shards: Shards, documents: Documents | None = None) -> bool:
@@ -371,6 +388,7 @@ def needs_exchange(pattern: DilatedPattern, shards: Shards, documents: Documents
 
     Hence all ranks or none take part in the exchange, which is a collective.
     """
+    documents = listed_documents(pattern, shards.total_rows, documents)
     if documents is not None:
         return _documents_cross(pattern, shards, documents)
     edges = [shards.start, shards.stop]

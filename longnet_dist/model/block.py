@@ -54,11 +54,12 @@ class Block(nn.Module):
 
     Args:
         config: of the model.
-        positions: shared by all blocks; None for none.
+        positions: shared by the blocks of one grid; None for none.
         group: the sequence-parallel group; None for one device.
         overlap, backend, deterministic: as in :class:`~longnet_dist.LongNet`.
         style: what differs from the equation above.
         phantom_keys: torchscale's zero keys, shared by all blocks; None for none.
+        layer: number of the block, which its pattern may depend on.
 
     Attributes:
         engine: runs the block in place of its modules; None unless an execution was attached.
@@ -74,6 +75,7 @@ class Block(nn.Module):
         deterministic: bool = False,
         style: BlockStyle = OWN_STYLE,
         phantom_keys: PhantomKeys | None = None,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         self.engine: BlockRunner | None = None
@@ -83,7 +85,7 @@ class Block(nn.Module):
         self.self_attn = DilatedAttention(
             config.dim,
             config.heads,
-            config.pattern,
+            config.layer_pattern(layer),
             kv_heads=config.kv_heads,
             causal=config.causal,
             qk_norm=config.qk_norm,

@@ -17,7 +17,7 @@ from longnet_dist.errors import ShapeError
 from longnet_dist.model.batch_layout import BatchLayout
 from longnet_dist.model.block import Block
 from longnet_dist.model.head import LanguageModelHead
-from longnet_dist.model.longnet import ModelExecution, positions_of, run_blocks
+from longnet_dist.model.longnet import ModelExecution, positions_of_layers, run_blocks
 from longnet_dist.model.loss import IGNORE_INDEX
 from longnet_dist.model.position_embedding import (
     LearnedPositions,
@@ -82,12 +82,20 @@ class LongNetEncoder(nn.Module):
         super().__init__()
         self.config, self.group = config, group
         self.execution: ModelExecution | None = None
-        self.positions = positions_of(config)
+        self.positions, shifted = positions_of_layers(config)
         self.phantom_keys = PhantomKeys(config.heads, config.kv_heads or config.heads) if config.phantom_keys else None
         self._build_embedding(config)
         self.blocks = nn.ModuleList(
             Block(
-                config, self.positions, group, overlap, backend, deterministic, config.style(layer), self.phantom_keys
+                config,
+                shifted if layer % 2 else self.positions,
+                group,
+                overlap,
+                backend,
+                deterministic,
+                config.style(layer),
+                self.phantom_keys,
+                layer,
             )
             for layer in range(config.layers)
         )

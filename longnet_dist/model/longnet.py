@@ -100,11 +100,12 @@ class LongNet(nn.Module):
         super().__init__()
         self.config, self.group = config, group
         self.execution: ModelExecution | None = None
-        self.positions = positions_of(config)
+        self.positions, shifted = positions_of_layers(config)
         self.embedding = ScaledEmbedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(
-            Block(config, self.positions, group, overlap, backend, deterministic) for _ in range(config.layers)
+            Block(config, shifted if layer % 2 else self.positions, group, overlap, backend, deterministic, layer=layer)
+            for layer in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, config.logits_rows)
@@ -118,7 +119,7 @@ class LongNet(nn.Module):
         ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
         config = self.config
         return Stream(
-            config.pattern,
+            [config.layer_pattern(layer) for layer in range(config.layers)],
             total_rows,
             config.layers,
             num_ranks=ranks,
@@ -254,3 +255,13 @@ def positions_of(config: LongNetConfig) -> Positions | None:
     if not POSITION_ENCODINGS[config.positions].rotates:
         return None
     return Positions(config.rope_theta, config.xpos_base, config.positions)
+
+
+def positions_of_layers(config: LongNetConfig) -> tuple[Positions | None, Positions | None]:
+    """Return the positions of even and of odd layers: one object, unless its tables would differ.
+
+    Scales depend on where grids begin, and an object keeps the tables of one pattern.
+    """
+    even = positions_of(config)
+    differ = config.layer_shift and POSITION_ENCODINGS[config.positions].scales
+    return even, positions_of(config) if differ else even

@@ -100,4 +100,5 @@ class RunSetup(RunLayout):
 def _check_positions(config: Config, dtype: torch.dtype) -> None:
     """Refuse positions that cannot span a sequence, which the model would notice in its first forward."""
     if positions := positions_of(config.model):
-        positions.check(config.model.pattern, config.data.sequence_length, config.model.head_dim, dtype)
+        for pattern in config.model.pattern_counts:
+            positions.check(pattern, config.data.sequence_length, config.model.head_dim, dtype)

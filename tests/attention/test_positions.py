@@ -4,6 +4,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
+from longnet_dist.attention.kernels.reference import attended_counts
 from longnet_dist.attention.positions import Positions, attending_span
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -82,6 +83,27 @@ def test_span_holds_every_segment(lengths, rows, span):
     for width in lengths:
         for row in range(0, min(rows, 200), width):
             assert row // span == (min(row + width, rows) - 1) // span
+
+
+@pytest.mark.parametrize("rows", [3, 11, 30, 90])
+@pytest.mark.parametrize("shift", [[3, 11], [0, 8], [3, 4]], ids=str)
+def test_spans_begin_where_all_grids_do(shift, rows):
+    """xPos in a shifted pattern gives every pair of rows that attend the same score as with one span for all rows."""
+    pattern = DilatedPattern([8, 16], [1, 2], shift=shift)
+    assert attending_span(pattern, rows) == (min(16, rows) if shift[1] != 4 else rows)
+    q, k = heads(rows), heads(rows, seed=1)
+    whole = scores(*Positions(xpos_base=64)(q, k, DilatedPattern([rows], [1]), 0, rows))
+    found = scores(*Positions(xpos_base=64)(q, k, pattern, 0, rows))
+    seen = attended_counts(pattern, rows, 3, True).bool()
+    torch.testing.assert_close(found.masked_fill(~seen, 0.0), whole.masked_fill(~seen, 0.0))
+
+
+def test_layers_with_other_grids_share_the_tables_of_rope():
+    positions, q = Positions(), heads(8)
+    positions(q, q, PATTERN, 8, 64)
+    tables = positions._cached
+    positions(q, q, PATTERN.of_layer(1, shift=True), 8, 64)
+    assert positions._cached is tables
 
 
 def test_the_paper_fits_and_stays_finite_at_the_edges_of_its_span():

@@ -239,3 +239,5 @@ def test_a_sequence_that_fills_its_segments_has_no_phantom_keys():
     assert (phantom_keys(DilatedPattern([8, 16], [1, 2]), 32, 4) == -torch.inf).all()
     with pytest.raises(ConfigError, match="N is 0"):
         phantom_keys(DilatedPattern([8], [1]), 0, 4)
+    with pytest.raises(ConfigError, match=r"shift=\[3\]"):
+        phantom_keys(DilatedPattern([8], [1], shift=[3]), 9, 4)

@@ -23,12 +23,11 @@ def random_stream(seed):
     rng = random.Random(seed)
     total, ranks = rng.randint(1, 300), rng.randint(1, 4)
     branches = rng.randint(1, 4)
-    pattern = DilatedPattern(
-        [rng.choice([rng.randint(1, 350), 2 ** rng.randint(0, 8)]) for _ in range(branches)],
-        [rng.randint(1, 9) for _ in range(branches)],
-    )
-    lengths = list(range(1, total + 1))
+    widths = [rng.choice([rng.randint(1, 350), 2 ** rng.randint(0, 8)]) for _ in range(branches)]
+    rates, lengths = [rng.randint(1, 9) for _ in range(branches)], list(range(1, total + 1))
     rng.shuffle(lengths)
+    shift = [rng.choice([0, 8 % width, rng.randrange(width)]) for width in widths] if seed % 3 == 0 else None
+    pattern = DilatedPattern(widths, rates, shift=shift)
     for length in lengths:
         try:
             return pattern, chunks_of(total, length, ranks), length

@@ -24,21 +24,26 @@ def pairs(pattern, pieces, causal):
     """Count ``(head, query row, key row)`` over the pieces, and the pairs that are computed."""
     counts, computed = Counter(), 0
     for piece in pieces:
-        rate, width = piece.dilation_rate, piece.segment_length
+        rate = piece.dilation_rate
         for head, offset in enumerate(pattern.offsets(pattern.branches[piece.branch], HEADS)):
             for segment in range(piece.first_segment, piece.first_segment + piece.num_segments):
                 _, queries, first = piece.queries(segment, offset)
                 _, keys, _ = piece.keys(segment, offset)
-                start = segment * width + offset
+                start = piece.bounds(segment)[0] + offset
+                first_half = abs(piece.half) - (0 if piece.table is None else int(piece.table.leads[segment]))
                 for j in range(first, first + queries):
                     for i in range(keys):
                         here = i <= j or not causal
                         if piece.half > 0:
-                            here = offset + i * rate < piece.half <= offset + j * rate
+                            here = offset + i * rate < first_half <= offset + j * rate
                         if piece.half < 0:
-                            here = offset + j * rate < -piece.half <= offset + i * rate
+                            here = offset + j * rate < first_half <= offset + i * rate
                         if here:
-                            alike = [(x - head // rate) % share == 0 for x in (i, j) for share in piece.overlap_rates]
+                            alike = [
+                                (x - (head + pattern.turn) // rate) % share == 0
+                                for x in (i, j)
+                                for share in piece.overlap_rates
+                            ]
                             half = len(alike) // 2
                             times = 1 + sum(a and b for a, b in zip(alike[:half], alike[half:], strict=True))
                             counts[head, start + j * rate, start + i * rate] += times
@@ -55,6 +60,13 @@ PATTERNS = [
     DilatedPattern([10, 20, 40], [1, 2, 4]),
     DilatedPattern([8, 16, 32], [1, 2, 4], "blocked"),
     DilatedPattern([4, 8, 16, 32, 64], [1, 2, 4, 8, 16]),
+    DilatedPattern([8, 16, 32], [1, 2, 4], shift=[4, 12, 12]),
+    DilatedPattern([8, 16, 32], [1, 2, 4], shift=[4, 12, 28]),
+    DilatedPattern([8, 16, 32], [1, 2, 4], shift=[0, 8, 24]),
+    DilatedPattern([8, 16, 32], [1, 2, 4], shift=[3, 3, 3]),
+    DilatedPattern([8, 16, 32], [1, 2, 4], shift=[2, 10, 10]),
+    DilatedPattern([8, 16, 32, 64], [1, 2, 4, 8], shift=[3, 5, 21, 21]),
+    DilatedPattern([8, 16, 32, 64], [1, 2, 4, 8]).of_layer(3, offsets=True, shift=True),
 ]
 
 
@@ -72,18 +84,36 @@ def test_every_pair_counts_as_often_as_branches_hold_it(pattern, window, causal)
 
 def test_random_patterns():
     draw = random.Random(0)
-    for _ in range(40):
+    for number in range(80):
         count = draw.randint(1, 5)
         pattern = DilatedPattern(
             [draw.choice([4, 6, 8, 12, 16, 24, 32]) for _ in range(count)],
             [draw.choice([1, 2, 3, 4, 6, 8]) for _ in range(count)],
         )
+        if number % 2:
+            row = draw.choice([1, 2, 3, 4, 8, 12, 20])
+            pattern = DilatedPattern(
+                pattern.segment_lengths, pattern.dilation_rates, shift=[row % w for w in pattern.segment_lengths]
+            )
         total = draw.randint(1, 70)
         start = draw.randrange(total)
         window = start, draw.randint(start + 1, total), total
         causal = draw.random() < 0.5
         merged, plain = (pairs(pattern, pieces_of(pattern, *window, causal, x), causal)[0] for x in (True, False))
         assert merged == plain
+
+
+def test_a_child_is_merged_where_all_its_segments_split_at_an_edge_of_the_parent():
+    def halves(shift, rates=(1, 2)):
+        return [x.half for x in overlaps(DilatedPattern([8, 16], rates, shift=shift))]
+
+    assert halves([0, 0]) == halves([0, 8]) == halves([4, 4]) == halves([4, 12]) == halves([6, 14]) == [0, 8]
+    assert halves([3, 3]) == [0, 8]  # the first segments are the same
+    assert halves([3, 11]) == [0, 0]  # 3 rows before the edge, which 2 does not divide
+    assert halves([3, 11], (1, 1)) == [0, 8]
+    assert halves([0, 4]) == halves([4, 0]) == halves([1, 2]) == [0, 0]
+    paper = DilatedPattern.paper()
+    assert [x.half for x in overlaps(paper.of_layer(1, shift=True))] == [x.half for x in overlaps(paper)]
 
 
 def test_chains_of_the_known_patterns():

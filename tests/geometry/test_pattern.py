@@ -78,3 +78,79 @@ def test_flops_is_linear_in_the_rows():
 def test_flops_refuses_heads_that_do_not_divide():
     with pytest.raises(ConfigError, match="multiple"):
         DilatedPattern([4], [1]).flops(8, heads=6, head_dim=8, causal=True, kv_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("shift", "message"),
+    [
+        ([1], "2 segment_lengths"),
+        ([0, 9], "9 in shift .* segment length 9; take it modulo 9"),
+        ([4, 0], "below the segment length, but 4"),
+        ([-1, 0], "at least 0 .*, but -1"),
+        ([1.0, 0], r"must be an integer .*, but 1\.0"),
+        ([True, 0], "but True"),
+        ("00", "shift must be a list"),
+        (3, "shift must be a list"),
+    ],
+)
+def test_bad_shifts_are_refused(shift, message):
+    with pytest.raises(ConfigError, match=message):
+        DilatedPattern([4, 9], [1, 2], shift=shift)
+
+
+def test_no_shift_is_a_shift_of_zero():
+    plain = DilatedPattern([4, 9], [1, 2])
+    assert plain == DilatedPattern([4, 9], [1, 2], shift=[0, 0]) != DilatedPattern([4, 9], [1, 2], shift=(0, 1))
+    assert plain.shift == (0, 0)
+    assert not plain.shifted
+    assert "shift=[3, 0]" in repr(DilatedPattern([4, 9], [1, 2], shift=[3, 0]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4, 23, 40])
+def test_flops_count_the_pairs_of_shifted_grids(causal, rows):
+    pattern = DilatedPattern([4, 9, 50], [1, 2, 5], "blocked", shift=[3, 4, 17])
+    pairs = attended_counts(pattern, rows, 3, causal).sum().item() * 2
+    assert pattern.flops(rows, heads=6, head_dim=16, causal=causal, kv_heads=3) == 4 * 16 * pairs
+
+
+def test_grids_that_begin_at_one_row():
+    assert DilatedPattern([4, 6], [1, 1]).common_start == 0
+    assert DilatedPattern([4, 6], [1, 1], shift=[1, 3]).common_start == 9
+    assert DilatedPattern([4, 6], [1, 1], shift=[1, 2]).common_start is None
+    assert DilatedPattern.paper().of_layer(1, shift=True).common_start == 10920
+
+
+def test_layers_may_differ():
+    pattern = DilatedPattern([8, 16, 32], [1, 2, 3])
+    assert pattern.of_layer(3) == pattern.of_layer(2, shift=True) == pattern
+    shifted = pattern.of_layer(3, shift=True)  # 32 / 3, rounded down to a multiple of 6
+    assert shifted.shift == (6, 6, 6)
+    assert shifted == pattern.of_layer(1, shift=True)
+    turned = pattern.of_layer(4, offsets=True)
+    assert [turned.offsets(branch, 4) for branch in turned] == [(0, 0, 0, 0), (0, 1, 0, 1), (1, 2, 0, 1)]
+    assert pattern.of_layer(6, offsets=True) == pattern
+    blocked = DilatedPattern([32], [3], "blocked").of_layer(2, offsets=True)
+    assert blocked.offsets(blocked.branches[0], 6) == (2, 2, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("rule", ["modulo", "blocked"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_some_heads_of_a_model_keep_their_offsets(rule, layer):
+    pattern = DilatedPattern([32, 64], [3, 4], rule).of_layer(layer, offsets=True)
+    part = pattern.of_heads(5, 12, 3)
+    for branch in pattern:
+        offsets, block, before = part.offsets(branch, 3), part.head_block(branch, 3), part.heads_before(branch, 3)
+        assert offsets == pattern.offsets(branch, 12)[5:8]
+        assert offsets == tuple((head + before) // block % branch.dilation_rate for head in range(3))
+    assert part.of_model == pattern
+    assert pattern.of_heads(0, 3, 3) == pattern.of_heads(0, None, 3) == pattern
+
+
+@pytest.mark.parametrize(
+    ("first", "total", "message"),
+    [(-1, 4, "at least 0"), (2, 4, "heads 2 … 4 of this call are not all among 4"), (1.5, 4, "first_head must be an")],
+)
+def test_heads_that_a_model_does_not_have_are_refused(first, total, message):
+    with pytest.raises(ConfigError, match=message):
+        DilatedPattern([4], [1]).of_heads(first, total, 3)

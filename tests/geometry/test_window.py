@@ -22,7 +22,7 @@ def attended_by_pieces(pattern, start, stop, total_rows, kv_heads, causal):
     for piece in [*dense_pieces(pattern, start, stop, total_rows, causal), *shared]:
         for segment in range(piece.first_segment, piece.first_segment + piece.num_segments):
             for head, offset in enumerate(pattern.offsets(pattern.branches[piece.branch], kv_heads)):
-                origin = segment * piece.segment_length + offset
+                origin = piece.bounds(segment)[0] + offset
                 row, queries, first = piece.queries(segment, offset)
                 key_row, keys, step = piece.keys(segment, offset)
                 if queries:

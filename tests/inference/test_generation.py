@@ -29,7 +29,10 @@ def unaligned_model(**fields):
     return LongNet(LongNetConfig(**(sizes | pattern | fields))).double().eval()
 
 
-@pytest.mark.parametrize("fields", [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}, {"layer_offsets": True, "layer_shift": True}],
+)
 @pytest.mark.parametrize(("length", "chunk"), [(1, 16), (2, 1), (67, 16), (101, 1000), (150, 40)])
 def test_every_step_equals_the_forward_of_the_whole_text(fields, length, chunk):
     """Greedy, over hundreds of tokens: logits to 1e-9, hence the same tokens."""

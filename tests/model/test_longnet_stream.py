@@ -3,7 +3,6 @@ import torch
 import torch.distributed as dist
 
 from longnet_dist import LongNet, LongNetConfig
-from longnet_dist.attention.stream import Stream
 from tests.distributed import run_distributed
 
 ROWS = 75
@@ -40,17 +39,14 @@ def streamed_step(chunk, fields):
     model = build(dist.group.WORLD if ranks > 1 else None, **fields)
     tokens, labels = text()
 
-    def stream():
-        return Stream(model.config.pattern, ROWS, model.config.layers, num_ranks=ranks, rank=rank)
-
     def rows(shards):
         return slice(*shards.window(rank))
 
-    total, logits, live = 0.0, [], stream()
+    total, logits, live = 0.0, [], model.stream(ROWS)
     with torch.no_grad():
         for shards in live.forward(chunk):
             logits.append((rows(shards), model(tokens[:, rows(shards)], stream=live).logits))
-        live = stream()
+        live = model.stream(ROWS)
         for shards in live.record(chunk):
             model(tokens[:, rows(shards)], labels[:, rows(shards)], stream=live)
     for shards in live.replay(chunk):
@@ -66,7 +62,9 @@ def streamed_step(chunk, fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}], ids=["mha", "gqa"]
+    "fields",
+    [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}, {"layer_offsets": True, "layer_shift": True}],
+    ids=["mha", "gqa", "layers differ"],
 )
 @pytest.mark.parametrize(("ranks", "chunk"), [(1, 75), (1, 64), (1, 9), (1, 1), (2, 25), (2, 32), (3, 14), (3, 36)])
 def test_a_stream_has_the_loss_logits_and_gradients_of_the_whole(ranks, chunk, fields):

@@ -58,8 +58,9 @@ class Call:
         fresh: whether the buffers were never written and the piece covers all of them, so that the kernel writes where
             it would add. In forward these are ``out`` and ``lse``, in backward ``dk`` and ``dv``. Only for kernels with
             ``starts_fresh``.
-        head_block: the ``b`` with which head ``h`` has offset ``(h // b) mod r``, as the rule of the offsets says; None
-            if it has none.
+        head_block: the ``b`` with which head ``h`` has offset ``((h + c) // b) mod r``, as the rule of the offsets
+            says; None if it has none.
+        heads_before: the ``c`` there, 0 where this call holds all heads of a model.
     """
 
     piece: Piece
@@ -69,6 +70,7 @@ class Call:
     deterministic: bool = False
     fresh: bool = False
     head_block: int | None = None
+    heads_before: int = 0
 
 
 SoftmaxStatistics = tuple[Tensor, ...]

@@ -67,7 +67,10 @@ def attended_counts(pattern: DilatedPattern, rows: int, kv_heads: int, causal: b
     row = torch.arange(rows)
     count = torch.zeros(kv_heads, rows, rows, dtype=torch.int64)
     for branch in pattern:
-        segment, position = row // branch.segment_length, row % branch.segment_length
+        # The grid begins at the shift; rows before it are a segment of their own, which counts from 0.
+        behind = row - branch.shift
+        segment = torch.where(behind < 0, -1, behind // branch.segment_length)
+        position = torch.where(behind < 0, row, behind % branch.segment_length)
         for head, offset in enumerate(pattern.offsets(branch, kv_heads)):
             # LongNet, section 2.2: rows of a segment at distance r from each other attend to each other.
             kept = position % branch.dilation_rate == offset

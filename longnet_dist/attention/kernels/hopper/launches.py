@@ -128,6 +128,7 @@ def _takes(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry
         problem.fits
         and problem.piece.table is None
         and problem.call.head_block is not None
+        and not problem.call.heads_before
         and torch.cuda.get_device_capability(problem.q.device)[0] == support.COMPUTE_CAPABILITY
         and not problem.wide
         and all(_flat(x, problem.piece.dilation_rate) for x in queries)

@@ -18,6 +18,7 @@ from longnet_dist.attention.kernels.triton.tiles import (
     load_tile,
     locate,
     multiplicity_columns,
+    numbered,
     pointers,
     row_pointers,
     rows_of,
@@ -70,7 +71,7 @@ def _weights(scores, lse, factor, key_index, index, keys, MASKED: tl.constexpr, 
 @triton.jit
 def _add_queries(
     key, key_columns, query_columns, value, dkey, dvalue, dout, q, statistics, dq, dout_strides, q_strides,
-    statistics_strides, dq_strides, batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r,
+    statistics_strides, dq_strides, batch, head, rows, start, last, key_index, keys, factor, scale, number, r,
     overlaps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, OVERLAPS: tl.constexpr,
     MASKED: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
@@ -87,7 +88,7 @@ def _add_queries(
     place = row_pointers(statistics, statistics_strides, batch, head, rows[0], rows[1], index)
     row_lse = tl.load(place, mask=valid, other=float("inf"))
     if OVERLAPS and QUERIES % 64 != 0:
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, overlaps, False, key.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, False, key.dtype)
     scores = scores_of(key, key_columns, query, query_columns, OVERLAPS, PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
@@ -115,7 +116,7 @@ def key_gradient_kernel(
     dout, q, k, v, statistics, dq, dk, dv,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table, heads_before,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, ADD_DQ: tl.constexpr, DESCRIPTORS: tl.constexpr,
     REDUCE: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,8 +131,9 @@ def key_gradient_kernel(
     segment = first_segment + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    number = numbered(kv_head, heads_before)
     row, first, last, begin, keys = locate(
-        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
+        segment, number, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
     first_key = tile * KEYS
     if first_key >= keys:
@@ -146,7 +148,7 @@ def key_gradient_kernel(
     key_columns, query_columns = 0, 0
     if OVERLAPS:
         key_columns = multiplicity_columns(
-            begin + key_index, tl.arange(0, 16), kv_head, r, factor, overlaps, True, key.dtype
+            begin + key_index, tl.arange(0, 16), number, r, factor, overlaps, True, key.dtype
         )
     rows = rows_of(row, r, first)
     # Masked: tiles of queries that see only some of the keys.
@@ -158,7 +160,7 @@ def key_gradient_kernel(
         masked = first + tl.cdiv(tl.maximum(last - first, 0), QUERIES) * QUERIES
     if OVERLAPS:  # the same for all tiles, which are a period apart
         index = first + tl.arange(0, QUERIES)
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, overlaps, False, key.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, False, key.dtype)
     # The query heads of a group share the key, so their parts are summed here.
     for member in range(group):
         head = kv_head * group + member
@@ -166,14 +168,14 @@ def key_gradient_kernel(
             dkey, dvalue = _add_queries(
                 key, key_columns, query_columns, value, dkey, dvalue, dout, q, statistics, dq,
                 dout_strides, q_strides, statistics_strides, dq_strides,
-                batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r, overlaps,
+                batch, head, rows, start, last, key_index, keys, factor, scale, number, r, overlaps,
                 D, BLOCK_D, QUERIES, CAUSAL, OVERLAPS, True, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
         for start in tl.range(masked, last, QUERIES):
             dkey, dvalue = _add_queries(
                 key, key_columns, query_columns, value, dkey, dvalue, dout, q, statistics, dq,
                 dout_strides, q_strides, statistics_strides, dq_strides,
-                batch, head, rows, start, last, key_index, keys, factor, scale, kv_head, r, overlaps,
+                batch, head, rows, start, last, key_index, keys, factor, scale, number, r, overlaps,
                 D, BLOCK_D, QUERIES, CAUSAL, OVERLAPS, False, ADD_DQ, DESCRIPTORS, REDUCE, PRECISION,
             )  # fmt: skip
     dkey *= scale
@@ -192,7 +194,7 @@ def query_gradient_kernel(
     dout, q, k, v, statistics, dq,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table, heads_before,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,8 +205,9 @@ def query_gradient_kernel(
     batch_head = program // tiles // segments
     batch, head = batch_head // heads, batch_head % heads
     kv_head = head // group
+    number = numbered(kv_head, heads_before)
     row, first, last, begin, keys = locate(
-        segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
+        segment, number, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
     first += tile * QUERIES
     if first >= last:
@@ -222,9 +225,9 @@ def query_gradient_kernel(
     factor = scale * LOG2_E
     query_columns, key_columns = 0, 0
     if OVERLAPS:
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, overlaps, True, query.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, True, query.dtype)
         key_columns = multiplicity_columns(
-            begin + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
+            begin + tl.arange(0, KEYS), tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
         )
     stop = keys
     if CAUSAL:
@@ -234,7 +237,7 @@ def query_gradient_kernel(
         value = load_tile(v, v_strides, batch, kv_head, key_rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         if OVERLAPS and KEYS % 64 != 0:
             key_columns = multiplicity_columns(
-                begin + start + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
+                begin + start + tl.arange(0, KEYS), tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
             )
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION)
         key_index = start + tl.arange(0, KEYS)

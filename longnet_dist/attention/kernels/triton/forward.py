@@ -12,6 +12,7 @@ from longnet_dist.attention.kernels.triton.tiles import (
     load_tile,
     locate,
     multiplicity_columns,
+    numbered,
     pointers,
     row_pointers,
     rows_of,
@@ -34,7 +35,7 @@ def scores_of(left, left_columns, right, right_columns, OVERLAPS: tl.constexpr, 
 @triton.jit
 def _attend(
     query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head, rows,
-    begin, end, index, begin_key, keys, factor, r, overlaps,
+    begin, end, index, begin_key, keys, factor, r, number, overlaps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, OVERLAPS: tl.constexpr,
     MASKED: tl.constexpr, FIXED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +48,7 @@ def _attend(
         key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         if OVERLAPS and KEYS % 64 != 0:
             place = begin_key + start + tl.arange(0, KEYS)
-            key_columns = multiplicity_columns(
-                place, tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
-            )
+            key_columns = multiplicity_columns(place, tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype)
         # scale·q·k + ln m, over ln 2: the GPU has exp2 alone.
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION) * factor
         if MASKED:
@@ -102,7 +101,7 @@ def _start(
 def forward_kernel(
     q, k, v, running, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table, heads_before,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr, COMPACT: tl.constexpr, FRESH: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, LIMIT: tl.constexpr,
@@ -117,8 +116,9 @@ def forward_kernel(
     segment = first_segment + (program // tiles) % segments
     batch_head = program // tiles // segments
     batch, head = batch_head // heads, batch_head % heads
+    kv_head, number, factor = head // group, numbered(head // group, heads_before), scale * LOG2_E
     row, first, last, begin_key, keys = locate(
-        segment, head // group, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
+        segment, number, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
     first += tile * QUERIES
     if first >= last:
@@ -130,12 +130,11 @@ def forward_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :] < D
     lse_pointers = row_pointers(lse, lse_strides, batch, head, row, r, index)
     query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
-    factor, kv_head = scale * LOG2_E, head // group
     query_columns, key_columns = 0, 0
     if OVERLAPS:
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), kv_head, r, factor, overlaps, True, query.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, True, query.dtype)
         key_columns = multiplicity_columns(
-            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), kv_head, r, factor, overlaps, False, query.dtype
+            begin_key + tl.arange(0, KEYS), tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
         )
     # Keys from ``full`` on, which come first: masked for some query, or the last ones where no maximum is known yet.
     stop, full = keys, keys // KEYS * KEYS
@@ -150,7 +149,7 @@ def forward_kernel(
     )  # fmt: skip
     maximum, total, result = _attend(
         query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-        key_rows, full, stop, index, begin_key, keys, factor, r, overlaps,
+        key_rows, full, stop, index, begin_key, keys, factor, r, number, overlaps,
         D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     # The maximum only guards against overflow. What the first keys, or the earlier branches, left does so for nearly
@@ -160,7 +159,7 @@ def forward_kernel(
     maximum = tl.where(bare, 0.0, maximum)
     maximum, total, result = _attend(
         query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-        key_rows, 0, full, index, begin_key, keys, factor, r, overlaps,
+        key_rows, 0, full, index, begin_key, keys, factor, r, number, overlaps,
         D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, False, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     safe = ((total > 1 / LIMIT) & (total < LIMIT)) | (index >= last)
@@ -171,7 +170,7 @@ def forward_kernel(
         )  # fmt: skip
         maximum, total, result = _attend(
             query, query_columns, key_columns, maximum, total, result, k, v, k_strides, v_strides, batch, kv_head,
-            key_rows, 0, stop, index, begin_key, keys, factor, r, overlaps,
+            key_rows, 0, stop, index, begin_key, keys, factor, r, number, overlaps,
             D, BLOCK_D, KEYS, CAUSAL, OVERLAPS, True, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 

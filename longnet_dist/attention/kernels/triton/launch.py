@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet_dist.attention.kernels.contract import Call
-from longnet_dist.geometry.documents import SegmentTable
+from longnet_dist.geometry.documents import Integers, SegmentTable
 from longnet_dist.geometry.window import Piece
 from longnet_dist.numerics import COMPILE, block_dim
 
@@ -141,6 +141,11 @@ class Problem:
         return self.call.offsets if self.call.head_block is None else self.call.head_block
 
     @property
+    def heads_before(self) -> int | None:
+        """The ``c`` of ``((h + c) // b) % r``; None for 0, which the kernels are compiled without."""
+        return self.call.heads_before or None
+
+    @property
     def overlaps(self) -> int:
         """Four bits for each branch that leaves pairs to this one: 1 plus the logarithm of its relative rate."""
         return sum(rate.bit_length() << 4 * number for number, rate in enumerate(self.piece.overlap_rates))
@@ -149,18 +154,22 @@ class Problem:
     def queries(self) -> int:
         """The most queries that a (segment, head) of the piece has."""
         piece = self.piece
-        longest = piece.segment_length if piece.table is None else piece.table.longest
-        width = min(-piece.half, longest) if piece.half < 0 else max(longest - piece.half, 0)
-        return -(-min(width, piece.query_stop - piece.query_start) // piece.dilation_rate)
+        if piece.table is not None:
+            longest = max(0, int(_before_and_behind(piece, piece.table)[piece.half > 0].max()))
+        else:
+            longest = -piece.half if piece.half < 0 else piece.segment_length - piece.half
+        return -(-min(longest, piece.query_stop - piece.query_start) // piece.dilation_rate)
 
     @cached_property
     def keys(self) -> int:
         """The most keys that a (segment, head) of the piece has."""
         piece = self.piece
-        longest = piece.segment_length if piece.table is None else piece.table.longest
-        width = min(piece.half, longest) if piece.half > 0 else max(longest + piece.half, 0)
-        rows = width if piece.table is not None else piece.key_stop - piece.first_segment * width
-        return -(-min(width, rows) // piece.dilation_rate)
+        if piece.table is not None:
+            rows = max(0, int(_before_and_behind(piece, piece.table)[piece.half <= 0].max()))
+        else:
+            width = piece.half if piece.half > 0 else piece.segment_length + piece.half
+            rows = min(width, piece.key_stop - piece.first_segment * width)
+        return -(-rows // piece.dilation_rate)
 
     @property
     def key_rate(self) -> int:
@@ -241,7 +250,7 @@ class Problem:
         )
 
     def table(self) -> Tensor | None:
-        """Return ``(segments, 2)`` int64 on the device: first row and end of each; None where all have ``w`` rows."""
+        """Return ``(segments, 3)`` int64 on the device, the columns of a ``SegmentTable``; None without one."""
         return None if self.piece.table is None else _device_table(self.piece.table, self.q.device)
 
     def constants(self, described: bool) -> dict[str, Any]:
@@ -277,4 +286,13 @@ def _describable(x: Geometry, rate: int) -> bool:
 
 @lru_cache(maxsize=128)
 def _device_table(table: SegmentTable, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.stack([table.starts, table.stops], 1)).to(device)
+    return torch.from_numpy(np.stack([table.starts, table.stops, table.leads], 1)).to(device)
+
+
+def _before_and_behind(piece: Piece, table: SegmentTable) -> tuple[Integers, Integers]:
+    """The rows of each segment before its middle and behind it; without a half all are in both."""
+    rows = table.stops - table.starts
+    if not piece.half:
+        return rows, rows
+    before = np.clip(abs(piece.half) - table.leads, 0, rows)
+    return before, rows - before

@@ -15,28 +15,38 @@ import triton.language as tl
 # Integers that differ from call to call and gain nothing from a kernel compiled for their value.
 UNSPECIALIZED = (
     "tiles", "segments", "w", "first_segment", "window_start", "query_start", "query_stop", "key_stop", "half",
-    "overlaps",
+    "overlaps", "heads_before",
 )  # fmt: skip
 
 
 @triton.jit
-def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table=None):
+def numbered(kv_head, heads_before):
+    """The number of a key/value head by which the offset rule knows it."""
+    if heads_before is not None:
+        kv_head += heads_before
+    return kv_head
+
+
+@triton.jit
+def locate(segment, number, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table=None):
     """``(row, first, stop, first_key, keys)``: buffer row of index 0 (may be negative), indices of the queries, keys.
 
     The integers of ``Piece.queries`` and ``Piece.keys``; with ``half`` the queries from there on and the keys before,
-    with ``-half`` the other way round. ``head_block`` is ``Problem.head_rule``.
+    with ``-half`` the other way round. ``number`` is :func:`numbered`, ``head_block`` is ``Problem.head_rule``.
     """
-    offset = _offset(kv_head, head_block, r)
-    if table is not None:  # packed documents: the first row and the end of every segment
-        start = tl.load(table + 2 * segment) + offset
-        stop = tl.load(table + 2 * segment + 1)
+    offset = _offset(number, head_block, r)
+    split = tl.abs(half)
+    if table is not None:  # of every segment: the first row, the end, and the rows that it lacks at its start
+        start = tl.load(table + 3 * segment) + offset
+        stop = tl.load(table + 3 * segment + 1)
+        split -= tl.load(table + 3 * segment + 2)
     else:
         start = segment.to(tl.int64) * w + offset
         stop = start + (w - offset)
     first = _count(query_start - start, w, r)
     last = _count(tl.minimum(query_stop, stop) - start, w, r)
     keys = _count(tl.minimum(key_stop, stop) - start, w, r)
-    middle = _count(start * 0 + tl.abs(half) - offset, w, r)
+    middle = _count(start * 0 + split - offset, w, r)
     first_key = tl.where(half < 0, tl.minimum(keys, middle), 0)
     first = tl.where(half > 0, tl.maximum(first, middle), first)
     last = tl.where(half < 0, tl.minimum(last, middle), last)
@@ -45,14 +55,14 @@ def locate(segment, kv_head, head_block, w, r, window_start, query_start, query_
 
 
 @triton.jit
-def _offset(kv_head, rule, r):
-    """The offset of a head: ``(kv_head // rule) % r`` of an integer, or its entry of a table."""
+def _offset(number, rule, r):
+    """The offset of a head: ``(number // rule) % r`` of an integer, or its entry of a table."""
     if isinstance(rule, tl.tensor) or isinstance(rule, int):  # noqa: SIM101 (device code)
-        offset = (kv_head // rule) % r
+        offset = (number // rule) % r
     else:
-        offset = kv_head * 0
+        offset = number * 0
         for head in tl.static_range(len(rule)):  # a table of arguments has no address to load from
-            offset = tl.where(kv_head == head, rule[head], offset)
+            offset = tl.where(number == head, rule[head], offset)
     return offset
 
 
@@ -86,7 +96,7 @@ def rows_of(row, step, first):
 
 
 @triton.jit
-def multiplicity_columns(index, column, kv_head, r, factor, overlaps, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
+def multiplicity_columns(index, column, head, r, factor, overlaps, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
     """Return sixteen more columns for queries or keys, whose inner product is the logarithm of a pair's multiplicity.
 
     A pair that ``n`` later branches hold too counts ``m = n + 1`` times. Their rows lie in one another, so it is the
@@ -94,13 +104,14 @@ def multiplicity_columns(index, column, kv_head, r, factor, overlaps, WEIGHTED: 
     the number of a summand, the other has 1 there; both have 0 where the branch does not keep the row. Two columns
     share a summand: the number over ``factor``, rounded, and what its rounding leaves.
 
-    ``column`` is ``0 … 15``, ``overlaps`` is ``Problem.overlaps``. Rows ``overlap.PERIOD`` apart have equal columns.
+    ``column`` is ``0 … 15``, ``overlaps`` is ``Problem.overlaps``, ``head`` is :func:`numbered`. Rows
+    ``overlap.PERIOD`` apart have equal columns.
     """
     number = column // 2
     # A later branch of rate 2^(step-1)·r keeps the rows ≡ h modulo its rate. Row j here is at h mod r + j·r, so it is
-    # one of these if j ≡ h // r modulo 2^(step-1). Step 0 is no branch.
+    # one of these if j ≡ h // r modulo 2^(step-1), for the number h of a head. Step 0 is no branch.
     step = (overlaps >> (4 * number)) & 15
-    inside = ((index - kv_head // r)[:, None] & (((1 << step) >> 1) - 1)[None, :]) == 0
+    inside = ((index - head // r)[:, None] & (((1 << step) >> 1) - 1)[None, :]) == 0
     inside = inside & (step > 0)[None, :]
     columns = inside.to(tl.float32)
     if WEIGHTED:
