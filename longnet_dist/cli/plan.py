@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longnet_dist.cli.program.parser import CommandParser, positive
 
 if TYPE_CHECKING:
     from longnet_dist.config.schema import Config
     from longnet_dist.estimate.devices import Device
+    from longnet_dist.estimate.remedies import Found
 
 SUMMARY = "predict the memory, time and longest sequence of a training run"
 DEFAULT_DEVICE = "h100"
@@ -23,6 +24,7 @@ examples:
   longnet plan paper --device h100
   longnet plan paper data.sequence_length=1048576 train.activation_checkpointing=selective
   longnet plan my.yaml --gpus 8 parallel.sequence=4 --json
+  longnet plan my.yaml --gpus 2 --device h200 --optimize
 
 Everything is a prediction by arithmetic: nothing is allocated and no GPU is needed.
 """
@@ -45,8 +47,9 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.config.loading import load_config
     from longnet_dist.config.packaged import find_config
     from longnet_dist.estimate.layout import RunLayout
+    from longnet_dist.estimate.remedies import fastest
     from longnet_dist.estimate.run_estimate import Estimate
-    from longnet_dist.estimate.table import remedy_lines, table
+    from longnet_dist.estimate.table import fastest_lines, remedy_lines, table
     from longnet_dist.machine import host_memory_bytes
 
     config = load_config(find_config(options.config), options.settings)
@@ -56,10 +59,19 @@ def main(arguments: Sequence[str]) -> None:
         device = planned_device(torch.device("cuda", 0), layout)
     local_ranks = min(layout.num_ranks, GPUS_OF_A_MACHINE)
     plan = Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
+    found = fastest(plan) if options.optimize else []
     if options.json:
-        print(json.dumps(plan.to_json()))
+        print(json.dumps(plan.to_json() | ({"optimized": _plain(found)} if options.optimize else {})))
+    elif options.optimize:
+        print(f"{table(plan)}\n\n{fastest_lines(found)}")
     else:
         print(table(plan) + (f"\n{remedy_lines(plan)}" if not plan.fits() else ""))
+
+
+def _plain(found: Found) -> list[dict[str, Any]]:
+    """Return plain values of what a search found."""
+    keys = ("peak_gpu_bytes", "peak_host_bytes", "step_seconds", "tokens_per_second", "mfu")
+    return [{"settings": words} | {key: getattr(estimate, key) for key in keys} for words, estimate in found]
 
 
 def _device(name: str | None) -> tuple[Device, bool]:
@@ -93,5 +105,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--gpus", type=positive, metavar="n", help="ranks (default parallel.data × parallel.sequence)")
     names = ", ".join(device.name for device in GPUS)
     result.add_argument("--device", metavar="NAME", help=f"cpu or one of {names} (default: this machine's, else h100)")
+    result.add_argument("--optimize", action="store_true", help="search the memory options for the fastest that fits")
     result.add_argument("--json", action="store_true", help="print a JSON object")
     return result

@@ -1,76 +1,166 @@
-"""Remedies are settings that make a run smaller, each with an estimate of the run under it."""
+"""A search over the memory options of a run finds the settings under which it fits, and those that run fastest."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from longnet_dist.estimate.run_estimate import Estimate
+from longnet_dist.estimate.run_estimate import SPARE, Estimate
 
 MAX_SHOWN = 6
 TILE = 65536
+MAX_CHUNKS = 64
+SAME_TIME = 1.005
+"""Two predicted times are alike if they differ by less than this factor: the settings that change less are shown."""
 Settings = dict[str, Any]
+Found = list[tuple[str, Estimate]]
 
 
-def remedies(estimate: Estimate) -> list[tuple[str, Estimate]]:
-    """Find settings under which the run fits, the fastest first; if none fits, return the smallest runs.
+def remedies(estimate: Estimate, spare: float = 0.0) -> Found:
+    """Search micro-batches, checkpointing, offload, chunks and ZeRO stages for settings under which a run fits.
 
-    Two kinds of change are combined only if no single one suffices.
+    What is computed stays: model, sequence length, sequences of a step, ranks and their mesh.
 
     Args:
         estimate: of the run as it is configured.
+        spare: share of the predicted memory that must stay free in addition.
 
     Returns:
-        pairs of settings, as a command line has them, and the estimate under them. Each needs less memory than
-        ``estimate``.
+        at most ``MAX_SHOWN`` pairs of settings, as a command line has them, and the estimate under them: the fastest
+        that fits, then slower ones that need less memory. If none fits, those that need the least memory. The words are
+        empty for the run as it is configured.
     """
-    ways, states, chunks = list(_activations(estimate)), list(_states(estimate)), list(_chunks(estimate))
-    smaller = _smaller(estimate, ways + states + chunks)
-    if not any(other.fits() for _, other in smaller):
-        smaller += _smaller(estimate, [first | second for first in ways + chunks for second in states])
-    fitting = [pair for pair in smaller if pair[1].fits()]
-    if fitting:
-        return sorted(fitting, key=lambda pair: pair[1].step_seconds or 0)[:MAX_SHOWN]
-    return sorted(smaller, key=lambda pair: pair[1].memory.device_bytes)[:MAX_SHOWN]
+    tried = [Candidate.of(estimate, settings) for settings in _settings(estimate)]
+    found = [candidate for candidate in tried if candidate is not None]
+    fitting = [candidate for candidate in found if candidate.estimate.fits(-spare)]
+    chosen = _front(fitting) if fitting else sorted(found, key=lambda candidate: candidate.device_bytes)
+    return [(_words(candidate.changes), candidate.estimate) for candidate in chosen[:MAX_SHOWN]]
 
 
-def _smaller(estimate: Estimate, changes: list[Settings]) -> list[tuple[str, Estimate]]:
-    estimates = [(_words(settings), estimate.with_settings(**settings)) for settings in changes]
-    most = estimate.memory.device_bytes
-    return [(words, other) for words, other in estimates if other is not None and other.memory.device_bytes < most]
+def fastest(estimate: Estimate) -> Found:
+    """Return :func:`remedies` with room for an error of the prediction, ``SPARE``; empty if nothing fits."""
+    return [(words, other) for words, other in remedies(estimate, SPARE) if other.fits(-SPARE)]
 
 
-def _activations(estimate: Estimate) -> Iterator[Settings]:
-    """Yield settings that save fewer activations from forward to backward."""
-    small: Settings = {"train__micro_batch_size": 1} if estimate.layout.micro_batch_size > 1 else {}
-    if small:
-        yield small
-    for mode in ("selective", "full"):
-        checkpointing = small | {"train__activation_checkpointing": mode}
-        yield checkpointing
-        yield checkpointing | {"train__feed_forward_tile": TILE}
-        if estimate.device.type == "cuda":
-            yield checkpointing | {"train__feed_forward_tile": TILE, "train__offload_activations": True}
+@dataclass(frozen=True)
+class Candidate:
+    """A Candidate is a run under changed settings.
+
+    Attributes:
+        changes: the settings that differ from what is configured.
+        estimate: of the run under them.
+        seconds: of a step; 0 if the speed of the device is unknown.
+        device_bytes: peak of all tensors on a rank.
+    """
+
+    changes: Settings
+    estimate: Estimate
+    seconds: float
+    device_bytes: int
+
+    @classmethod
+    def of(cls, configured: Estimate, settings: Settings) -> Candidate | None:
+        """Estimate a run under other settings; return None if they do not fit together."""
+        changes = {name: value for name, value in settings.items() if value != _configured(configured, name)}
+        other = configured.with_settings(**changes)
+        return None if other is None else cls(changes, other, other.step_seconds or 0.0, other.memory.device_bytes)
 
 
-def _states(estimate: Estimate) -> Iterator[Settings]:
-    """Yield settings that shard more of the optimizer's state, or keep it in host memory."""
-    stage = estimate.layout.config.deepspeed.zero_stage
-    if estimate.layout.num_ranks > 1:
-        yield from ({"deepspeed__zero_stage": higher} for higher in range(stage + 1, 4))
-    if estimate.device.type == "cuda":
-        yield {"deepspeed__zero_stage": max(2, stage), "deepspeed__offload_optimizer": True}
+def _front(candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates than which no other is both faster and smaller, the fastest first.
+
+    Of those whose times are alike, the one that changes the least stands for all.
+    """
+    ordered = sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.device_bytes))
+    seconds = [candidate.seconds for candidate in ordered]
+    front: list[Candidate] = []
+    for candidate in ordered:
+        if front and candidate.device_bytes >= front[-1].device_bytes:
+            continue
+        alike = ordered[: bisect_right(seconds, SAME_TIME * candidate.seconds)]
+        smaller = [other for other in alike if not front or other.device_bytes < front[-1].device_bytes]
+        front.append(min(smaller, key=lambda other: (len(other.changes), other.device_bytes)))
+    return front
+
+
+def _settings(estimate: Estimate) -> Iterator[Settings]:
+    """Yield every combination of memory options that is valid for a run."""
+    for parts in product(_batches(estimate), _chunks(estimate), _states(estimate), _activations(estimate)):
+        settings: Settings = {}
+        for part in parts:
+            settings |= part
+        yield settings
+        if settings["train__activation_checkpointing"] == "selective":
+            yield from _with_qkv(estimate, settings)
+
+
+def _batches(estimate: Estimate) -> Iterator[Settings]:
+    """Yield every power of two that a rank can compute at once of its sequences, and the configured number."""
+    sequences = estimate.layout.micro_batch_size * estimate.layout.accumulation
+    sizes = {1 << power for power in range(sequences.bit_length())} | {estimate.layout.micro_batch_size}
+    yield from ({"train__micro_batch_size": size} for size in sorted(sizes) if sequences % size == 0)
 
 
 def _chunks(estimate: Estimate) -> Iterator[Settings]:
-    """Yield settings that compute a causal sequence in chunks."""
-    length, ranks = estimate.layout.chunk_length, estimate.layout.mesh.sequence
-    for parts in (2, 8, 64):
-        if estimate.layout.config.model.causal and length >= parts * ranks:
-            yield {"train__chunk_length": -(-length // parts // ranks) * ranks}
+    """Yield a whole sequence, and chunks of a causal one: halves, quarters and so on."""
+    config, ranks = estimate.layout.config, estimate.layout.mesh.sequence
+    length = config.data.sequence_length
+    yield {"train__chunk_length": None}
+    parts = 2
+    while config.model.causal and parts <= MAX_CHUNKS and length >= 2 * parts * ranks:
+        yield {"train__chunk_length": -(-length // parts // ranks) * ranks}
+        parts *= 2
+
+
+def _states(estimate: Estimate) -> Iterator[Settings]:
+    """Yield the ZeRO stages that shard anything over the ranks, each without and with offload of the optimizer."""
+    least = 1 if estimate.layout.precision == "bf16" else 0
+    stages = range(least, 4) if estimate.layout.num_ranks > 1 else (least, 2)
+    for stage in stages:
+        yield {"deepspeed__zero_stage": stage, "deepspeed__offload_optimizer": False}
+        if stage and estimate.device.type == "cuda":
+            yield {"deepspeed__zero_stage": stage, "deepspeed__offload_optimizer": True}
+
+
+def _activations(estimate: Estimate) -> Iterator[Settings]:
+    """Yield the ways to keep or recompute activations, with neither queries, keys nor values kept."""
+    plain: Settings = {
+        "train__offload_activations": False,
+        "train__resident_blocks": None,
+        "train__cache_qkv": 0,
+        "train__offload_qkv": 0,
+    }
+    yield plain | {"train__activation_checkpointing": "none", "train__feed_forward_tile": None}
+    offloads = (False, True) if estimate.device.type == "cuda" else (False,)
+    for mode, tile, offload in product(("selective", "full"), (None, TILE), offloads):
+        yield plain | {
+            "train__activation_checkpointing": mode,
+            "train__feed_forward_tile": tile,
+            "train__offload_activations": offload,
+        }
+
+
+def _with_qkv(estimate: Estimate, settings: Settings) -> Iterator[Settings]:
+    """Yield the settings with the most blocks that can keep their queries, keys and values."""
+    base = estimate.with_settings(**settings)
+    if base is not None and (number := base.cache_qkv_that_fits):
+        yield settings | {"train__cache_qkv": number}
+
+
+def _configured(estimate: Estimate, name: str) -> Any:
+    section, _, key = name.partition("__")
+    return getattr(getattr(estimate.layout.config, section), key)
 
 
 def _words(settings: Settings) -> str:
     """Write settings as on a command line."""
-    values = {name: str(value).lower() if isinstance(value, bool) else value for name, value in settings.items()}
-    return " ".join(f"{name.replace('__', '.')}={value}" for name, value in values.items())
+    return " ".join(f"{name.replace('__', '.')}={_value(value)}" for name, value in settings.items())
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

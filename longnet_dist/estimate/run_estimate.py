@@ -143,12 +143,12 @@ class Estimate:
         """Return the largest ``train.cache_qkv`` that leaves ``SPARE`` free; 0 without selective checkpointing."""
         if self.layout.config.train.activation_checkpointing != "selective":
             return 0
-        fitting = (
-            number
-            for number in range(self.layout.config.model.layers, 0, -1)
-            if (estimate := self.with_settings(train__cache_qkv=number)) and estimate.fits(-SPARE)
-        )
-        return next(fitting, 0)
+        low, high = 0, self.layout.config.model.layers
+        while low < high:  # what more blocks keep takes more memory
+            middle = (low + high + 1) // 2
+            estimate = self.with_settings(train__cache_qkv=middle)
+            low, high = (middle, high) if estimate and estimate.fits(-SPARE) else (low, middle - 1)
+        return low
 
     def _longest(self, **settings: Any) -> int:
         """Search the longest sequence by doubling, then by bisection."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.devices import GIB
 from longnet_dist.estimate.model_cost import num_parameters
-from longnet_dist.estimate.remedies import remedies
+from longnet_dist.estimate.remedies import Found, remedies
 from longnet_dist.estimate.run_estimate import LONGEST, MARGIN, Estimate
 from longnet_dist.estimate.traffic import exchange_of
 
@@ -43,6 +43,17 @@ def remedy_lines(estimate: Estimate) -> str:
         return "use a larger parallel.sequence, a smaller model or a shorter data.sequence_length"
     lines = ["it fits with" if found[0][1].fits() else "nothing tried fits; the smallest are"]
     lines += [f"  {words}: {_memory(other)}{_seconds(other)}" for words, other in found]
+    return "\n".join(lines)
+
+
+def fastest_lines(found: Found) -> str:
+    """Return lines with settings and what a run under them takes, the fastest first."""
+    if not found:
+        return "no combination of the memory options fits; use a larger parallel.sequence or a smaller model"
+    lines = ["the fastest settings that fit, then slower ones that need less memory"]
+    lines += [
+        f"  {words or 'as configured'}: {_memory(other)}{_seconds(other)}{_speed(other)}" for words, other in found
+    ]
     return "\n".join(lines)
 
 
@@ -125,6 +136,11 @@ def _gib(size: int) -> str:
 def _memory(estimate: Estimate) -> str:
     host = f" and {_gib(estimate.peak_host_bytes)} GiB of the host" if estimate.device.type == "cuda" else ""
     return f"{_gib(estimate.memory.device_bytes + estimate.overhead_bytes)} GiB a rank{host}"
+
+
+def _speed(estimate: Estimate) -> str:
+    mfu = "" if estimate.mfu is None else f", MFU {estimate.mfu:.1%}"
+    return "" if estimate.step_seconds is None else f", {estimate.tokens_per_second:,.0f} tokens/s{mfu}"
 
 
 def _seconds(estimate: Estimate) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from longnet_dist.estimate.activations import WIDE
@@ -61,5 +62,7 @@ def _exchange_of(layout: RunLayout, pattern: DilatedPattern) -> Exchange:
 def _records(pattern: DilatedPattern, segment: Segment, kv_heads: int, start: int, stop: int) -> int:
     """Count the (row, head) pairs that a segment keeps in rows ``[start, stop)``."""
     first, last = max(segment.start, start) - segment.start, min(segment.stop, stop) - segment.start
-    rate, offsets = segment.dilation_rate, pattern.offsets(pattern.branches[segment.branch], kv_heads)
-    return sum(kept_rows(last, o, rate) - kept_rows(first, o, rate) for o in offsets) if last > first else 0
+    if last <= first:
+        return 0
+    rate, heads = segment.dilation_rate, Counter(pattern.offsets(pattern.branches[segment.branch], kv_heads))
+    return sum(number * (kept_rows(last, o, rate) - kept_rows(first, o, rate)) for o, number in heads.items())

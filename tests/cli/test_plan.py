@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 KEYS = {"parameters", "flops_per_token", "peak_gpu_bytes", "peak_host_bytes", "step_seconds", "longest_sequence"}
 
@@ -31,3 +33,13 @@ def test_mistakes_end_with_one_message_and_status_2():
     assert result.returncode == 2
     assert result.stderr.startswith("error: device must be cpu or one of h100-nvl,")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_search_for_the_fastest_settings():
+    printed = run("paper", "--device", "h100", "--optimize", "--json")
+    assert printed.returncode == 0, printed.stderr
+    first = json.loads(printed.stdout)["optimized"][0]
+    assert first["tokens_per_second"] * first["step_seconds"] == pytest.approx(2**19)
+    applied = json.loads(run("paper", "--device", "h100", "--json", *first["settings"].split()).stdout)
+    assert applied["step_seconds"] == first["step_seconds"]
+    assert applied["fits"]
