@@ -29,7 +29,7 @@ from longnet_dist.engine.execution import Execution
 from longnet_dist.estimate.devices import device_of
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.train.allocator import prepare_allocator
-from longnet_dist.train.batch_prefetch import RowsAhead
+from longnet_dist.train.batch_prefetch import StepsAhead, pinned
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed
 from longnet_dist.train.step import MicroBatch, train_step
 
@@ -110,11 +110,12 @@ def measure(trial: Trial, device: torch.device) -> dict[str, Any]:
     vocab, rows = config.model.vocab_size, trial.rows
     batches = Batches(TokenFile.open(trial.data), "train", rows, train.batch_size, train.seed, vocab_size=vocab)
     seconds, results, steps = [], [], trial.warmup + trial.steps
-    ahead = RowsAhead(lambda step: [batches.local(step)], steps, device)
+    ahead = StepsAhead(lambda step: pinned(batches.local(step), device), steps)
     for step in range(steps):
         began = time.perf_counter()
         labels = partial(batches.num_labels, step, 0, 1)
-        micro_batches = [MicroBatch(read, labels) for read in ahead.of(step)]
+        read = ahead.of(step)
+        micro_batches = [MicroBatch(lambda _, rows=read: rows, labels)]  # type: ignore[misc]
         # Reading the loss waits for the device.
         results.append(train_step(engine, micro_batches, rows, rows, learning_rate(step + 1, train)))
         seconds.append(time.perf_counter() - began)

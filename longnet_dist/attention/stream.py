@@ -10,7 +10,7 @@ from torch import Tensor
 from longnet_dist.comm.transfer import CompactBuffers
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.chunks import chunks_of, recorded_segments
-from longnet_dist.geometry.documents import Documents, read_edges
+from longnet_dist.geometry.documents import Documents, check_end, read_edges
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards, open_segments
 from longnet_dist.numerics import wide_dtype
@@ -31,8 +31,8 @@ class Stream:
         num_ranks: ranks of the sequence group, which share every chunk.
         rank: this rank's place in the group.
         causal: a bidirectional sequence can only pass as one chunk.
-        cu_seqlens: edges of packed documents, the same for all batch items, in rows of the whole sequence; None: the
-            sequence is one document.
+        cu_seqlens: edges of packed documents, the same for all batch items, in rows of the whole sequence, or a
+            :class:`~longnet_dist.geometry.documents.Documents`; None: the sequence is one document.
 
     Attributes:
         shards: the present chunk and its slices.
@@ -165,6 +165,9 @@ def _documents(cu_seqlens: Any, total_rows: int) -> Documents | None:
     """Return the documents of a stream; its items must share them, since they share its chunks."""
     if cu_seqlens is None:
         return None
+    if isinstance(cu_seqlens, Documents):
+        check_end(cu_seqlens.stops[-1], total_rows)
+        return cu_seqlens
     lists = read_edges(cu_seqlens, 1, total_rows)
     return Documents.of_edges(lists[0])
 

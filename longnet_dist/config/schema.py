@@ -87,11 +87,27 @@ class DataConfig(Section):
             bytes.
         cache_dir: folder for the token file of the standard library, which is made once.
         sequence_length: tokens ``N`` of a sample, over all sequence ranks together.
+        documents: keep the documents of a sample apart: each is computed as if it were alone, and no label crosses an
+            edge. Validation and ``longnet evaluate`` do the same. False: a sample is one text.
+        packing: how samples are filled: ``contiguous`` (stretches of the token file), or ``best_fit`` (whole documents,
+            of which only those longer than a sample are cut; the rest of a sample is padding), which needs
+            ``documents=true``.
     """
 
     path: Path | None = None
     cache_dir: Path = Path("data")
     sequence_length: PositiveInt = 2048
+    documents: bool = False
+    packing: Literal["contiguous", "best_fit"] = "contiguous"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.packing == "best_fit" and not self.documents:
+            raise ConfigError(
+                "data.packing=best_fit packs documents that are kept apart, but data.documents is false; use "
+                "data.documents=true or data.packing=contiguous"
+            )
+        return self
 
 
 class ProfileConfig(Section):

@@ -120,7 +120,8 @@ def default_token_file(directory: str | Path) -> Path:
     path = Path(directory) / f"{source.lower().replace(' ', '_')}.tokens"
     if path.exists():
         header = TokenFile.open(path, verify=True).header
-        if (header.source, header.tokenizer) == (source, ByteTokenizer().to_json()):
+        same = (header.source, header.tokenizer) == (source, ByteTokenizer().to_json())
+        if same and header.edges:  # older versions wrote none
             return path
     return prepare(standard_library(), path, ByteTokenizer(), overwrite=True, source=source).path
 

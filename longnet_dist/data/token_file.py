@@ -8,12 +8,16 @@ Layout, little-endian::
     16   header_sha256  32 bytes
     48   JSON           see Header
     ..   tokens         num_tokens × uint8, uint16 or uint32
+    ..   edges          uint64: first token of each document, then num_tokens; files of older versions have none
+
+A separator is the last token of the document before it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from bisect import bisect_right
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
@@ -30,6 +34,8 @@ VERSION = 1
 PREAMBLE = struct.Struct("<8sII32s")
 PAGE_BYTES = 4096
 READ_BYTES = 1 << 24
+
+EDGE_BYTES = 8
 
 SplitName = Literal["train", "validation", "all"]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -51,6 +57,20 @@ class Split(BaseModel):
     num_bytes: Count
 
 
+class Edges(BaseModel):
+    """Edges says how many edges of documents follow the tokens.
+
+    Attributes:
+        count: number of edges, one more than the documents with tokens.
+        sha256: checksum of the edges, hexadecimal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: Annotated[int, Field(ge=2, strict=True)]
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class Header(BaseModel):
     """The Header describes a token file.
 
@@ -67,6 +87,7 @@ class Header(BaseModel):
         validation: the validation split, which follows it.
         source: where the text comes from.
         tokenizer: the tokenizer, for :func:`~longnet_dist.data.tokenizers.tokenizer_from_json`.
+        edges: the edges of the documents; None in files of older versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +102,17 @@ class Header(BaseModel):
     validation: Split
     source: str
     tokenizer: dict[str, Any]
+    edges: Edges | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Return the size of all tokens, bytes."""
+        return self.num_tokens * np.dtype(self.dtype).itemsize
+
+    @property
+    def data_bytes(self) -> int:
+        """Return the size of all that follows the header, bytes."""
+        return self.token_bytes + (self.edges.count * EDGE_BYTES if self.edges else 0)
 
     @model_validator(mode="after")
     def _splits_cover_the_file(self) -> Self:
@@ -103,6 +135,8 @@ class TokenFile:
         path: path of the file.
         header: its header.
         tokens: (num_tokens,) uint8, uint16 or uint32, memory-mapped and read-only.
+        edges: (count,) uint64, the first token of each document and the end of the last, memory-mapped and read-only;
+            None in files of older versions.
     """
 
     def __init__(self, path: Path, header: Header, offset: int) -> None:
@@ -111,6 +145,10 @@ class TokenFile:
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(
             path, dtype=header.dtype, mode="r", offset=offset, shape=(header.num_tokens,)
         )
+        self.edges: npt.NDArray[np.uint64] | None = None
+        if header.edges:
+            place = offset + header.token_bytes
+            self.edges = np.memmap(path, dtype="<u8", mode="r", offset=place, shape=(header.edges.count,))
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> TokenFile:
@@ -149,6 +187,41 @@ class TokenFile:
         """
         split = self._split(name)
         return split.first, split.last
+
+    def require_edges(self) -> None:
+        """Check that the file has the edges of its documents.
+
+        Raises:
+            DataError: an older version wrote the file, without edges, or they are damaged.
+        """
+        if self.edges is None:
+            raise DataError(
+                f"data.documents=true needs the edges of documents, but {self.path} has none, because an older version "
+                f"prepared it; prepare it again: longnet prepare INPUT --output {self.path} --overwrite"
+            )
+        if (self.edges[0], self.edges[-1]) != (0, self.header.num_tokens):
+            raise self._damaged_edges()
+
+    def edges_inside(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Return the edges of documents in ``(first, last]``, ascending, (n,) int64.
+
+        Raises:
+            DataError: the file has no edges, or they are damaged.
+        """
+        self.require_edges()
+        assert self.edges is not None
+        # Bisection reads a few pages of the map, where numpy's search would copy the unaligned array whole.
+        begin, end = bisect_right(self.edges, first), bisect_right(self.edges, last)
+        found = np.array(self.edges[begin:end]).astype(np.int64)
+        if np.any(np.diff(found, prepend=first, append=max(last, first) + 1) < 1):
+            raise self._damaged_edges()
+        return found
+
+    def _damaged_edges(self) -> DataError:
+        return DataError(
+            f"the edges of documents in {self.path} are damaged: they must rise from 0 to {self.header.num_tokens}; "
+            "copy it again or prepare it again"
+        )
 
     def bytes_per_token(self, name: SplitName) -> float:
         """Return the bytes of text for each token, averaged over the split.
@@ -208,7 +281,7 @@ def _read_header(path: Path, stream: BinaryIO) -> tuple[Header, int]:
 def _check_length(path: Path, header: Header, offset: int) -> None:
     if header.num_tokens == 0:
         raise DataError(f"the token file {path} holds no tokens; prepare it again from some text")
-    expected = offset + header.num_tokens * np.dtype(header.dtype).itemsize
+    expected = offset + header.data_bytes
     actual = path.stat().st_size
     if actual != expected:
         fault = "truncated" if actual < expected else "too long"
@@ -219,15 +292,20 @@ def _check_length(path: Path, header: Header, offset: int) -> None:
 
 
 def _check_tokens(path: Path, header: Header, stream: BinaryIO) -> None:
-    """Compare the checksum of everything behind the header, where ``stream`` is positioned."""
-    digest = hashlib.sha256()
-    total = header.num_tokens * np.dtype(header.dtype).itemsize
+    """Compare the checksums of everything behind the header, where ``stream`` is positioned."""
+    parts = [("tokens", header.token_bytes, header.sha256)]
+    if header.edges:
+        parts.append(("edges of documents", header.edges.count * EDGE_BYTES, header.edges.sha256))
+    total = header.data_bytes
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {path.name}", delay=1, leave=False) as progress:
-        while chunk := stream.read(READ_BYTES):
-            digest.update(chunk)
-            progress.update(len(chunk))
-    if digest.hexdigest() != header.sha256:
-        raise DataError(
-            f"the tokens of {path} are damaged: their SHA-256 is {digest.hexdigest()}, the header promises "
-            f"{header.sha256}; copy it again or prepare it again"
-        )
+        for what, size, promised in parts:
+            digest = hashlib.sha256()
+            while size and (chunk := stream.read(min(READ_BYTES, size))):
+                digest.update(chunk)
+                size -= len(chunk)
+                progress.update(len(chunk))
+            if digest.hexdigest() != promised:
+                raise DataError(
+                    f"the {what} of {path} are damaged: their SHA-256 is {digest.hexdigest()}, the header promises "
+                    f"{promised}; copy it again or prepare it again"
+                )

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from longnet_dist.data.token_file import MAGIC, PAGE_BYTES, PREAMBLE, VERSION, Header, Split
+from longnet_dist.data.token_file import MAGIC, PAGE_BYTES, PREAMBLE, VERSION, Edges, Header, Split
 from longnet_dist.data.tokenizers import Ids, Tokenizer, split_at_lines
 from longnet_dist.errors import DataError
 
@@ -27,7 +27,7 @@ class TokenFileWriter:
     """A TokenFileWriter streams documents into a token file, which appears under its name only when it is complete.
 
     It is a context manager: leaving the block completes the file, an exception removes what was written. It needs
-    memory for one piece of 256 KiB, and 16 bytes for every piece or document.
+    memory for one piece of 256 KiB, 16 bytes for every piece and 8 for every document.
 
     Args:
         path: the file to write; missing parent folders are created.
@@ -67,6 +67,7 @@ class TokenFileWriter:
         self._dtype = np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1)).newbyteorder("<")
         self._digest = hashlib.sha256()
         self._edges = array("q"), array("q")  # first token, first byte of every piece
+        self._documents = array("Q", [0])  # first token of every document
         self._refuse_existing()
         self._offset = self._data_offset()
 
@@ -104,6 +105,8 @@ class TokenFileWriter:
         for piece in split_at_lines(chunks):
             if not begun and self.num_documents and self.tokenizer.document_separator is not None:
                 self._append(np.array([self.tokenizer.document_separator]), num_bytes=1)
+            if not begun and self.num_tokens > self._documents[-1]:
+                self._documents.append(self.num_tokens)
             begun = True
             if self.tokenizer.text_only:
                 self.num_replaced += _count_undecodable(piece)
@@ -129,13 +132,21 @@ class TokenFileWriter:
             raise DataError(f"no text was found for {self.path}: {self.num_documents} documents gave no token")
         self._refuse_existing()
         token, byte = self._boundary(self.num_tokens - int(self.num_tokens * self._validation))
-        self.header = self._make_header(token, byte)
+        self.header = self._make_header(token, byte, self._write_edges())
         text = self.header.model_dump_json().encode().ljust(self._offset - PREAMBLE.size)
         self._stream.seek(0)
         self._stream.write(PREAMBLE.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
         self._stream.flush()
         os.fsync(self._stream.fileno())
         os.replace(self._partial, self.path)
+
+    def _write_edges(self) -> Edges:
+        """Write the edges of the documents behind the last token."""
+        edges = np.frombuffer(self._documents, np.uint64)
+        edges = np.append(edges[edges < self.num_tokens], np.uint64(self.num_tokens)).astype("<u8")
+        self._stream.seek(self._offset + self.num_tokens * self._dtype.itemsize)
+        self._stream.write(edges.tobytes())
+        return Edges(count=len(edges), sha256=hashlib.sha256(edges.tobytes()).hexdigest())
 
     def _boundary(self, target: int) -> tuple[int, int]:
         """Return the first token of the validation split, near ``target``, and the exact offset of its text in bytes.
@@ -163,7 +174,7 @@ class TokenFileWriter:
         self._stream.seek(self._offset + first * self._dtype.itemsize)
         return np.frombuffer(self._stream.read((last - first) * self._dtype.itemsize), dtype=self._dtype)
 
-    def _make_header(self, token: int, byte: int) -> Header:
+    def _make_header(self, token: int, byte: int, edges: Edges | None = None) -> Header:
         return Header(
             dtype=cast(Any, self._dtype.name),
             num_tokens=self.num_tokens,
@@ -175,6 +186,7 @@ class TokenFileWriter:
             validation=Split(first=token, last=self.num_tokens, num_bytes=self.num_bytes - byte),
             source=self._source,
             tokenizer=self.tokenizer.to_json(),
+            edges=edges,
         )
 
     def _data_offset(self) -> int:

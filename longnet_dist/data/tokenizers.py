@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ Ids = npt.NDArray[np.integer[Any]]
 PIECE_BYTES = 1 << 18
 # Published vocabularies have one of these tokens for the end of a document; the first one present is used.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # with a byte fallback, the token of one byte
 INSTALL = "install it with: pip install 'longnet-dist[tokenizers]'"
 
 
@@ -45,6 +48,9 @@ class Tokenizer(Protocol):
             DataError: an id is outside of the vocabulary.
         """
 
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the bytes of text that each id stands for, (vocab_size,); a separator counts 1, an unused id 0."""
+
     def to_json(self) -> dict[str, Any]:
         """Return what :func:`tokenizer_from_json` needs to rebuild the tokenizer, if possible without other files."""
 
@@ -64,6 +70,10 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
         """Return ``ids`` as bytes."""
         return _checked(ids, self.vocab_size, self.name).astype(np.uint8).tobytes()
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Return 1 for every id."""
+        return np.ones(self.vocab_size, np.int64)
 
     def to_json(self) -> dict[str, Any]:
         """Return the kind, which is all that is needed."""
@@ -97,7 +107,8 @@ class HuggingFaceTokenizer:
         self._backend.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of a document
         self._content = content
         self.name = name
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self._vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        vocabulary = self._vocabulary
         if not vocabulary:
             raise DataError(f"the tokenizer {name} has an empty vocabulary; train it first")
         self.vocab_size = max(vocabulary.values()) + 1
@@ -114,6 +125,30 @@ class HuggingFaceTokenizer:
         known = _checked(ids, self.vocab_size, self.name).tolist()
         text: str = self._backend.decode(known, skip_special_tokens=False)
         return text.encode("utf-8", errors="replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the bytes that each id adds to a text, (vocab_size,)."""
+        texts, ids = list(self._vocabulary), list(self._vocabulary.values())
+        sizes = np.zeros(self.vocab_size, np.int64)
+        decoder = json.dumps(self._content.get("decoder"))
+        if '"ByteLevel"' in decoder:
+            from tokenizers.pre_tokenizers import ByteLevel
+
+            alphabet = set(ByteLevel.alphabet())  # a character of it stands for one byte
+            sizes[ids] = [len(text) if alphabet.issuperset(text) else len(text.encode()) for text in texts]
+        elif decoder == "null":
+            sizes[ids] = [len(text.encode()) for text in texts]
+        else:
+            # A decoder treats the first token in its own way, so each id is decoded behind another one.
+            anchor = next((number for text, number in self._vocabulary.items() if text.isalnum()), ids[0])
+            (alone,) = self._backend.decode_batch([[anchor]], skip_special_tokens=False)
+            pairs = self._backend.decode_batch([[anchor, number] for number in ids], skip_special_tokens=False)
+            sizes[ids] = [max(0, len(pair.encode()) - len(alone.encode())) for pair in pairs]
+            if '"ByteFallback"' in decoder:
+                sizes[[number for text, number in self._vocabulary.items() if _BYTE_TOKEN.fullmatch(text)]] = 1
+        if self.document_separator is not None:
+            sizes[self.document_separator] = 1
+        return sizes
 
     def to_json(self) -> dict[str, Any]:
         """Return the kind, the name and the whole ``tokenizer.json``."""
@@ -167,6 +202,16 @@ class TiktokenTokenizer:
         except KeyError as error:
             raise DataError(f"the tokenizer {self.name} has no token of id {error}") from error
         return text
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the length of each token, (vocab_size,)."""
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for number in range(self.vocab_size):
+            with contextlib.suppress(KeyError):  # some ids between the special tokens are unused
+                sizes[number] = len(self._backend.decode_single_token_bytes(number))
+        if self.document_separator is not None:
+            sizes[self.document_separator] = 1
+        return sizes
 
     def to_json(self) -> dict[str, Any]:
         """Return the kind and the name of the encoding."""

@@ -25,7 +25,7 @@ class Evaluation:
         loss: mean cross-entropy of a token, nats.
         tokens: how many were predicted.
         perplexity: ``exp(loss)``.
-        bits_per_byte: ``loss`` in bits, for each byte of text: comparable across tokenizers.
+        bits_per_byte: bits for each byte of text that the predicted tokens stand for: comparable across tokenizers.
     """
 
     loss: float
@@ -34,11 +34,22 @@ class Evaluation:
     bits_per_byte: float
 
     @classmethod
-    def of(cls, loss_sum: float, num_labels: int, windows: Windows) -> Evaluation:
-        """From the sums over all labelled rows."""
+    def of(cls, loss_sum: float, num_labels: int, num_bytes: int) -> Evaluation:
+        """Return the means from the sums over all labelled rows.
+
+        Args:
+            loss_sum: cross-entropies, nats.
+            num_labels: predicted tokens.
+            num_bytes: bytes of text that they stand for.
+
+        Raises:
+            DataError: no token was predicted.
+        """
+        if num_labels == 0:
+            raise DataError("no token is predicted: every document read has one token; evaluate more tokens")
         loss = loss_sum / num_labels
-        bytes_per_token = windows.token_file.bytes_per_token(windows.split)
-        return cls(loss, num_labels, math.exp(min(loss, 700.0)), loss / math.log(2) / bytes_per_token)
+        bits_per_byte = loss_sum / math.log(2) / max(num_bytes, 1)
+        return cls(loss, num_labels, math.exp(min(loss, 700.0)), bits_per_byte)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def evaluate(
     Raises:
         DataError: the text has fewer rows than sequence ranks.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batches in _plan(windows, num_tokens, batch_size, mesh.shape.sequence):
             for first in range(0, len(batches), mesh.shape.data):
@@ -85,8 +96,8 @@ def evaluate(
                 if number < len(batches):
                     sums += found
     # Each sequence rank adds its own rows, so the sum over the world counts every row once.
-    loss_sum, num_labels = total_over_ranks(sums).tolist()
-    return Evaluation.of(loss_sum, int(num_labels), windows)
+    loss_sum, num_labels, num_bytes = total_over_ranks(sums).tolist()
+    return Evaluation.of(loss_sum, int(num_labels), int(num_bytes))
 
 
 def _plan(windows: Windows, num_tokens: int, batch_size: int, sequence_ranks: int) -> Iterator[list[_Batch]]:
@@ -105,17 +116,21 @@ def _plan(windows: Windows, num_tokens: int, batch_size: int, sequence_ranks: in
 
 
 def _sums(model: Any, windows: Windows, batch: _Batch, chunk_length: int | None, device: torch.device) -> Tensor:
-    """Sum of the losses, and number, of the labelled rows that this rank holds of a batch: ``(2,)`` float64."""
-    stream = model.stream(batch.rows)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for shards in stream.forward(chunk_length or batch.rows):
-        tokens, labels = (part.to(device) for part in windows.local(batch.windows, shards.window(stream.rank)))
-        sums += sums_of(model(tokens, labels, stream=stream))
+    """Return loss sum, number and bytes of the labels that this rank holds of a batch: ``(3,)`` float64."""
+    documents = windows.documents_of(batch.windows, batch.rows)
+    # Windows with documents of their own are one sequence, one window behind the other.
+    joined = 1 if documents is None else len(batch.windows)
+    stream = model.stream(batch.rows * joined, cu_seqlens=documents)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for shards in stream.forward((chunk_length or batch.rows) * joined):
+        tokens, labels = windows.local(batch.windows, shards.window(stream.rank))
+        sums += sums_of(model(tokens.to(device), labels.to(device), stream=stream), windows.num_bytes(labels))
     return sums
 
 
-def sums_of(output: LongNetOutput) -> Tensor:
-    """Sum of the losses, and number, of the labelled rows of an output: ``(2,)`` float64."""
+def sums_of(output: LongNetOutput, num_bytes: int) -> Tensor:
+    """Return loss sum, number and bytes of the labels of an output: ``(3,)`` float64."""
     assert output.loss_sum is not None
     assert output.num_labels is not None
-    return torch.stack([output.loss_sum.double(), output.num_labels.double()])
+    counts = output.num_labels.double(), output.loss_sum.new_tensor(num_bytes, dtype=torch.float64)
+    return torch.stack([output.loss_sum.double(), *counts])

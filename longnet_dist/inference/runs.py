@@ -97,7 +97,8 @@ def evaluate_run_streamed(
     execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
     with run.model_on(launch, execution) as (model, _, device):
         sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
-        task = StreamTask(*sha256, split, windows.length_of(0), str(next(model.parameters()).dtype))
+        dtype = str(next(model.parameters()).dtype)
+        task = StreamTask(*sha256, split, windows.length_of(0), dtype, windows.documents)
         file = StateFile(state_path or run.folder.path / f"{data.stem}.stream.safetensors", task, resume)
         return evaluate_stream(model, windows, chunk_length, device, file)
 
@@ -168,7 +169,8 @@ class _Run:
                 f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
                 f"({tokenizer.name}); prepare it with the run's"
             )
-        return Windows(token_file, split, length, **objective(self.config.model))
+        documents = self.config.data.documents
+        return Windows(token_file, split, length, **objective(self.config.model), documents=documents)
 
     def model(self, group: dist.ProcessGroup | None, device: torch.device, execution: Execution = _PLAIN) -> LongNet:
         """The trained model, in evaluation mode and the precision of its training."""

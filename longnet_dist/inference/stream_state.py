@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longnet_dist.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class StreamTask:
         split: of the token file.
         rows: of the sequence.
         dtype: in which the model computes.
+        documents: whether documents are kept apart.
     """
 
     weights: str
@@ -33,6 +34,7 @@ class StreamTask:
     split: str
     rows: int
     dtype: str
+    documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,19 @@ class StreamState:
         loss_sum: of these rows, nats.
         num_labels: labelled ones among them.
         carried: what the layers keep for later rows, see :meth:`~longnet_dist.attention.stream.Stream.carried`.
+        num_bytes: bytes of text that the labels stand for.
     """
 
     row: int
     loss_sum: float
     num_labels: int
     carried: list[Tensor]
+    num_bytes: int = 0
 
 
 def save_stream_state(path: Path, task: StreamTask, state: StreamState) -> None:
     """Write the state; ``path`` always is a complete state, the old or the new one."""
-    numbers = {"row": state.row, "loss_sum": state.loss_sum, "num_labels": state.num_labels}
+    numbers = {name: value for name, value in vars(state).items() if name != "carried"}
     metadata = {"format": FORMAT, "task": asdict(task), "numbers": numbers}
     partial = path.with_name(f".{path.name}.partial")
     tensors = {f"{layer:06d}": records.cpu().contiguous() for layer, records in enumerate(state.carried)}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from longnet_dist.attention.plan_ahead import plan_chunk
 from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.prefetch import read_ahead
@@ -65,22 +66,31 @@ def evaluate_stream(
         KeyboardInterrupt: an interrupt (SIGINT or SIGTERM) on any rank, after the state has been saved.
     """
     state = file.load()
-    stream = model.stream(windows.length_of(0))
+    stream = model.stream(windows.length_of(0), cu_seqlens=windows.documents_of([0]))
     stream.resume(state.row, [records.to(device) for records in state.carried])
+    planned = model.stream(windows.length_of(0), cu_seqlens=stream.documents)
     is_first, saved_at = dist.get_rank() == 0, time.monotonic()
 
-    def read(shards: Shards) -> tuple[Tensor, Tensor]:
+    def read(shards: Shards) -> tuple[Tensor, Tensor, int]:
+        if planned.documents is not None:
+            plan_chunk(model.blocks[0].self_attn, planned, shards)
         tokens, labels = windows.local([0], shards.window(stream.rank))
-        return (tokens.pin_memory(), labels.pin_memory()) if device.type == "cuda" else (tokens, labels)
+        num_bytes = windows.num_bytes(labels)
+        if device.type == "cuda":
+            tokens, labels = tokens.pin_memory(), labels.pin_memory()
+        return tokens, labels, num_bytes
 
     bar = tqdm(total=stream.total_rows, initial=state.row, unit="token", unit_scale=True, disable=not is_first)
     with torch.no_grad(), _interrupts() as interrupts, bar:
-        for shards, batch in read_ahead(read, stream.chunks(chunk_length, state.row)):
+        for shards, (*batch, read_bytes) in read_ahead(read, stream.chunks(chunk_length, state.row)):
             stream.enter(shards)
-            sums = sums_of(model(*(part.to(device, non_blocking=True) for part in batch), stream=stream))
+            sums = sums_of(model(*(part.to(device, non_blocking=True) for part in batch), stream=stream), read_bytes)
             # This also waits for the chunk, while the next one is read.
-            loss, labels, stop = total_over_ranks(torch.cat([sums, sums.new_tensor([len(interrupts)])])).tolist()
-            state = StreamState(shards.stop, state.loss_sum + loss, state.num_labels + int(labels), [])
+            sums = total_over_ranks(torch.cat([sums, sums.new_tensor([len(interrupts)])]))
+            loss, labels, num_bytes, stop = sums.tolist()
+            state = StreamState(
+                shards.stop, state.loss_sum + loss, state.num_labels + int(labels), [], state.num_bytes + int(num_bytes)
+            )
             bar.set_postfix_str(f"loss {state.loss_sum / max(1, state.num_labels):.4f}", refresh=False)
             bar.update(shards.stop - shards.start)
             if is_first and (stop or time.monotonic() - saved_at > file.save_seconds):
@@ -90,7 +100,7 @@ def evaluate_stream(
                 raise KeyboardInterrupt
     if is_first:
         file.path.unlink(missing_ok=True)
-    return Evaluation.of(state.loss_sum, state.num_labels, windows)
+    return Evaluation.of(state.loss_sum, state.num_labels, state.num_bytes)
 
 
 @contextmanager

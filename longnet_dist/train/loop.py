@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from longnet_dist.attention.kernels.planning import planned_device
+from longnet_dist.attention.plan_ahead import plan_stream
 from longnet_dist.checkpoint.format import CheckpointState, checkpoint_folder, load_weights, restore
 from longnet_dist.checkpoint.run_folder import set_aside
 from longnet_dist.checkpoint.writer import CheckpointWriter, remove_partial
@@ -45,10 +46,10 @@ from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_cu
 from longnet_dist.telemetry.profiler import StepProfiler
 from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
-from longnet_dist.train.batch_prefetch import RowsAhead
+from longnet_dist.train.batch_prefetch import StepsAhead, pinned
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release
 from longnet_dist.train.setup import RunSetup
-from longnet_dist.train.step import MicroBatch, ReadRows, Rows, StepResult, train_step
+from longnet_dist.train.step import MicroBatch, ReadRows, StepResult, train_step
 
 
 def run_training(config: Config, launch: LaunchEnvironment) -> bool:
@@ -108,7 +109,7 @@ class Trainer:
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
-        self._rows_ahead = RowsAhead(self._read_step, plan.config.train.steps, device)
+        self._steps_ahead = StepsAhead(self._prepare_step, plan.config.train.steps)
         self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
             self._resume(plan.resume.checkpoint, plan.resume.state)
@@ -151,6 +152,8 @@ class Trainer:
         folder.describe(described, self.token_file.tokenizer)
         if self.device.type == "cuda":
             folder.flight_recorder.mkdir(exist_ok=True)  # NCCL's own time-out writes there, and makes no folder
+        if self.batches.packing_report:
+            print(self.batches.packing_report)
         loggers = usable_loggers(self.config.train.loggers)
         return stack.enter_context(MetricsLog(folder, self.step, loggers, described))
 
@@ -222,33 +225,45 @@ class Trainer:
         self, step: int, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> StepResult:
         """Step ``step``, counted from 0."""
-        micro_batches = self._micro_batches(step)
-        sequence_length, chunk_length = self.config.data.sequence_length, self.plan.chunk_length
+        sequence_length, chunk_length = self._sequence
+        micro_batches = self._steps_ahead.of(step)
         return train_step(self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested)
 
-    def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """Of a step; all rows of a sequence are there already unless it is streamed, which may not fit in memory."""
-        numbers = range(self.plan.accumulation)
-        if self.plan.chunk_length < self.config.data.sequence_length:
-            readers = [self._reader(step, number) for number in numbers]
-        else:
-            readers = self._rows_ahead.of(step)
-        return [MicroBatch(read, self._counter(step, number)) for read, number in zip(readers, numbers, strict=True)]
+    @property
+    def _sequence(self) -> tuple[int, int]:
+        """Rows of what passes through the model as one sequence, and of a chunk of it, all sequence ranks together.
 
-    def _read_step(self, step: int) -> list[Rows]:
-        """All rows of this rank in a step."""
-        stream = self.engine.module.stream(self.config.data.sequence_length)
-        (shards,) = stream.chunks(self.plan.chunk_length)
-        window = shards.window(stream.rank)
-        return [self._reader(step, number)(window) for number in range(self.plan.accumulation)]
+        Samples with documents of their own are one sequence, one sample behind the other.
+        """
+        joined = self.plan.micro_batch_size if self.config.data.documents else 1
+        return self.config.data.sequence_length * joined, self.plan.chunk_length * joined
+
+    def _prepare_step(self, step: int) -> list[MicroBatch]:
+        """Prepare the micro-batches of a step, in a thread beside the step before it."""
+        return [self._micro_batch(step, number) for number in range(self.plan.accumulation)]
+
+    def _micro_batch(self, step: int, number: int) -> MicroBatch:
+        """Prepare a micro-batch: its plan, and its rows unless it is streamed, which may not fit in memory."""
+        read, num_labels = self._reader(step, number), self._counter(step, number)
+        sequence_length, chunk_length = self._sequence
+        data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
+        documents = self.batches.documents(step, data_rank, data_size, number, self.plan.accumulation)
+        model: LongNet = self.engine.module
+        stream = model.stream(sequence_length, cu_seqlens=documents)
+        plan_stream(model.blocks[0].self_attn, stream, chunk_length)
+        if chunk_length < sequence_length:
+            return MicroBatch(read, num_labels, documents)
+        (shards,) = stream.chunks(chunk_length)
+        rows = pinned(read(shards.window(stream.rank)), self.device)
+        return MicroBatch(lambda _: rows, num_labels, documents)
 
     def _reader(self, step: int, number: int) -> ReadRows:
-        """Reads rows of micro-batch ``number`` of this data rank."""
+        """Return what reads rows of micro-batch ``number`` of this data rank."""
         data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
         return lambda window: self.batches.local(step, data_rank, data_size, window, number, self.plan.accumulation)
 
     def _counter(self, step: int, number: int) -> Callable[[tuple[int, int]], int]:
-        """Counts the labels of rows of micro-batch ``number`` of this data rank."""
+        """Return what counts the labels of rows of micro-batch ``number`` of this data rank."""
         data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
         return lambda window: self.batches.num_labels(
             step, data_rank, data_size, window, number, self.plan.accumulation

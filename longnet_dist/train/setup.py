@@ -81,12 +81,14 @@ class RunSetup(RunLayout):
         """The training split in shuffled batches of the whole world."""
         config = self.config
         length, batch_size, seed = config.data.sequence_length, config.train.batch_size, config.train.seed
-        return Batches(token_file, "train", length, batch_size, seed, **objective(config.model))
+        options = objective(config.model) | {"documents": config.data.documents, "packing": config.data.packing}
+        return Batches(token_file, "train", length, batch_size, seed, **options)
 
     def validation_data(self, token_file: TokenFile) -> Windows:
         """The validation split in windows of the training length."""
         config = self.config
-        return Windows(token_file, "validation", config.data.sequence_length, **objective(config.model))
+        length, documents = config.data.sequence_length, config.data.documents
+        return Windows(token_file, "validation", length, **objective(config.model), documents=documents)
 
     def resolved(self, token_file: TokenFile) -> dict[str, Any]:
         """The configuration as nested values, with what was ``auto`` or left out filled in."""

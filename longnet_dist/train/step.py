@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longnet_dist.attention.stream import Stream
 from longnet_dist.comm.reductions import total_over_ranks
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.window import Shards
 from longnet_dist.train.deepspeed_engine import optimizer_step, set_learning_rate
 
@@ -30,10 +31,12 @@ class MicroBatch:
         read: reads rows ``[start, stop)``.
         num_labels: says how many labels rows ``[start, stop)`` have. The loss is divided by the number of all labels of
             a step, which must be known before the first row is read.
+        documents: the documents of its sequence; None: it is one.
     """
 
     read: ReadRows
     num_labels: Callable[[tuple[int, int]], int]
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def train_step(
     Args:
         engine: set up to accumulate over the chunks of all micro-batches.
         micro_batches: of this rank's sequences.
-        sequence_length: rows ``N`` of a sequence, all sequence ranks together.
+        sequence_length: rows ``N`` of a sequence, all sequence ranks together. With packed documents the samples of a
+            micro-batch are one sequence.
         chunk_length: rows of a chunk, all sequence ranks together.
         learning_rate: of this step.
         stop_requested: whether this rank has been asked to stop; the ranks agree on it at the end of the step.
@@ -93,7 +97,7 @@ def train_step(
 
     loss_sum, grad_norm = torch.zeros((), dtype=torch.float64, device=engine.device), None
     for micro_batch in micro_batches:
-        stream = engine.module.stream(sequence_length)
+        stream = engine.module.stream(sequence_length, cu_seqlens=micro_batch.documents)
         with torch.no_grad():
             for shards in stream.record(chunk_length):
                 _forward(engine, micro_batch.read, stream, shards)

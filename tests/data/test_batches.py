@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from longnet_dist.data.batches import IGNORE_INDEX, Batches, Windows
+from longnet_dist.data.best_fit import best_fit
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.token_file_writer import TokenFileWriter
 from longnet_dist.data.tokenizers import ByteTokenizer
 from longnet_dist.errors import ConfigError, DataError
+from tests.data.old_file import without_edges
 
 LENGTH = 24
 
@@ -164,7 +166,9 @@ def test_impossible_options(file: TokenFile, options: dict[str, object], message
 def test_an_id_that_the_header_denies_is_refused_where_it_is_read(file: TokenFile, tmp_path: Path) -> None:
     """The checksum is not compared at every start, and a GPU would only report an index out of range."""
     damaged = tmp_path / "damaged.tokens"
-    damaged.write_bytes(file.path.read_bytes()[:-3] + b"\xff" + file.path.read_bytes()[-2:])
+    data = bytearray(file.path.read_bytes())
+    data[-8 * len(file.edges) - 3] = 0xFF  # type: ignore[arg-type]
+    damaged.write_bytes(data)
     windows = Windows(TokenFile.open(damaged), "validation", LENGTH, vocab_size=file.header.max_id + 1)
     windows.local([0])
     with pytest.raises(DataError, match=r"promises ids up to 199, and there is a 255; copy it again"):
@@ -177,3 +181,120 @@ def test_labels_are_counted_without_reading(file: TokenFile, objective: str) -> 
     for place in ((0, 0, 1, (0, 24)), (5, 1, 2, (7, 20), 3, 4), (5, 1, 2, (7, 7), 3, 4)):
         _, labels = batches.local(*place)  # type: ignore[arg-type]
         assert batches.num_labels(*place) == (labels != IGNORE_INDEX).sum()  # type: ignore[arg-type]
+
+
+TEXTS = [b"abcdefg", b"h", b"ijklmnopqrstuvwxyz" * 3, b"A", b"BC", b"DEFG" * 6 + b"H"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
+    """Return a file of six documents, all of it for training."""
+    path = tmp_path_factory.mktemp("data") / "documents.tokens"
+    with TokenFileWriter(path, ByteTokenizer(), validation=0) as writer:
+        for text in TEXTS:
+            writer.add_document([text])
+    return TokenFile.open(path)
+
+
+def expected_rows(file: TokenFile, first: int, length: int) -> tuple[list[int], list[int], list[int]]:
+    """Return tokens, labels and edges of a window, from the zero bytes that separate the texts."""
+    text = file.tokens.tolist()
+    ends = [place for place, byte in enumerate(text) if byte == 0]
+    labels = [-100 if place in ends else text[place + 1] for place in range(first, first + length)]
+    edges = [0, *(end + 1 - first for end in ends if 0 < end + 1 - first < length), length]
+    return text[first : first + length], labels, edges
+
+
+@pytest.mark.parametrize("length", [1, 5, 24, 60, 94])
+def test_no_label_crosses_an_edge_of_documents(packed: TokenFile, length: int) -> None:
+    windows = Windows(packed, "train", length, documents=True)
+    indices = range(windows.num_full)
+    tokens, labels = windows.local(indices)
+    assert tokens.shape == labels.shape == (1, length * len(indices))
+    found = windows.documents_of(indices)
+    assert found is not None
+    place, starts, stops = 0, [], []
+    for index in indices:
+        rows, targets, edges = expected_rows(packed, index * length, length)
+        assert tokens[0, place : place + length].tolist() == rows
+        assert labels[0, place : place + length].tolist() == targets
+        starts += [place + edge for edge in edges[:-1]]
+        stops += [place + edge for edge in edges[1:]]
+        place += length
+    assert (list(found.starts), list(found.stops)) == (starts, stops)
+    for start, stop in ((0, 0), (0, place), (place // 3, place - 1), (place - 1, place)):
+        assert windows.num_labels(indices, (start, stop)) == int((labels[0, start:stop] != IGNORE_INDEX).sum())
+        torch.testing.assert_close(windows.local(indices, (start, stop))[1], labels[:, start:stop])
+
+
+@pytest.mark.parametrize("length", [1, 4, 16, 55, 200])
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_best_fit_packs_every_token_once(packed: TokenFile, length: int, objective: str) -> None:
+    options = {"objective": objective, "mask_id": 256, "documents": True, "packing": "best_fit"}
+    batches = Batches(packed, "train", length, 1, seed=3, **options)  # type: ignore[arg-type]
+    windows, seen = batches.windows, []
+    for index in range(len(windows)):
+        (tokens, labels), found = windows.local([index]), windows.documents_of([index])
+        assert found is not None
+        assert found.starts[0] == 0
+        end = found.stops[-1]
+        assert (labels[0, end:] == IGNORE_INDEX).all()
+        if objective == "causal":
+            for start, stop in zip(found.starts, found.stops, strict=True):
+                piece = bytes(tokens[0, start:stop].tolist())
+                assert packed.tokens.tobytes().count(piece) >= 1
+                assert len(piece) <= length
+                torch.testing.assert_close(labels[0, start : stop - 1], tokens[0, start + 1 : stop])
+                # Only a cut goes on, and only a separator, or the end of the file, ends.
+                assert (labels[0, stop - 1] == IGNORE_INDEX) == piece.endswith((b"\0", b"H"))
+                seen.append(piece)
+        for start, stop in ((0, length), (length // 3, length - 1), (length // 2, length // 2)):
+            if start <= stop:
+                assert windows.num_labels([index], (start, stop)) == int((labels[0, start:stop] != -100).sum())
+                torch.testing.assert_close(windows.local([index], (start, stop))[1], labels[:, start:stop])
+    if objective == "causal" and length >= 55:
+        assert sorted(seen) == sorted([*(text + b"\0" for text in TEXTS[:-1]), TEXTS[-1]])
+        assert "0.00% of the documents are cut" in batches.packing_report
+
+
+def test_best_fit_is_repeatable_and_follows_the_seed(packed: TokenFile) -> None:
+    rows = [
+        torch.cat(
+            [Batches(packed, "train", 9, 2, seed, documents=True, packing="best_fit").local(k)[0] for k in (0, 1)]
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize("room", [1, 7, 100, 2048])
+def test_best_fit_decreasing_is_that_of_a_plain_loop(room: int) -> None:
+    lengths = np.random.default_rng(room).integers(1, room + 1, 500)
+    windows = best_fit(lengths, room, seed=5)
+    filled = np.bincount(windows, lengths)
+    assert filled.max() <= room
+    left: list[int] = []
+    for length in sorted(lengths.tolist(), reverse=True):
+        fitting = [place for place, rest in enumerate(left) if rest >= length]
+        if fitting:
+            left[min(fitting, key=lambda place: left[place])] -= length
+        else:
+            left.append(room - length)
+    assert sorted((room - filled).astype(int).tolist()) == sorted(left)
+
+
+def test_documents_need_edges(packed: TokenFile, tmp_path: Path) -> None:
+    old = without_edges(packed.path, tmp_path / "old.tokens")
+    file = TokenFile.open(old, verify=True)
+    assert file.edges is None
+    Windows(file, "train", 8).local([0])
+    for options in ({"documents": True}, {"documents": True, "packing": "best_fit"}):
+        with pytest.raises(DataError, match=r"none, .*again: longnet prepare INPUT --output .*old\.tokens"):
+            Batches(file, "train", 8, 1, 0, **options)  # type: ignore[arg-type]
+
+
+def test_bytes_of_labels(packed: TokenFile) -> None:
+    windows = Windows(packed, "train", 24, documents=True)
+    _, labels = windows.local([0])
+    assert windows.num_bytes(labels) == int((labels != IGNORE_INDEX).sum())

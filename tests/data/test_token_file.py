@@ -53,7 +53,7 @@ def test_the_tokens_are_the_bytes(path: Path) -> None:
 
 def test_tokens_start_on_a_page_and_are_read_only(path: Path) -> None:
     file = TokenFile.open(path)
-    assert (path.stat().st_size - len(TEXT)) % 4096 == 0
+    assert (path.stat().st_size - len(TEXT) - 2 * 8) % 4096 == 0
     with pytest.raises(ValueError, match="read-only"):
         file.tokens[0] = 1
 
@@ -95,13 +95,13 @@ def test_flipped_header_byte_is_always_found(path: Path, position: int) -> None:
         TokenFile.open(path)
 
 
-@pytest.mark.parametrize("position", [4096, -1])
-def test_flipped_token_byte_is_found_by_verify(path: Path, position: int) -> None:
+@pytest.mark.parametrize(("position", "what"), [(4096, "tokens"), (-17, "tokens"), (-1, "edges of documents")])
+def test_flipped_byte_is_found_by_verify(path: Path, position: int, what: str) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
     TokenFile.open(path)
-    with pytest.raises(DataError, match=r"tokens of .* are damaged"):
+    with pytest.raises(DataError, match=rf"the {what} (of|in) .* are damaged"):
         TokenFile.open(path, verify=True)
 
 

@@ -1,46 +1,35 @@
 import threading
 
 import pytest
-import torch
 
 from longnet_dist.errors import DataError
-from longnet_dist.train.batch_prefetch import RowsAhead
-
-CPU = torch.device("cpu")
+from longnet_dist.train.batch_prefetch import StepsAhead
 
 
-def rows_of(step):
-    return [(torch.tensor([[step]]), torch.tensor([[step + 1]]))]
-
-
-def tokens(readers):
-    return [int(read((0, 1))[0]) for read in readers]
-
-
-def test_the_next_step_is_read_while_nobody_waits():
-    read, second = [], threading.Event()
+def test_the_next_step_is_prepared_while_nobody_waits():
+    prepared, second = [], threading.Event()
 
     def note(step):
-        read.append(step)
+        prepared.append(step)
         if step == 1:
             second.set()
-        return rows_of(step)
+        return 10 * step
 
-    ahead = RowsAhead(note, 2, CPU)
-    assert tokens(ahead.of(0)) == [0]
+    ahead = StepsAhead(note, 2)
+    assert ahead.of(0) == 0
     assert second.wait(10)
-    assert tokens(ahead.of(1)) == [1]
-    assert tokens(ahead.of(7)) == [7]  # as after a checkpoint was restored
-    assert read == [0, 1, 7]
+    assert ahead.of(1) == 10
+    assert ahead.of(7) == 70  # as after a checkpoint was restored
+    assert prepared == [0, 1, 7]
 
 
 def test_an_error_is_that_of_the_step_which_needs_the_rows():
     def fail_later(step):
         if step:
             raise DataError("damaged")
-        return rows_of(step)
+        return step
 
-    ahead = RowsAhead(fail_later, 2, CPU)
+    ahead = StepsAhead(fail_later, 2)
     ahead.of(0)
     with pytest.raises(DataError, match="damaged"):
         ahead.of(1)

@@ -20,6 +20,8 @@ def test_a_plan_fills_in_what_was_left_open(tmp_path, corpus):
         "path": str(corpus),
         "cache_dir": "data",
         "sequence_length": 64,
+        "documents": False,
+        "packing": "contiguous",
     }
     assert (resolved["parallel"]["sequence"], resolved["train"]["micro_batch_size"]) == (2, 2)
 

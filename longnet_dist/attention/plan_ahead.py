@@ -1,0 +1,59 @@
+"""The plan of a batch of packed documents is made before the batch is computed, by another thread."""
+
+from __future__ import annotations
+
+import torch
+
+from longnet_dist.attention.functional import AttentionSpec
+from longnet_dist.attention.module import DilatedAttention
+from longnet_dist.attention.stream import Stream
+from longnet_dist.geometry.window import Shards
+
+MOST_CHUNKS = 32  # the caches of plans keep a few hundred entries
+
+
+def plan_stream(attention: object, stream: Stream, length: int) -> None:
+    """Plan the chunks of a stream of packed documents, so that the calls of all layers find their plans made.
+
+    Without documents, and where there are so many chunks that their plans would not be kept, it does nothing.
+
+    Args:
+        attention: a :class:`DilatedAttention`, of any layer; its weights decide dtype and device.
+        stream: nobody else may use it.
+        length: rows of a chunk, of all ranks together.
+    """
+    chunks = stream.chunks(length)
+    if stream.documents is not None and len(chunks) <= MOST_CHUNKS:
+        for shards in chunks:
+            plan_chunk(attention, stream, shards)
+
+
+def plan_chunk(attention: object, stream: Stream, shards: Shards) -> None:
+    """Plan one chunk; arguments as in :func:`plan_stream`."""
+    assert isinstance(attention, DilatedAttention)
+    stream.shards = shards
+    start, stop = shards.window(stream.rank)
+    weight, kv_heads = attention.q_proj.weight, attention.kv_heads
+    # Only shapes, dtype and device of queries and keys count here, so these take no memory.
+    queries, keys = (
+        torch.empty(1, dtype=weight.dtype, device=weight.device).expand(1, stop - start, heads, attention.head_dim)
+        for heads in (attention.q_proj.out_features // attention.head_dim, kv_heads)
+    )
+    spec = AttentionSpec.of(
+        queries,
+        keys,
+        keys,
+        attention.pattern,
+        attention.causal,
+        None,
+        attention.group,
+        attention.backend,
+        attention.deterministic,
+        attention.overlap,
+        None,
+        stream.layers[0],
+    )
+    spec.dense_calls(kv_heads)
+    if spec.exchanges:
+        spec.plan(kv_heads)
+        spec.shared_calls(kv_heads)
