@@ -12,32 +12,33 @@ from longnet_dist.geometry.window import Shards
 MOST_CHUNKS = 32  # the caches of plans keep a few hundred entries
 
 
-def plan_stream(attention: object, stream: Stream, length: int) -> None:
+def plan_stream(attention: object, stream: Stream, length: int, dtype: torch.dtype, device: torch.device) -> None:
     """Plan the chunks of a stream of packed documents, so that the calls of all layers find their plans made.
 
     Without documents, and where there are so many chunks that their plans would not be kept, it does nothing.
 
     Args:
-        attention: a :class:`DilatedAttention`, of any layer; its weights decide dtype and device.
+        attention: a :class:`DilatedAttention`, of any layer.
         stream: nobody else may use it.
         length: rows of a chunk, of all ranks together.
+        dtype, device: of queries, keys and values. Asking a weight would gather it with ZeRO stage 3.
     """
     chunks = stream.chunks(length)
     if stream.documents is not None and len(chunks) <= MOST_CHUNKS:
         for shards in chunks:
-            plan_chunk(attention, stream, shards)
+            plan_chunk(attention, stream, shards, dtype, device)
 
 
-def plan_chunk(attention: object, stream: Stream, shards: Shards) -> None:
+def plan_chunk(attention: object, stream: Stream, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
     """Plan one chunk; arguments as in :func:`plan_stream`."""
     assert isinstance(attention, DilatedAttention)
     stream.shards = shards
     start, stop = shards.window(stream.rank)
-    weight, kv_heads = attention.q_proj.weight, attention.kv_heads
+    heads, kv_heads = attention.q_proj.out_features // attention.head_dim, attention.kv_heads
     # Only shapes, dtype and device of queries and keys count here, so these take no memory.
     queries, keys = (
-        torch.empty(1, dtype=weight.dtype, device=weight.device).expand(1, stop - start, heads, attention.head_dim)
-        for heads in (attention.q_proj.out_features // attention.head_dim, kv_heads)
+        torch.empty(1, dtype=dtype, device=device).expand(1, stop - start, number, attention.head_dim)
+        for number in (heads, kv_heads)
     )
     spec = AttentionSpec.of(
         queries,

@@ -68,12 +68,13 @@ def evaluate_stream(
     state = file.load()
     stream = model.stream(windows.length_of(0), cu_seqlens=windows.documents_of([0]))
     stream.resume(state.row, [records.to(device) for records in state.carried])
+    dtype = next(model.parameters()).dtype
     planned = model.stream(windows.length_of(0), cu_seqlens=stream.documents)
     is_first, saved_at = dist.get_rank() == 0, time.monotonic()
 
     def read(shards: Shards) -> tuple[Tensor, Tensor, int]:
         if planned.documents is not None:
-            plan_chunk(model.blocks[0].self_attn, planned, shards)
+            plan_chunk(model.blocks[0].self_attn, planned, shards, dtype, device)
         tokens, labels = windows.local([0], shards.window(stream.rank))
         num_bytes = windows.num_bytes(labels)
         if device.type == "cuda":

@@ -250,7 +250,8 @@ class Trainer:
         documents = self.batches.documents(step, data_rank, data_size, number, self.plan.accumulation)
         model: LongNet = self.engine.module
         stream = model.stream(sequence_length, cu_seqlens=documents)
-        plan_stream(model.blocks[0].self_attn, stream, chunk_length)
+        dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
+        plan_stream(model.blocks[0].self_attn, stream, chunk_length, dtype, self.device)
         if chunk_length < sequence_length:
             return MicroBatch(read, num_labels, documents)
         (shards,) = stream.chunks(chunk_length)
