@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from longnet_dist.attention.functional import AttentionSpec
 from longnet_dist.attention.module import DilatedAttention
-from longnet_dist.attention.stream import Stream
+from longnet_dist.attention.stream import LayerCache, Stream
 from longnet_dist.geometry.window import Shards
 
 MOST_CHUNKS = 32  # the caches of plans keep a few hundred entries
 
 
-def plan_stream(attention: object, stream: Stream, length: int, dtype: torch.dtype, device: torch.device) -> None:
+def plan_stream(
+    layers: Sequence[object], stream: Stream, length: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Plan the chunks of a stream of packed documents, so that the calls of all layers find their plans made.
 
     Without documents, and where there are so many chunks that their plans would not be kept, it does nothing.
 
     Args:
-        attention: a :class:`DilatedAttention`, of any layer.
+        layers: the :class:`DilatedAttention` of each layer.
         stream: nobody else may use it.
         length: rows of a chunk, of all ranks together.
         dtype, device: of queries, keys and values. Asking a weight would gather it with ZeRO stage 3.
@@ -26,18 +30,29 @@ def plan_stream(attention: object, stream: Stream, length: int, dtype: torch.dty
     chunks = stream.chunks(length)
     if stream.documents is not None and len(chunks) <= MOST_CHUNKS:
         for shards in chunks:
-            plan_chunk(attention, stream, shards, dtype, device)
+            plan_chunk(layers, stream, shards, dtype, device)
 
 
-def plan_chunk(attention: object, stream: Stream, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+def plan_chunk(
+    layers: Sequence[object], stream: Stream, shards: Shards, dtype: torch.dtype, device: torch.device
+) -> None:
     """Plan one chunk; arguments as in :func:`plan_stream`."""
-    assert isinstance(attention, DilatedAttention)
     stream.shards = shards
-    start, stop = shards.window(stream.rank)
+    planned = set()
+    for attention, cache in zip(layers, stream.layers, strict=True):
+        assert isinstance(attention, DilatedAttention)
+        if attention.pattern not in planned:
+            planned.add(attention.pattern)
+            _plan(attention, cache, shards.window(stream.rank), dtype, device)
+
+
+def _plan(
+    attention: DilatedAttention, cache: LayerCache, window: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
     heads, kv_heads = attention.q_proj.out_features // attention.head_dim, attention.kv_heads
     # Only shapes, dtype and device of queries and keys count here, so these take no memory.
     queries, keys = (
-        torch.empty(1, dtype=dtype, device=device).expand(1, stop - start, number, attention.head_dim)
+        torch.empty(1, dtype=dtype, device=device).expand(1, window[1] - window[0], number, attention.head_dim)
         for number in (heads, kv_heads)
     )
     spec = AttentionSpec.of(
@@ -52,7 +67,7 @@ def plan_chunk(attention: object, stream: Stream, shards: Shards, dtype: torch.d
         attention.deterministic,
         attention.overlap,
         None,
-        stream.layers[0],
+        cache,
     )
     spec.dense_calls(kv_heads)
     if spec.exchanges:

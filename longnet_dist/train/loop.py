@@ -251,7 +251,7 @@ class Trainer:
         model: LongNet = self.engine.module
         stream = model.stream(sequence_length, cu_seqlens=documents)
         dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
-        plan_stream(model.blocks[0].self_attn, stream, chunk_length, dtype, self.device)
+        plan_stream([block.self_attn for block in model.blocks], stream, chunk_length, dtype, self.device)
         if chunk_length < sequence_length:
             return MicroBatch(read, num_labels, documents)
         (shards,) = stream.chunks(chunk_length)

@@ -25,7 +25,7 @@ MASKED = ("model.causal=false", "model.positions=rope")
 CASES = {
     1: {
         "whole": (),
-        "stages": ("deepspeed.zero_stage=0", "train.micro_batch_size=2"),
+        "stages": ("deepspeed.zero_stage=0", "train.micro_batch_size=2", "model.layer_shift=true"),
         "chunks": ("train.chunk_length=26", "train.micro_batch_size=2", "data.sequence_length=62"),
         "best_fit": ("data.packing=best_fit", "train.activation_checkpointing=selective"),
     },
