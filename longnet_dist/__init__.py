@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longnet_dist.attention.positions import Positions
     from longnet_dist.attention.sink import phantom_keys
     from longnet_dist.attention.stream import Stream
+    from longnet_dist.attention.weights import attention_weights
     from longnet_dist.config.encoder_model import EncoderConfig
     from longnet_dist.config.model import LongNetConfig, named_model
     from longnet_dist.geometry.pattern import DilatedPattern
@@ -47,6 +48,7 @@ __all__ = [
     "LongNetEncoder",
     "Positions",
     "Stream",
+    "attention_weights",
     "dilated_attention",
     "named_model",
     "phantom_keys",
@@ -61,6 +63,7 @@ _HOMES = {
     "LongNetEncoder": "model.encoder",
     "Positions": "attention.positions",
     "Stream": "attention.stream",
+    "attention_weights": "attention.weights",
     "dilated_attention": "attention.functional",
     "named_model": "config.model",
     "phantom_keys": "attention.sink",

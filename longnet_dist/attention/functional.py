@@ -20,7 +20,7 @@ from longnet_dist.attention.validation import agree_on_shards
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.documents import Documents
-from longnet_dist.geometry.exchange_plan import ExchangePlan, plan_exchange
+from longnet_dist.geometry.exchange_plan import ExchangePlan, plan_exchange, plan_within
 from longnet_dist.geometry.overlap import first_halves, overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import (
@@ -67,7 +67,8 @@ def dilated_attention(
     over the branches :math:`i` of the pattern (equations 9 and 10): one softmax over all keys that a query sees.
 
     Args:
-        q: queries ``(B, n, H, D)``; ``n`` rows of the sequence are on this rank.
+        q: queries ``(B, n, H, D)``; ``n`` rows of the sequence are on this rank. On one device there may be fewer than
+            keys: then they are those of the last rows, ``(B, m, H, D)``, as output and log-sum-exp.
         k: keys ``(B, n, Hkv, D)``, ``H`` a multiple of ``Hkv``; same dtype and device as ``q``.
         v: values ``(B, n, Hkv, D)``.
         pattern: the branches.
@@ -104,7 +105,7 @@ def dilated_attention(
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here; the other ranks of the group raise a ShapeError.
     """
-    packed = PackedBatch.read(cu_seqlens, q, group, cache)
+    packed = PackedBatch.read(cu_seqlens, q, k, group, cache)
     parts = []
     for item in packed.items(q, k, v, sink):
         spec = AttentionSpec.of(
@@ -214,8 +215,15 @@ class AttentionSpec:
         whole = self.shards.stop - self.shards.start == self.shards.total_rows
         return first_halves(self.pattern) if self.merges and self.causal and whole else ()
 
+    @property
+    def earlier_rows(self) -> int:
+        """Return the rows of k before the first query's, where this device has all keys and the last rows' queries."""
+        return self.shards.start if self.cache is None else 0
+
     def plan(self, kv_heads: int) -> ExchangePlan:
         """Return which sparse rows this rank sends and receives."""
+        if self.earlier_rows:
+            return plan_within(self.pattern, self.shards, kv_heads, self.causal, self.documents)
         return plan_exchange(self.pattern, self.shards, self.rank, kv_heads, self.causal, self.halves, self.documents)
 
     def shared(self) -> tuple[Segment, ...]:
@@ -297,6 +305,11 @@ def _per_head(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype).transpose(1, 2)
 
 
+def _own_rows(spec: AttentionSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """View the rows of key buffers that have queries here."""
+    return tuple(x[:, spec.earlier_rows :] for x in tensors) if spec.earlier_rows else tensors
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -310,7 +323,7 @@ def attention_forward(
     if exchanges and not (spec.cache and spec.cache.complete):
         # The paper's exchange (section 3.1): sparse rows of K and V alone, as many for any N.
         gather = Gather(spec.plan(kv_heads), spec.group, k, v, spec.overlap)
-    calls = spec.dense_calls(kv_heads)
+    calls, own_k, own_v = spec.dense_calls(kv_heads), *_own_rows(spec, k, v)
     out = torch.empty(q.shape, dtype=kernel.accumulator_dtype(q.dtype), device=q.device)
     lse = _per_head(q, wide_dtype(q.dtype))
     if not (calls and calls[0].fresh):
@@ -319,7 +332,7 @@ def attention_forward(
         lse.fill_(-torch.inf)
     # Each call merges its keys into the running (O, LSE): LSE'' = ln(e^LSE + e^LSE'), equations 9 and 10.
     for call in calls:
-        kernel.forward(call, q, k, v, out, lse)
+        kernel.forward(call, q, own_k, own_v, out, lse)
     shared: list[Tensor] = []
     if exchanges:
         segments = spec.plan(kv_heads).segments
@@ -393,10 +406,13 @@ def attention_backward(
     dout, statistics, dq, copy = start
     _, key_dtype = kernel.gradient_dtypes(q.dtype)
     dk, dv = (torch.empty(x.shape, dtype=key_dtype, device=x.device) for x in (k, v))
-    given = BackwardInputs(dout, q, k, v, statistics)
-    if not (calls and calls[0].fresh):
-        dk.zero_()
-        dv.zero_()
+    own_k, own_v, own_dk, own_dv = _own_rows(spec, k, v, dk, dv)
+    given = BackwardInputs(dout, q, own_k, own_v, statistics)
+    cleared = [dk, dv]
+    if calls and calls[0].fresh:  # which writes the rows that have queries
+        cleared = [x[:, : spec.earlier_rows] for x in cleared] if spec.earlier_rows else []
+    for gradient in cleared:
+        gradient.zero_()
     scatter = None
     if exchanges:
         plan = spec.plan(kv_heads)
@@ -412,7 +428,7 @@ def attention_backward(
         # A key's gradient is the sum over all queries that saw it, so the ranks' parts are summed at its owner.
         scatter = ReduceScatter(plan, spec.group, gradients, spec.overlap)
     for call in calls:
-        kernel.backward(call, given, Gradients(dq, dk, dv))
+        kernel.backward(call, given, Gradients(dq, own_dk, own_dv))
     if scatter:
         scatter.add_to(dk, dv)
     return dq if copy is None else copy.copy_(dq), dk, dv

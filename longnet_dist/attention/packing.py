@@ -30,7 +30,7 @@ class PackedBatch:
 
     Items with one list of documents are one call. Items with lists of their own lie one behind the other as one long
     sequence where this device holds them whole. Over ranks they are a call for each item, since each is cut at the same
-    rows.
+    rows, and so they are where only the last rows have queries.
 
     Attributes:
         lists: the documents of all items, or of each; empty: every item is one document.
@@ -43,15 +43,17 @@ class PackedBatch:
     fault: ShapeError | None = None
 
     @classmethod
-    def read(cls, cu_seqlens: Any, q: Tensor, group: dist.ProcessGroup | None, cache: LayerCache | None) -> PackedBatch:
-        """Read ``cu_seqlens`` of a call on queries ``q (B, n, H, D)``; arguments of ``dilated_attention``."""
-        if cu_seqlens is None or q.dim() != 4:
+    def read(
+        cls, cu_seqlens: Any, q: Tensor, k: Tensor, group: dist.ProcessGroup | None, cache: LayerCache | None
+    ) -> PackedBatch:
+        """Read ``cu_seqlens`` of a call on ``q (B, m, H, D)`` and ``k (B, n, Hkv, D)``, as in ``dilated_attention``."""
+        if cu_seqlens is None or q.dim() != 4 or k.dim() != 4:
             return ONE_DOCUMENT
         if isinstance(cu_seqlens, Documents):
             return cls((cu_seqlens,))
         alone = group is None or dist.get_world_size(group) == 1
         try:
-            edges = read_edges(cu_seqlens, q.shape[0], q.shape[1] if alone and cache is None else None)
+            edges = read_edges(cu_seqlens, q.shape[0], k.shape[1] if alone and cache is None else None)
         except ShapeError as error:
             return cls(fault=error)
         lists = tuple(map(Documents.of_edges, edges))
@@ -64,7 +66,7 @@ class PackedBatch:
                     "or give Stream the same"
                 )
             )
-        return cls(lists, q.shape[1] if alone and len(lists) > 1 else 0)
+        return cls(lists, q.shape[1] if alone and len(lists) > 1 and q.shape[1] == k.shape[1] else 0)
 
     @property
     def digest(self) -> int:

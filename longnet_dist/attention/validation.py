@@ -22,17 +22,25 @@ from longnet_dist.geometry.window import Shards
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ShapeError unless q is ``(B, n, H, D)`` and k, v are ``(B, n, Hkv, D)`` with ``H % Hkv == 0``."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, short: bool = False) -> None:
+    """Raise ShapeError unless q is ``(B, n, H, D)`` and k, v are ``(B, n, Hkv, D)`` with ``H % Hkv == 0``.
+
+    With ``short``, q may have fewer rows than k: the last ones of the sequence.
+    """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.dim() != 4 for x in (q, k, v)):
         raise ShapeError(f"q, k, v must be (batch, rows, heads, head_dim), but are {shapes}; reshape them")
     if min(q.numel(), k.numel()) == 0:
         raise ShapeError(f"q, k, v must not be empty, but are {shapes}; every rank needs at least one row")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
         raise ShapeError(
             f"k and v must have the batch, rows and head_dim of q, and a number of heads that divides q's, "
             f"but are {shapes}"
+        )
+    if q.shape[1] > k.shape[1] or (q.shape[1] < k.shape[1] and not short):
+        raise ShapeError(
+            f"q must have as many rows as k, or, on one device and outside a stream, fewer: the last rows of the "
+            f"sequence; but are {shapes}; over ranks give every rank the rows of its slice"
         )
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in _DTYPES:
         raise ShapeError(
@@ -82,12 +90,13 @@ def agree_on_shards(
         check_sink(sink, q)
         return _chunk_of(cache, q, k, v, pattern, causal)
     if group is None or alone:
-        check_inputs(q, k, v)
+        check_inputs(q, k, v, short=True)
         check_sink(sink, q)
-        _check_total(total_rows, q.shape[1])
+        queries, rows = q.shape[1], k.shape[1]
+        _check_total(total_rows, rows)
         if not packed.rows:  # else the lists were checked against the rows of an item
-            check_end(packed.last_row, q.shape[1])
-        return Shards(q.shape[1], q.shape[1], 1), 0
+            check_end(packed.last_row, rows)
+        return Shards(rows, queries, 1, rows - queries), 0
     counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, fault, sink, packed.digest)
     check_end(packed.last_row, sum(counts))
     return Shards(sum(counts), counts[0], len(counts)), dist.get_rank(group)

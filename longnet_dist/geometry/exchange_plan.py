@@ -108,6 +108,26 @@ def plan_exchange(
     )
 
 
+@lru_cache(maxsize=64)
+def plan_within(
+    pattern: DilatedPattern, shards: Shards, kv_heads: int, causal: bool, documents: Documents | None = None
+) -> ExchangePlan:
+    """Plan what one device hands itself where it has all keys of a sequence, but queries of its last rows alone.
+
+    Unlike those of :func:`plan_exchange`, ``send_places`` count rows of the sequence. The arguments are those of
+    :func:`plan_exchange`.
+    """
+    segments = shared_segments(pattern, *shards.window(0), shards.total_rows, causal, (), documents)
+    places, numbers, slots = ([np.empty(0, np.int64)] for _ in range(3))
+    for number, segment in enumerate(segments):
+        rows, heads = kept_records(pattern, segment, kv_heads, segment.start, segment.stop)
+        places.append(rows * kv_heads + heads)
+        numbers.append(np.full(len(rows), number, np.int64))
+        slots.append((rows - segment.start) // segment.dilation_rate * kv_heads + heads)
+    sent, number_of, slot_of = map(np.concatenate, (places, numbers, slots))
+    return ExchangePlan(segments, sent, (len(sent),), number_of, slot_of, (len(sent),))
+
+
 def group_by_place(places: Integers) -> tuple[Integers, Integers, Integers]:
     """Group records by their place; return ``(places, order, starts)`` as ``comm.records.torch.RecordGroups`` has them.
 
