@@ -42,3 +42,18 @@ def peak_resident_bytes() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_start(pid: int) -> int | None:
+    """Return the start time of a process on this machine, in clock ticks since boot.
+
+    It tells the process from a later one with the same id. It is None if the process has ended, even if its parent has
+    not noticed yet, and on systems without ``/proc``.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may contain spaces; the state is field 3 of proc(5), the start time field 22.
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])

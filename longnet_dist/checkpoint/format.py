@@ -6,18 +6,21 @@ A checkpoint is a folder, complete as soon as it has its name::
         model.safetensors        float32 master weights, whole tensors by the model's own names
         exp_avg.safetensors      AdamW's running means, by the same names
         exp_avg_sq.safetensors
-        state.json               step, tokens, model configuration, SHA-256 of the files, versions
+        state.json               step, tokens, model configuration, identity of the run, SHA-256 of the files, versions
 
 Any number of ranks, mesh and ZeRO stage can go on from it, and reading it runs no code (no pickle). Nothing in training
 is random but the initial weights, and the order of samples is a function of seed and step (there is no dropout): so
-there is no state of a random generator to keep. ``train/checkpoint_writer.py`` writes checkpoints.
+there is no state of a random generator to keep. ``checkpoint/writer.py`` writes checkpoints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from longnet_dist.checkpoint.identity import MODEL_FIELDS_FREE_TO_CHANGE, RunIdentity, digest_of
 from longnet_dist.checkpoint.zero_tensors import (
     OPTIMIZER_STATES,
     allocate_optimizer_states,
@@ -41,35 +45,60 @@ FORMAT = 1
 WEIGHTS = "model"
 TENSOR_FILES = tuple(f"{name}.safetensors" for name in (WEIGHTS, *OPTIMIZER_STATES))
 STATE_FILE = "state.json"
-MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk"}  # memory only, not mathematics
+NAME = re.compile("step_[0-9]+")
 
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint that is not what was written: torn by a crash, or changed since."""
 
 
-class CheckpointState(BaseModel):
-    """What ``state.json`` holds.
+class Progress(BaseModel):
+    """How far a run has come, the same on every rank.
 
     Attributes:
         step: training steps done.
-        tokens: rows trained on, all ranks together.
-        skipped: steps among them whose gradient was not finite, so that they changed nothing.
-        model: the fields of the model's configuration.
-        sha256: of each tensor file.
-        versions: of the packages that wrote it, for the reader's information.
-        format: of the checkpoint.
+        tokens: tokens trained on, all ranks together.
+        samples: samples trained on; None in a checkpoint of a version that did not count them.
+        skipped: steps among them that changed nothing, because loss or gradient was not finite.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     step: PositiveInt
     tokens: NonNegativeInt
+    samples: NonNegativeInt | None = None
     skipped: NonNegativeInt = 0
+
+
+class CheckpointState(Progress):
+    """What ``state.json`` holds.
+
+    Attributes:
+        model: the fields of the model's configuration.
+        sha256: of each tensor file.
+        versions: of this package, with a checksum of its sources, and of the packages that it computes with.
+        identity: of the run; None in a checkpoint of a version that did not keep it.
+        digest: SHA-256 of all the rest of the state, which the checksums of the tensor files are part of.
+        format: of the checkpoint.
+    """
+
     model: dict[str, Any]
     sha256: dict[str, str]
     versions: dict[str, str]
+    identity: RunIdentity | None = None
+    digest: str | None = None
     format: int = FORMAT
+
+    def sealed(self) -> CheckpointState:
+        """Return the same state with its digest."""
+        return self.model_copy(update={"digest": self._digest()})
+
+    def is_intact(self) -> bool:
+        """Say whether the state is what was sealed; one without a digest, of an older version, counts as such."""
+        return self.digest in (None, self._digest())
+
+    def _digest(self) -> str:
+        return digest_of(self.model_dump(mode="json", exclude={"digest"}))
 
 
 def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointState:
@@ -83,7 +112,7 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
         DamagedCheckpointError: a file is missing or not what was written.
         CheckpointError: of another format, or of another model.
     """
-    state = _parse_state(folder)
+    state = parse_state(folder)
     for name in TENSOR_FILES:
         try:
             intact = sha256_of(folder / name) == state.sha256.get(name)
@@ -150,14 +179,31 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"), key=step_of)
+    """Return the checkpoints of a run, oldest first: the folders ``step_`` and digits, no links.
+
+    Whatever else lies among them is not the trainer's.
+    """
+    try:
+        entries = list((run / "checkpoints").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((path for path in entries if NAME.fullmatch(path.name) and is_own_folder(path)), key=step_of)
+
+
+def is_own_folder(path: Path) -> bool:
+    """Say whether a path is a folder and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def put_aside(path: Path, why: str) -> Path:
+    """Rename something that has a checkpoint's name; return its new name, ``why``, a number and the old name."""
+    names = (path.with_name(f"{why}_{number}_{path.name}") for number in count())
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name; −1 for another name."""
-    number = folder.name.removeprefix("step_")
-    return int(number) if number.isascii() and number.isdigit() else -1
+    """Return the step in the name of one of :func:`checkpoints`."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -179,7 +225,13 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _parse_state(folder: Path) -> CheckpointState:
+def parse_state(folder: Path) -> CheckpointState:
+    """Read ``state.json`` alone.
+
+    Raises:
+        DamagedCheckpointError: it is missing or not what was written.
+        CheckpointError: it is of another format.
+    """
     try:
         fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         state = CheckpointState.model_validate(fields)
@@ -194,6 +246,8 @@ def _parse_state(folder: Path) -> CheckpointState:
         raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged or of another version: {error}") from None
     if state.format != FORMAT:
         raise CheckpointError(f"{folder} has format {state.format}, and this version reads {FORMAT}")
+    if not state.is_intact():
+        raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged: its digest is not that of its content")
     return state
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from longnet_dist.checkpoint.format import (
     DamagedCheckpointError,
     checkpoints,
     newest_checkpoint,
+    put_aside,
     read_state,
 )
 from longnet_dist.config.loading import parse_config, read_yaml
@@ -180,9 +180,7 @@ def _newest_intact(existing: Sequence[Path], model: LongNetConfig) -> ResumePoin
 def set_aside(damaged: Mapping[Path, str]) -> None:
     """Rename damaged checkpoints, so that they neither count as a run's nor are in the way of new ones, and say so."""
     for folder, reason in damaged.items():
-        aside = next(path for n in count() if not (path := folder.with_name(f"damaged_{n}_{folder.name}")).exists())
-        folder.rename(aside)
-        print(f"passed over a checkpoint: {reason}; it is now {aside}", file=sys.stderr)
+        print(f"passed over a checkpoint: {reason}; it is now {put_aside(folder, 'damaged')}", file=sys.stderr)
 
 
 def write_text(file: Path, text: str) -> None:

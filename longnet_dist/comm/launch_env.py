@@ -112,8 +112,33 @@ def launcher_of(environ: Mapping[str, str]) -> str:
     return "srun" if environ.get(SRUN_SIZE, "1") != "1" else ""
 
 
+def meeting_store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
+    """Return the key-value store through which the ranks exchange addresses; for one process, its own memory.
+
+    torchrun keeps one store over all restarts (torch 2.13). It still has the dead addresses of earlier attempts, so
+    each attempt uses a key prefix of its own.
+
+    Args:
+        launch: which process this one is.
+        timeout: how long a request waits for the other ranks.
+
+    Raises:
+        ConfigError: the ranks do not meet at the meeting point.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    meeting_point = launch.meeting_point or "env://"  # env:// if a caller made the launch environment
+    try:
+        store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
+    except dist.DistError as error:
+        raise _not_met(launch, error) from None
+    return dist.PrefixStore(f"attempt_{launch.attempt}", store)  # type: ignore[attr-defined]
+
+
 @contextmanager
-def process_group(launch: LaunchEnvironment, device: torch.device, timeout: timedelta) -> Iterator[None]:
+def process_group(
+    launch: LaunchEnvironment, device: torch.device, timeout: timedelta, store: Any = None
+) -> Iterator[None]:
     """Join all processes of the run: with NCCL on GPUs, with gloo on CPUs.
 
     It is a collective: every rank must enter the context. A run of one process needs no address and no port.
@@ -122,6 +147,7 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
         launch: which process this one is.
         device: the device of this rank.
         timeout: how long a collective waits for the other ranks.
+        store: from :func:`meeting_store`, if the caller has it already.
 
     Raises:
         ConfigError: the ranks do not meet at the meeting point.
@@ -131,18 +157,14 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=_store(launch, timeout),
+            store=meeting_store(launch, timeout) if store is None else store,
             timeout=timeout,
             rank=launch.rank,
             world_size=launch.world_size,
             device_id=device if device.type == "cuda" else None,
         )
     except dist.DistError as error:
-        raise ConfigError(
-            f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.meeting_point}: {error}; "
-            "check that every rank was started, that every machine reaches this address (else set MASTER_ADDR to one "
-            "of rank 0's machine), and that nothing else uses the port (else set MASTER_PORT to a free one)"
-        ) from None
+        raise _not_met(launch, error) from None
     try:
         yield
     except BaseException:
@@ -155,17 +177,12 @@ def process_group(launch: LaunchEnvironment, device: torch.device, timeout: time
             dist.destroy_process_group()
 
 
-def _store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
-    """Return the key-value store through which the ranks exchange addresses; for one process, its own memory.
-
-    torchrun keeps one store over all restarts (torch 2.13). It still has the dead addresses of earlier attempts, so
-    each attempt uses a key prefix of its own.
-    """
-    if launch.world_size == 1:
-        return dist.HashStore()  # type: ignore[attr-defined]
-    meeting_point = launch.meeting_point or "env://"  # env:// if a caller made the launch environment
-    store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
-    return dist.PrefixStore(f"attempt_{launch.attempt}", store)  # type: ignore[attr-defined]
+def _not_met(launch: LaunchEnvironment, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.meeting_point}: {error}; "
+        "check that every rank was started, that every machine reaches this address (else set MASTER_ADDR to one "
+        "of rank 0's machine), and that nothing else uses the port (else set MASTER_PORT to a free one)"
+    )
 
 
 def _has_variables(environ: Mapping[str, str]) -> bool:

@@ -185,12 +185,15 @@ class TrainConfig(Section):
             parameter; else training waits for the disk.
         keep_last: number of newest checkpoints to keep; older ones are deleted. 0: keep all.
         keep_every: keep, in addition, the checkpoints at multiples of this many steps; 0: none.
+        checkpoint_failures: checkpoints in a row that cannot be written and end the run; each one before is a warning.
         max_skipped: consecutive skipped steps that end the run. A step whose loss or gradient is not finite is skipped:
             it changes nothing and is counted.
         loggers: what records metrics: ``jsonl`` (from which the loss curve is drawn), ``tensorboard``, ``wandb``,
             ``trackio``.
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run's folder. ``auto`` resumes from the newest
             checkpoint in ``output_dir``, if there is one. ``never`` refuses a folder that contains a run.
+        init: checkpoint, run's folder or exported model whose weights a new run begins with, at step 0; data, sequence
+            length and pattern may be others. Ignored when the run resumes.
         sample_prompt: text that the trained model continues at the end, into ``sample.txt``.
         sample_tokens: tokens of this sample; 0: no sample.
     """
@@ -233,9 +236,11 @@ class TrainConfig(Section):
     checkpoint_async: bool = True
     keep_last: int = Field(3, ge=0)
     keep_every: int = Field(0, ge=0)
+    checkpoint_failures: PositiveInt = 3
     max_skipped: PositiveInt = 10
     loggers: tuple[str, ...] = ("jsonl", "tensorboard")
     resume: str = "auto"
+    init: Path | None = None
     sample_prompt: str = "def "
     sample_tokens: int = Field(200, ge=0)
 
@@ -271,6 +276,11 @@ class TrainConfig(Section):
                 f"but train.cache_qkv={self.cache_qkv} and train.offload_activations is "
                 f"{str(self.offload_activations).lower()}; use offload_activations=true and cache_qkv="
                 f"{max(self.offload_qkv, self.cache_qkv)}"
+            )
+        if self.init is not None and self.resume not in ("auto", "never"):
+            raise ConfigError(
+                f"train.init={self.init} begins a new run and train.resume={self.resume} goes on with another one; "
+                "leave one of them out"
             )
         if self.matmul == "quack" and self.compile is False:
             raise ConfigError(

@@ -25,13 +25,15 @@ class Batches:
     """Batches are shuffled training samples; sample ``k`` is a pure function of (seed, k).
 
     So a run resumes from its step alone, without a saved state of the data. The samples are the full windows of a split
-    (see :class:`Windows`). Each epoch visits all of them in another order. Step ``s`` takes the samples
-    ``[s·batch_size, (s+1)·batch_size)``, whatever the number of ranks.
+    (see :class:`Windows`). Each epoch visits all of them in another order. Step ``s`` takes the ``batch_size`` samples
+    from ``s·batch_size + sample_offset`` on, whatever the number of ranks.
 
     Args:
         token_file, split, sequence_length, seed, vocab_size, objective, mask_id, documents: as for :class:`Windows`.
         batch_size: sequences of a step, over all ranks.
         packing: ``"best_fit"`` fills samples with whole documents (:class:`~.best_fit.FittedWindows`).
+        sample_offset: samples seen before a step, minus ``batch_size`` for each earlier step; not 0 if the run had
+            another batch size before.
 
     Raises:
         DataError: the split is shorter than one window, or the file does not fit the model.
@@ -50,6 +52,7 @@ class Batches:
         mask_id: int | None = None,
         documents: bool = False,
         packing: Packing = "contiguous",
+        sample_offset: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"train.batch_size must be at least 1, not {batch_size}")
@@ -59,6 +62,7 @@ class Batches:
         else:
             self.windows = Windows(token_file, split, sequence_length, **options, documents=documents)
         self.batch_size = batch_size
+        self.sample_offset = sample_offset
         self.seed = seed
         if self.num_samples < 1:
             raise DataError(
@@ -150,7 +154,7 @@ class Batches:
                 f"micro-batches, but {self.batch_size} is not; use {-(-self.batch_size // parts) * parts}"
             )
         size = self.batch_size // parts
-        first = step * self.batch_size + (data_rank * num_micro_batches + micro_batch) * size
+        first = step * self.batch_size + self.sample_offset + (data_rank * num_micro_batches + micro_batch) * size
         return range(first, first + size)
 
 

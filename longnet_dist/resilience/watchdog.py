@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 
 from longnet_dist.errors import LOST_RANK_STATUS, USER_ERROR_STATUS, LongNetError, LostRankError
+from longnet_dist.machine import process_start
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL; its SIGTERM kills at once
 PACKAGE = Path(__file__).parents[1]  # unresolved, as in stack frames: these do not follow symbolic links
@@ -206,7 +207,7 @@ class Watchdog:
         self._number += 1
         at = _line_of(self._main)
         host, pid, parent = socket.gethostname(), os.getpid(), os.getppid()
-        beat = Beat(number=self._number, host=host, pid=pid, parent=parent, at=at, started=_start_time(pid))
+        beat = Beat(number=self._number, host=host, pid=pid, parent=parent, at=at, started=process_start(pid))
         self._store.set(_key(self._rank), beat.model_dump_json())
 
     def _read(self, rank: int) -> str:
@@ -283,19 +284,9 @@ def _kill_siblings(silent: tuple[Beat, ...]) -> None:
     """
     for beat in silent:
         is_sibling = (beat.host, beat.parent) == (socket.gethostname(), os.getppid())
-        if is_sibling and beat.started is not None and beat.started == _start_time(beat.pid):
+        if is_sibling and beat.started is not None and beat.started == process_start(beat.pid):
             with suppress(ProcessLookupError):
                 os.kill(beat.pid, KILL)
-
-
-def _start_time(pid: int) -> int | None:
-    """Return the start time of a process on this host, in clock ticks since boot; None if it does not exist."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The name in parentheses may contain spaces; the start time is field 22 of proc(5), the 20th after the name.
-    return int(stat.rpartition(")")[2].split()[19])
 
 
 def _key(rank: int) -> str:

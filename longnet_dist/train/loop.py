@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,39 +17,35 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from longnet_dist.attention.kernels.planning import planned_device
 from longnet_dist.attention.plan_ahead import plan_stream
-from longnet_dist.checkpoint.format import CheckpointState, checkpoint_folder, load_weights, restore
+from longnet_dist.checkpoint.format import CheckpointState, Progress, load_weights, restore
 from longnet_dist.checkpoint.run_folder import set_aside
 from longnet_dist.checkpoint.writer import CheckpointWriter, remove_partial
+from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.flight_recorder import record_collectives, write_collectives
-from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
+from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
-from longnet_dist.estimate.run_estimate import Estimate
-from longnet_dist.estimate.table import check_fits
 from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import Evaluation, evaluate
-from longnet_dist.inference.generation import Sampling
-from longnet_dist.inference.runs import continue_text
-from longnet_dist.machine import host_memory_bytes
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.resilience.out_of_memory import explained
 from longnet_dist.resilience.stop_signals import stop_requests
 from longnet_dist.resilience.watchdog import Watchdog
-from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.telemetry.loggers import usable_loggers
-from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve
+from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics
 from longnet_dist.telemetry.profiler import StepProfiler
 from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import StepsAhead, pinned
+from longnet_dist.train.conclusion import conclude, say_complete
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release
 from longnet_dist.train.setup import RunSetup
+from longnet_dist.train.start import Start, own_folder
 from longnet_dist.train.step import MicroBatch, ReadRows, StepResult, train_step
 
 
@@ -64,17 +61,22 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """
     require_extra("train", "training")
     prepare_allocator(os.environ)
-    device = launch.device()
-    plan = RunSetup.make(config, launch.world_size, device.type)
-    needs = Estimate.of(plan, planned_device(device, plan), launch.local_world_size, host_memory_bytes())
-    check_fits(needs)
-    launch.share_cores()
-    prepare_deepspeed(launch, device)
-    timeout, records = timedelta(minutes=config.parallel.timeout_minutes), plan.folder.flight_recorder
-    record_collectives(records, config.parallel.flight_recorder, os.environ)
-    watchdog = _watchdog(launch, timeout, partial(write_collectives, records, launch.rank))
-    with process_group(launch, device, timeout), watchdog, explained(launch.rank, needs):
-        return Trainer(plan, device).run()
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    store = meeting_store(launch, timeout)
+    start = agreed(store, launch, "start", partial(Start, config, launch), Start.facts)
+    plan, device, records = start.plan, start.device, start.plan.folder.flight_recorder
+    if plan.is_complete:
+        if launch.rank == 0:
+            say_complete(plan)
+        return True
+    with own_folder(plan, device, launch, store):
+        launch.share_cores()
+        prepare_deepspeed(launch, device)
+        record_collectives(records, config.parallel.flight_recorder, os.environ)
+        watchdog = _watchdog(launch, timeout, partial(write_collectives, records, launch.rank))
+        group = process_group(launch, device, timeout, store)
+        with group, watchdog, explained(launch.rank, start.needs):
+            return Trainer(plan, device).run()
 
 
 @contextmanager
@@ -98,6 +100,8 @@ class Trainer:
     Attributes:
         step: training steps done.
         tokens: rows trained on, all ranks together.
+        samples: samples trained on, all ranks together.
+        changes: what differs from the run as its checkpoint knows it.
         skipped: steps among them that changed nothing, because loss or gradient was not finite.
     """
 
@@ -105,12 +109,13 @@ class Trainer:
         self.plan, self.config, self.device = plan, plan.config, device
         self.is_first = dist.get_rank() == 0
         self.token_file = plan.open_token_file()
+        self.changes = plan.changes(self.token_file)
         self.batches = plan.training_data(self.token_file)
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
         self._steps_ahead = StepsAhead(self._prepare_step, plan.config.train.steps)
-        self.engine, self.step, self.tokens, self.skipped = self._engine(), 0, 0, 0
+        self.engine, self.step, self.tokens, self.samples, self.skipped = self._engine(), 0, 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
             self._resume(plan.resume.checkpoint, plan.resume.state)
 
@@ -120,10 +125,14 @@ class Trainer:
         bytes_per_token = self.token_file.bytes_per_token("train")
         with ExitStack() as stack:
             stop_requested = stack.enter_context(stop_requests())
-            log = self._open_folder(stack) if self.is_first else None
-            writer = stack.enter_context(CheckpointWriter(folder.path, train, self.config.model))
+            self._say_changes()
+            log = None
+            identity = self.plan.identity(self.token_file)
+            writer = stack.enter_context(CheckpointWriter(folder.path, train, self.config.model, identity))
             for metrics, stop in self._steps(bytes_per_token, stop_requested):
                 last = metrics.step == train.steps
+                if self.is_first and log is None:
+                    log = self._open_folder(stack)
                 if log:
                     log.step(metrics)
                 if self.validation and (last or (metrics.step % train.validate_every == 0 and not stop)):
@@ -131,7 +140,7 @@ class Trainer:
                     if log:
                         log.validation(metrics.step, evaluation)
                 if train.checkpoint_every and (last or stop or metrics.step % train.checkpoint_every == 0):
-                    writer.save(self.engine, self.step, self.tokens, self.skipped)
+                    writer.save(self.engine, self.progress, last=last or stop)
                 writer.check()
                 if stop:
                     break
@@ -139,23 +148,32 @@ class Trainer:
             writer.finish()
             dist.barrier()
         if self.is_first:
-            self._conclude(bytes_per_token)
+            conclude(self.plan, self.step, bytes_per_token, partial(release, self.engine))
         dist.barrier()
         return self.step == train.steps
 
+    @property
+    def progress(self) -> Progress:
+        """Return how far the run has come, for a checkpoint."""
+        return Progress(step=self.step, tokens=self.tokens, samples=self.samples, skipped=self.skipped)
+
+    def _say_changes(self) -> None:
+        if self.is_first and self.changes:
+            where = self.plan.resume.checkpoint or "train.init"
+            print("\n  ".join([f"going on from {where} with", *self.changes]))
+
     def _open_folder(self, stack: ExitStack) -> MetricsLog:
-        """Put the run's folder in order and write what describes the run."""
+        """Put the run's folder in order and write what describes the run, once a step has been done."""
         folder = self.plan.folder
         set_aside(self.plan.resume.damaged)
-        remove_partial(folder.path)
+        for message in remove_partial(folder.path):
+            print(f"warning: {message}", file=sys.stderr)
         described = self.plan.resolved(self.token_file)
         folder.describe(described, self.token_file.tokenizer)
-        if self.device.type == "cuda":
-            folder.flight_recorder.mkdir(exist_ok=True)  # NCCL's own time-out writes there, and makes no folder
         if self.batches.packing_report:
             print(self.batches.packing_report)
         loggers = usable_loggers(self.config.train.loggers)
-        return stack.enter_context(MetricsLog(folder, self.step, loggers, described))
+        return stack.enter_context(MetricsLog(folder, self.plan.steps_done, loggers, described))
 
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)
@@ -167,13 +185,15 @@ class Trainer:
             deterministic=self.config.train.deterministic,
             execution=Execution.of(self.config.train, self.device.type),
         )
-        if self.plan.resume.checkpoint:
-            load_weights(self.plan.resume.checkpoint, model)
+        start = self.plan.resume.checkpoint or (self.plan.init and self.plan.init.folder)
+        if start:
+            load_weights(start, model)
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
         restore(self.engine, checkpoint, state.step - state.skipped)
         self.step, self.tokens, self.skipped = state.step, state.tokens, state.skipped
+        self.samples = self.plan.samples_done
 
     def _steps(self, bytes_per_token: float, stop_requested: Callable[[], bool]) -> Iterator[tuple[StepMetrics, bool]]:
         """Do the steps that are left, and show them in a progress bar; say of each whether it must be the last."""
@@ -191,6 +211,7 @@ class Trainer:
                     seconds = time.perf_counter() - began
                 self.step += 1
                 self.tokens += tokens_per_step
+                self.samples += train.batch_size
                 self.skipped += result.skipped
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._refuse_divergence(skipped_in_a_row, result)
@@ -278,36 +299,3 @@ class Trainer:
         )
         self.engine.train()
         return evaluation
-
-    def _conclude(self, bytes_per_token: float) -> None:
-        """Draw the curve, let the trained model write a sample, and say where both are; or say where to go on."""
-        train, folder = self.config.train, self.plan.folder
-        if self.step < train.steps:
-            place = f"is in {checkpoint_folder(folder.path, self.step)}; go on with train.resume=auto"
-            if not train.checkpoint_every:
-                place = "was the last; with train.checkpoint_every=0 there is no checkpoint to go on from"
-            print(f"asked to stop: step {self.step} of {train.steps} {place}")
-            return
-        draw_loss_curve(folder, bytes_per_token)
-        for validation in read_jsonl(folder.validation_file)[-1:]:
-            print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
-        print(f"loss curve: {folder.curve_file}")
-        if train.sample_tokens and train.checkpoint_every and self.config.model.causal:
-            self._write_sample()
-
-    def _write_sample(self) -> None:
-        """Let the trained model write a sample. The run is complete, so what prevents the sample is only said.
-
-        The model is loaded anew, on one device and with whole weights, into the memory that training gives back.
-        """
-        train, folder = self.config.train, self.plan.folder
-        last = checkpoint_folder(folder.path, self.step)
-        release(self.engine)
-        try:
-            (text,) = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
-            folder.sample_file.write_text(text, encoding="utf-8")
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"no sample could be written ({reason}); the run is complete, and its last checkpoint is in {last}")
-            return
-        print(f"sample ({folder.sample_file}):\n\n{text}")

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 
 from longnet_dist.attention.kernels.registry import check_backend
+from longnet_dist.checkpoint.identity import RunIdentity, code_versions
+from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point
-from longnet_dist.config.schema import Config
+from longnet_dist.config.schema import Config, TrainConfig
 from longnet_dist.data.batches import Batches, Windows, objective
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
-from longnet_dist.errors import LongNetError
+from longnet_dist.errors import CheckpointError, ConfigError, LongNetError
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.model.longnet import positions_of
 from longnet_dist.telemetry.loggers import usable_loggers
@@ -28,10 +30,12 @@ class RunSetup(RunLayout):
     Attributes:
         folder: of the run.
         resume: the checkpoint to go on from, if any.
+        init: the weights that a new run begins with, if any.
     """
 
     folder: RunFolder
     resume: ResumePoint
+    init: InitialWeights | None
 
     @classmethod
     def make(cls, config: Config, world_size: int, device_type: str) -> RunSetup:
@@ -53,13 +57,60 @@ class RunSetup(RunLayout):
         folder = RunFolder(config.train.output_dir)
         folder.check_writable()
         resume = resume_point(folder, config.train.resume, config.model)
-        plan = cls(**vars(layout), folder=folder, resume=resume)
+        _check_end(config.train, folder, resume)
+        begins = config.train.init is not None and resume.checkpoint is None
+        init = InitialWeights.find(config.train.init, config.model) if config.train.init and begins else None
+        plan = cls(**vars(layout), folder=folder, resume=resume, init=init)
         if config.data.path is not None:
             token_file = TokenFile.open(config.data.path)
             plan.training_data(token_file)
             if config.train.validate_every:
                 plan.validation_data(token_file)
+            plan.changes(token_file)
         return plan
+
+    @property
+    def is_complete(self) -> bool:
+        """Say whether the run has done its last step already."""
+        return self.steps_done >= self.config.train.steps
+
+    @property
+    def steps_done(self) -> int:
+        """Return the step of the checkpoint to go on from, 0 for a new run."""
+        return self.resume.state.step if self.resume.state else 0
+
+    def identity(self, token_file: TokenFile) -> RunIdentity:
+        """Return the identity of the run with its data."""
+        return RunIdentity.of(self.resolved(token_file), token_file)
+
+    def changes(self, token_file: TokenFile) -> list[str]:
+        """Return what differs from the run as its checkpoint knows it, and is allowed to, one line each.
+
+        Raises:
+            CheckpointError: what must not differ does: model, tokenizer, data, seed or sequence length.
+        """
+        state, ours = self.resume.state, self.identity(token_file)
+        if state is None:
+            other = self.init and self.init.tokenizer not in (None, ours.tokenizer)
+            return [f"another tokenizer than that of train.init={self.config.train.init}"] if other else []
+        if state.identity is None:
+            return [f"{self.resume.checkpoint} does not know its data, tokenizer and seed, so these are not compared"]
+        if refused := state.identity.refused(ours):
+            raise CheckpointError(
+                f"{self.resume.checkpoint} is of a run with {refused}; use the same to go on with that run, or begin a "
+                f"new one from its weights: train.init={self.resume.checkpoint} and another train.output_dir"
+            )
+        code = code_versions()
+        old = {name: version for name, version in state.versions.items() if code.get(name, version) != version}
+        return state.identity.changes(ours) + [f"{name}: {old[name]} -> {code[name]}" for name in old]
+
+    @property
+    def samples_done(self) -> int:
+        """Return the number of samples that the run has seen."""
+        state = self.resume.state
+        if state is None:
+            return 0
+        return state.tokens // self.config.data.sequence_length if state.samples is None else state.samples
 
     def open_token_file(self) -> TokenFile:
         """The token file; that of the default corpus is made by rank 0 if need be. Every rank must call."""
@@ -82,7 +133,8 @@ class RunSetup(RunLayout):
         config = self.config
         length, batch_size, seed = config.data.sequence_length, config.train.batch_size, config.train.seed
         options = objective(config.model) | {"documents": config.data.documents, "packing": config.data.packing}
-        return Batches(token_file, "train", length, batch_size, seed, **options)
+        offset = self.samples_done - self.steps_done * batch_size
+        return Batches(token_file, "train", length, batch_size, seed, **options, sample_offset=offset)
 
     def validation_data(self, token_file: TokenFile) -> Windows:
         """The validation split in windows of the training length."""
@@ -97,6 +149,23 @@ class RunSetup(RunLayout):
         values["train"] |= {"precision": self.precision, "micro_batch_size": self.micro_batch_size}
         values["parallel"] |= {"data": self.mesh.data, "sequence": self.mesh.sequence}
         return values
+
+
+def _check_end(train: TrainConfig, folder: RunFolder, resume: ResumePoint) -> None:
+    """Refuse a checkpoint behind the last step, and one of another run at it, since there is no step to take."""
+    if resume.checkpoint is None or resume.state is None or resume.state.step < train.steps:
+        return
+    step = resume.state.step
+    if step > train.steps:
+        raise ConfigError(
+            f"{resume.checkpoint} has step {step}, beyond the last of this run, train.steps={train.steps}; use "
+            f"train.steps={step} or more, or another train.output_dir for a new run"
+        )
+    if resume.checkpoint.resolve().parent.parent != folder.path.resolve():
+        raise ConfigError(
+            f"{resume.checkpoint} has step {step}, the last of this run, train.steps={train.steps}, so there is no "
+            f"step to take; use more train.steps, or train.init={resume.checkpoint} for a new run from its weights"
+        )
 
 
 def _check_positions(config: Config, dtype: torch.dtype) -> None:

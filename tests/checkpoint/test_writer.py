@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from longnet_dist.checkpoint import writer as checkpoint_writer
-from longnet_dist.checkpoint.format import TENSOR_FILES, checkpoint_folder, checkpoints, read_state
+from longnet_dist.checkpoint.format import TENSOR_FILES, Progress, checkpoint_folder, checkpoints, read_state
 from longnet_dist.checkpoint.writer import (
     CheckpointWriter,
     delete_old,
@@ -45,7 +45,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monk
     monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (events.append(f"rename {a.name}"), rename(a, b))[1])
     monkeypatch.setattr(checkpoint_writer, "save_file", lambda t, f: (events.append(f"write {f.name}"), save(t, f)))
     folder = checkpoint_folder(tmp_path, 7)
-    write_checkpoint(folder, SNAPSHOT, MODEL, 7, 70, 1)
+    write_checkpoint(folder, SNAPSHOT, MODEL, Progress(step=7, tokens=70, skipped=1))
     partial = ".step_00000007.partial"
     files = [event for name in TENSOR_FILES for event in (f"write {name}", f"flush {name}")]
     assert events == [*files, "flush state.json", f"flush {partial}", f"rename {partial}", "flush checkpoints"]
@@ -55,7 +55,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monk
 
 
 def test_what_a_crash_left_is_removed(tmp_path):
-    write_checkpoint(checkpoint_folder(tmp_path, 1), SNAPSHOT, MODEL, 1, 10, 0)
+    write_checkpoint(checkpoint_folder(tmp_path, 1), SNAPSHOT, MODEL, Progress(step=1, tokens=10))
     left = tmp_path / "checkpoints" / ".step_00000002.partial"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
@@ -88,12 +88,12 @@ def save_while_training(config):
     go_on, write = threading.Event(), checkpoint_writer.write_checkpoint
     checkpoint_writer.write_checkpoint = lambda *given: (go_on.wait(30), write(*given))
     with CheckpointWriter(config.train.output_dir, config.train, config.model) as writer:
-        writer.save(trainer.engine, 2, 512, 0)
+        writer.save(trainer.engine, Progress(step=2, tokens=512))
         trainer._train_step(2, 1e-2)
         writer.check()
         assert checkpoints(config.train.output_dir) == []
         go_on.set()
-        writer.save(trainer.engine, 3, 768, 0)
+        writer.save(trainer.engine, Progress(step=3, tokens=768))
         if dist.get_rank() == 0:
             assert checkpoint_folder(config.train.output_dir, 2).exists(), "the next one waits for the one before"
     return expected
@@ -120,7 +120,7 @@ def write_on_full_disk(config):
     checkpoint_writer.save_file = full
     try:
         with CheckpointWriter(config.train.output_dir, config.train, config.model) as writer:
-            writer.save(trainer.engine, 1, 256, 0)
+            writer.save(trainer.engine, Progress(step=1, tokens=256), last=True)
             writer.finish()
     except CheckpointError as error:
         return str(error)
@@ -134,3 +134,65 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, corpus,
     assert "cannot write the checkpoint" in message
     assert "No space left on device" in message
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+class Disk:
+    """Saves like ``save_file``, or fails as long as it is full."""
+
+    def __init__(self):
+        self.full, self.tries = True, 0
+
+    def save(self, tensors, file):
+        self.tries += file.name == "model.safetensors"
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        save_file(tensors, file)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    disk = Disk()
+    monkeypatch.setattr(checkpoint_writer, "save_file", disk.save)
+    monkeypatch.setattr(checkpoint_writer, "take_snapshot", lambda *_, **__: SNAPSHOT)
+    monkeypatch.setattr(checkpoint_writer.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", 0.01)
+    return disk
+
+
+def save(writer, step, last=False):
+    writer.save(None, Progress(step=step, tokens=step), last)
+    writer.finish()
+
+
+@pytest.mark.parametrize("failures", [1, 3, 5])
+def test_failures_in_a_row_end_the_run(tmp_path, corpus, disk, capsys, failures):
+    config = tiny_config(tmp_path / "run", corpus, f"train.checkpoint_failures={failures}")
+    writer = CheckpointWriter(tmp_path / "run", config.train, MODEL)
+    for step in range(1, failures):
+        save(writer, step)
+        assert f"{failures} failures in a row end the run" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=rf"No space left.*failure {failures} in a row.*there is none before it"):
+        save(writer, failures)
+
+
+def test_a_success_between_failures_counts_anew_and_the_last_good_one_is_kept(tmp_path, corpus, disk, capsys):
+    config = tiny_config(tmp_path / "run", corpus, "train.keep_last=1", "train.checkpoint_failures=2")
+    writer = CheckpointWriter(tmp_path / "run", config.train, MODEL)
+    for step in range(1, 8):
+        disk.full = step % 2 == 0
+        save(writer, step)
+        assert [int(folder.name[-1]) for folder in checkpoints(tmp_path / "run")] == [step - disk.full]
+    assert "the newest whole one is" in capsys.readouterr().err
+
+
+def test_the_last_checkpoint_is_tried_again_at_once(tmp_path, corpus, disk, monkeypatch):
+    config = tiny_config(tmp_path / "run", corpus)
+    writer = CheckpointWriter(tmp_path / "run", config.train, MODEL)
+    with pytest.raises(CheckpointError, match="failure 3 in a row"):
+        save(writer, 4, last=True)
+    assert disk.tries == 3
+    writer = CheckpointWriter(tmp_path / "run", config.train, MODEL)
+    monkeypatch.setattr(checkpoint_writer.time, "sleep", lambda _: setattr(disk, "full", False))
+    save(writer, 4, last=True)
+    assert disk.tries == 5
+    assert len(checkpoints(tmp_path / "run")) == 1

@@ -82,6 +82,7 @@ def model(folder):
     import yaml
 
     from longnet_dist import LongNet, LongNetConfig
+    from longnet_dist.checkpoint.format import Progress
     from longnet_dist.checkpoint.run_folder import RunFolder
     from longnet_dist.checkpoint.writer import write_checkpoint
     from longnet_dist.data.token_file_writer import TokenFileWriter
@@ -112,7 +113,7 @@ def model(folder):
     train = {"output_dir": str(run.path), "steps": 8, "batch_size": 4}
     run.describe({"model": fields, "data": {"sequence_length": 64}, "train": train}, ByteTokenizer())
     assert yaml.safe_load(run.config_file.read_text())["model"] == fields
-    write_checkpoint(run.path / "checkpoints" / "step_00000008", files, config, step=8, tokens=2048, skipped=0)
+    write_checkpoint(run.path / "checkpoints" / "step_00000008", files, config, Progress(step=8, tokens=2048))
     with TokenFileWriter(folder / "text.tokens", ByteTokenizer(), validation=0.5) as writer:
         writer.add_document([text])
     print(f"model: loss {losses[0]:.2f} to {losses[-1]:.2f} in 8 steps")

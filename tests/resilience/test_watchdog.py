@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from longnet_dist.errors import LongNetError, LostRankError
+from longnet_dist.machine import process_start
 from longnet_dist.resilience import watchdog
 from longnet_dist.resilience.watchdog import Beat, Watchdog
 
@@ -126,7 +127,7 @@ def test_a_silent_sibling_is_killed(ends, capfd):
     """A process that the launcher of this one has started, but no other."""
     launcher = os.getppid()
     with subprocess.Popen(["sleep", "60"]) as frozen:
-        started = watchdog._start_time(frozen.pid)
+        started = process_start(frozen.pid)
         for parent, status in ((launcher + 1, None), (launcher, -signal.SIGKILL)):
             store = dist.HashStore()
             beat_once(store, 1, host=socket.gethostname(), pid=frozen.pid, parent=parent, started=started)
@@ -140,7 +141,7 @@ def test_a_silent_sibling_is_killed(ends, capfd):
 def test_a_stranger_with_the_number_of_a_silent_sibling_is_left_alone(ends, capfd):
     """The sibling has ended, and the host has given its number to a process that started later."""
     with subprocess.Popen(["sleep", "60"]) as stranger:
-        for started in (watchdog._start_time(stranger.pid) - 1, None):
+        for started in (process_start(stranger.pid) - 1, None):
             store = dist.HashStore()
             place = {"host": socket.gethostname(), "pid": stranger.pid, "parent": os.getppid()}
             beat_once(store, 1, **place, started=started)
@@ -154,7 +155,7 @@ def test_a_rank_says_when_it_was_started():
     store = dist.HashStore()
     dog = make(store, 0)
     dog._beat()
-    assert dog._read_all()[0].started == watchdog._start_time(os.getpid()) is not None
+    assert dog._read_all()[0].started == process_start(os.getpid()) is not None
 
 
 def test_a_lost_rank():

@@ -16,7 +16,7 @@ from longnet_dist.estimate.model_cost import num_parameters
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.telemetry.json_lines import read_jsonl
-from longnet_dist.train import loop
+from longnet_dist.train import conclusion
 from longnet_dist.train.deepspeed_engine import build_optimizer
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, run, tiny_config
@@ -177,7 +177,7 @@ def test_what_a_run_leaves(tmp_path, corpus, capfd):
 def fail_at_sample(config, error):
     """Train, with a sample that fails; whether the run was complete."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "continue_text", Mock(side_effect=error))
+        patch.setattr(conclusion, "continue_text", Mock(side_effect=error))
         return make_trainer(config).run()
 
 
@@ -211,7 +211,7 @@ def bytes_at_sample(config):
     trainer = make_trainer(config)
     weights = 4 * num_parameters(config.model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "continue_text", measure)
+        patch.setattr(conclusion, "continue_text", measure)
         trainer.run()
     return found[0] / weights
 

@@ -1,0 +1,85 @@
+"""What a run leaves and says at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from longnet_dist.checkpoint.format import checkpoint_folder
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.errors import LongNetError
+from longnet_dist.inference.generation import Sampling
+from longnet_dist.inference.runs import continue_text
+from longnet_dist.telemetry.json_lines import read_jsonl
+from longnet_dist.telemetry.metrics import draw_loss_curve
+from longnet_dist.train.setup import RunSetup
+
+
+def conclude(plan: RunSetup, step: int, bytes_per_token: float, release: Callable[[], None]) -> None:
+    """Draw the curve, let the trained model write a sample, and say where both are; or say where to go on.
+
+    Args:
+        plan: of the run.
+        step: the last one that was done.
+        bytes_per_token: of the training split.
+        release: gives the memory of training back.
+    """
+    train, folder = plan.config.train, plan.folder
+    if step < train.steps:
+        place = f"is in {checkpoint_folder(folder.path, step)}; go on with train.resume=auto"
+        if not train.checkpoint_every:
+            place = "was the last; with train.checkpoint_every=0 there is no checkpoint to go on from"
+        print(f"asked to stop: step {step} of {train.steps} {place}")
+        return
+    draw_loss_curve(folder, bytes_per_token)
+    for validation in read_jsonl(folder.validation_file)[-1:]:
+        print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
+    print(f"loss curve: {folder.curve_file}")
+    if _wants_sample(plan):
+        release()
+        _write_sample(plan, step)
+
+
+def say_complete(plan: RunSetup) -> None:
+    """Say that a run has done its last step already, and make up for a curve or sample that is missing.
+
+    Args:
+        plan: of the run.
+    """
+    train, folder = plan.config.train, plan.folder
+    print(
+        f"the run in {folder.path} is complete: {plan.resume.checkpoint} has step {train.steps}, the last one; nothing "
+        "was changed. Use more train.steps to train on, or another train.output_dir for a new run"
+    )
+    try:
+        token_file = TokenFile.open(plan.config.data.path or folder.config().data.path or "")
+        if changes := plan.changes(token_file):
+            print("\n  ".join(["not used, since there is no step to take:", *changes]))
+        if not folder.curve_file.exists():
+            draw_loss_curve(folder, token_file.bytes_per_token("train"))
+            print(f"loss curve: {folder.curve_file}")
+    except LongNetError as error:
+        print(f"its settings and loss curve could not be looked at: {error}")
+    if _wants_sample(plan) and not folder.sample_file.exists():
+        _write_sample(plan, train.steps)
+
+
+def _wants_sample(plan: RunSetup) -> bool:
+    config = plan.config
+    return bool(config.train.sample_tokens and config.train.checkpoint_every and config.model.causal)
+
+
+def _write_sample(plan: RunSetup, step: int) -> None:
+    """Let the trained model write a sample. The run is complete, so what prevents the sample is only said.
+
+    The model is loaded anew, on one device and with whole weights, into the memory that training gave back.
+    """
+    train, folder = plan.config.train, plan.folder
+    last = checkpoint_folder(folder.path, step)
+    try:
+        (text,) = continue_text(last, train.sample_prompt, train.sample_tokens, Sampling(seed=train.seed))
+        folder.sample_file.write_text(text, encoding="utf-8")
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"no sample could be written ({reason}); the run is complete, and its last checkpoint is in {last}")
+        return
+    print(f"sample ({folder.sample_file}):\n\n{text}")
