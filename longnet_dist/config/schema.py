@@ -277,11 +277,6 @@ class TrainConfig(Section):
                 f"{str(self.offload_activations).lower()}; use offload_activations=true and cache_qkv="
                 f"{max(self.offload_qkv, self.cache_qkv)}"
             )
-        if self.init is not None and self.resume not in ("auto", "never"):
-            raise ConfigError(
-                f"train.init={self.init} begins a new run and train.resume={self.resume} goes on with another one; "
-                "leave one of them out"
-            )
         if self.matmul == "quack" and self.compile is False:
             raise ConfigError(
                 "train.matmul=quack is for compiled blocks, but train.compile is false; use train.compile=auto or "
@@ -294,6 +289,15 @@ class TrainConfig(Section):
     def _check_backend(cls, backend: str) -> str:
         ATTENTION_BACKENDS.check(backend, "train.attention_backend", AUTO)
         return backend
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.init is not None and self.resume not in ("auto", "never"):
+            raise ConfigError(
+                f"train.init={self.init} begins a new run and train.resume={self.resume} goes on with another one; "
+                "leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
