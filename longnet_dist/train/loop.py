@@ -30,7 +30,7 @@ from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
-from longnet_dist.inference.evaluation import Evaluation, evaluate
+from longnet_dist.inference.evaluation import evaluate
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.resilience.out_of_memory import explained
@@ -114,6 +114,7 @@ class Trainer:
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
+        self._log: MetricsLog | None = None  # on rank 0, once a step has been done
         self._steps_ahead = StepsAhead(self._prepare_step, plan.config.train.steps)
         self.engine, self.step, self.tokens, self.samples, self.skipped = self._engine(), 0, 0, 0, 0
         if plan.resume.checkpoint and plan.resume.state:
@@ -126,19 +127,15 @@ class Trainer:
         with ExitStack() as stack:
             stop_requested = stack.enter_context(stop_requests())
             self._say_changes()
-            log = None
             identity = self.plan.identity(self.token_file)
             writer = stack.enter_context(CheckpointWriter(folder.path, train, self.config.model, identity))
             for metrics, stop in self._steps(bytes_per_token, stop_requested):
                 last = metrics.step == train.steps
-                if self.is_first and log is None:
-                    log = self._open_folder(stack)
-                if log:
-                    log.step(metrics)
+                if self.is_first:
+                    self._log = self._log or self._open_folder(stack)
+                    self._log.step(metrics)
                 if self.validation and (last or (metrics.step % train.validate_every == 0 and not stop)):
-                    evaluation = self._validate(self.validation)
-                    if log:
-                        log.validation(metrics.step, evaluation)
+                    self._validate(self.validation)
                 if train.checkpoint_every and (last or stop or metrics.step % train.checkpoint_every == 0):
                     writer.save(self.engine, self.progress, last=last or stop)
                 writer.check()
@@ -291,11 +288,12 @@ class Trainer:
             step, data_rank, data_size, window, number, self.plan.accumulation
         )
 
-    def _validate(self, windows: Windows) -> Evaluation:
+    def _validate(self, windows: Windows) -> None:
         self.engine.eval()
         num_tokens, plan = self.config.train.validation_tokens, self.plan
         evaluation = evaluate(
             self.engine, windows, num_tokens, plan.micro_batch_size, self.mesh, self.device, plan.chunk_length
         )
         self.engine.train()
-        return evaluation
+        if self._log:
+            self._log.validation(self.step, evaluation)
