@@ -22,6 +22,7 @@ LAYERS = [
     "ops",
     "model",
     "engine",
+    "interop",
     "checkpoint",
     "inference",
     "telemetry",

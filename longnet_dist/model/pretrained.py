@@ -1,4 +1,4 @@
-"""A trained model as a folder of its own, without its run: weights, configuration, tokenizer. No pickle."""
+"""A model as a folder of its own, without its run: weights, configuration, tokenizer if it has one. No pickle."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.longnet import LongNet
 
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
 
 
-def save_pretrained(model: LongNet, folder: Path, tokenizer: dict[str, Any]) -> None:
+def save_pretrained(model: LongNet | LongNetEncoder, folder: Path, tokenizer: dict[str, Any] | None = None) -> None:
     """Write a model, in the precision it has, with its configuration and tokenizer.
 
     Args:
         model: on one device, not sharded.
         folder: new, or empty.
-        tokenizer: as its ``to_json`` gives it.
+        tokenizer: as its ``to_json`` gives it; None: there is none.
 
     Raises:
         ConfigError: the folder holds something, or cannot be written.
@@ -37,8 +39,8 @@ def save_pretrained(model: LongNet, folder: Path, tokenizer: dict[str, Any]) -> 
         raise ConfigError(f"cannot write the model to {folder}: {error}") from None
 
 
-def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> LongNet:
-    """Load a model that ``longnet export`` wrote, in evaluation mode and the precision in which it was written.
+def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> LongNet | LongNetEncoder:
+    """Load a model that ``longnet export`` or ``longnet convert`` wrote, in evaluation mode and its own precision.
 
     ::
 
@@ -54,23 +56,32 @@ def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> L
     """
     folder = Path(folder)
     try:
-        config = LongNetConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
-            model = LongNet(config)
+            model = _model_of(fields)
         if {name: parameter.shape for name, parameter in model.named_parameters()} != shapes:
             raise CheckpointError(f"{folder / WEIGHTS_FILE} holds other tensors than the model of {CONFIG_FILE} has")
         model.load_state_dict(load_file(folder / WEIGHTS_FILE, str(device)), strict=False, assign=True)
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is no exported model: {error}") from None
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
+        assert model.head is not None
+        assert model.embedding is not None
         model.head.weight = model.embedding.weight
     return model.eval()
 
 
-def _write(model: LongNet, folder: Path, tokenizer: dict[str, Any]) -> None:
+def _model_of(fields: dict[str, Any]) -> LongNet | LongNetEncoder:
+    if fields.get("kind") == "encoder":
+        return LongNetEncoder(EncoderConfig(**fields))
+    return LongNet(LongNetConfig(**fields))
+
+
+def _write(model: LongNet | LongNetEncoder, folder: Path, tokenizer: dict[str, Any] | None) -> None:
     weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / TOKENIZER_FILE).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    if tokenizer is not None:
+        (folder / TOKENIZER_FILE).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")

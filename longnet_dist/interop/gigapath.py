@@ -1,0 +1,152 @@
+"""GigaPath's slide encoder: features and places of the tiles of a slide in, one vector out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from longnet_dist.config.encoder_model import EncoderConfig
+from longnet_dist.errors import ConfigError
+from longnet_dist.interop.state_dicts import StateDict, load_model, state_dict_of, without_prefix
+from longnet_dist.interop.torchscale import REFUSED, torchscale_names
+from longnet_dist.model.encoder import LongNetEncoder
+from longnet_dist.model.pretrained import from_pretrained
+
+PREFIX = "encoder."
+_RATES = (1, 2, 4, 8, 16)
+_SHORTEST = 10  # log2 of the shortest segment
+
+
+class SlideEncoder(nn.Module):
+    """Encode slides as GigaPath does.
+
+    Args:
+        encoder: with a cls row, or its pool; of :func:`gigapath_slide_encoder`, or loaded from a converted folder.
+
+    Raises:
+        ConfigError: the encoder has no pool, or takes no places of two coordinates.
+    """
+
+    def __init__(self, encoder: LongNetEncoder) -> None:
+        super().__init__()
+        if encoder.config.pool == "none" or encoder.config.coordinates != 2:
+            raise ConfigError(
+                f"a slide encoder pools rows with two coordinates, but pool={encoder.config.pool} and "
+                f"coordinates={encoder.config.coordinates}"
+            )
+        self.encoder = encoder
+
+    def forward(self, features: Tensor, coords: Tensor, lengths: Any = None, all_layers: bool = False) -> list[Tensor]:
+        """Return one vector ``(B, E)`` of each slide, or those of all layers.
+
+        Args:
+            features: ``(B, n, 1536)``, of the tiles.
+            coords: ``(B, n, 2)``, x and y of the tiles, pixels.
+            lengths: ``(B,)`` integers, tiles of each slide before its padding; None: all are tiles.
+            all_layers: return ``layers + 1`` vectors: of the embedded tiles and of every block's output. They do not
+                pass the norm behind the last block, so the last of them differs from the one vector.
+
+        Raises:
+            ShapeError: shapes or lengths that do not fit.
+        """
+        out = self.encoder(features=features, coords=coords, lengths=lengths, hidden_states=all_layers)
+        return list(out.pooled_states) if all_layers else [out.pooled]
+
+
+def gigapath_slide_encoder(
+    source: Any,
+    *,
+    depth: int = 12,
+    dim: int = 768,
+    heads: int = 16,
+    mlp_ratio: float = 4,
+    max_wsi_size: int = 262144,
+    tile_size: int = 256,
+    global_pool: bool = False,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> SlideEncoder:
+    """Build GigaPath's slide encoder from its weights, in evaluation mode, float32.
+
+    ::
+
+        encoder = gigapath_slide_encoder("slide_encoder.pth")
+        (vector,) = encoder(features, coords)
+
+    Args:
+        source: a file (``slide_encoder.pth``), a state dict, ``{"model": state dict}``, or a folder that
+            ``longnet convert`` wrote, which has its own sizes.
+        depth, dim, heads, mlp_ratio: sizes: blocks, model dim, heads, feed-forward dim over model dim.
+        max_wsi_size: side of the largest slide, pixels; the segment lengths follow from it.
+        tile_size: side of a tile, pixels.
+        global_pool: average the tiles; else take the cls row.
+        dropout, drop_path: in training; GigaPath fine-tunes with 0.1 and 0.
+
+    Raises:
+        ConfigError: sizes that cannot work.
+        CheckpointError: the source cannot be read; or listing all keys that are missing, unknown or misshapen.
+    """
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        return SlideEncoder(from_pretrained(source))  # type: ignore[arg-type]
+    state = without_prefix(state_dict_of(source), "cls_token")
+    projection = state.get("patch_embed.proj.weight")
+    config = EncoderConfig(
+        dim=dim,
+        layers=depth,
+        heads=heads,
+        ffn_dim=int(dim * mlp_ratio),
+        segment_lengths=slide_segments(max_wsi_size, tile_size),
+        dilation_rates=_RATES,
+        head_offsets="blocked",
+        feature_dim=1536 if projection is None else projection.shape[-1],
+        position_embedding="sincos",
+        coordinates=2,
+        tile_size=tile_size,
+        cls_token=True,
+        pool="mean" if global_pool else "cls",
+        pool_norm_eps=1e-6,
+        activation_float32=True,
+        dropout=dropout,
+        drop_path=drop_path,
+        phantom_keys=True,
+    )
+    return SlideEncoder(load_model(config, state, slide_names(config), {}, REFUSED))
+
+
+def to_gigapath(model: LongNetEncoder) -> StateDict:
+    """Return the state dict of a slide encoder under GigaPath's names: the way back of the import.
+
+    Raises:
+        ConfigError: the model is no such encoder.
+    """
+    config = model.config
+    if not (config.cls_token and config.feature_dim and config.pool_norm_eps and config.vocab_size is None):
+        raise ConfigError("GigaPath's slide encoder has a cls row, a projection of features and a norm behind the pool")
+    names = slide_names(config)
+    return {names[name]: x.detach().cpu().contiguous() for name, x in model.named_parameters()}
+
+
+def slide_names(config: EncoderConfig) -> dict[str, str]:
+    """Return the name in GigaPath of each parameter of an encoder."""
+    names = torchscale_names(config, PREFIX) | {"cls_token": "cls_token"}
+    for kind in ("weight", "bias"):
+        names |= {f"projection.{kind}": f"patch_embed.proj.{kind}", f"pool_norm.{kind}": f"norm.{kind}"}
+    return names
+
+
+def slide_segments(max_wsi_size: int, tile_size: int) -> tuple[int, ...]:
+    """Return GigaPath's segment lengths: five powers of 2 from 1024 to the tiles of the largest slide.
+
+    Their exponents are evenly spaced and real, except for the last, which is rounded down.
+
+    Raises:
+        ConfigError: the largest slide has no tile.
+    """
+    tiles = (int(max_wsi_size) // tile_size) ** 2 if tile_size > 0 else 0
+    if tiles < 1:
+        raise ConfigError(f"max_wsi_size must be at least tile_size, but they are {max_wsi_size} and {tile_size}")
+    return tuple(int(2**exponent) for exponent in np.linspace(_SHORTEST, int(math.log2(tiles)), len(_RATES)))

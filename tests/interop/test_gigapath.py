@@ -1,0 +1,93 @@
+"""GigaPath's slide encoder gives GigaPath's vectors, also for batches of unequal slides."""
+
+import pytest
+import torch
+
+from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.interop import SlideEncoder, gigapath_slide_encoder
+from longnet_dist.interop.gigapath import slide_segments, to_gigapath
+from tests.interop.drawn import CASES, features, places, slide_weights
+
+SMALL = {"depth": 3, "dim": 256, "heads": 16, "mlp_ratio": 2}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return slide_weights("enc12l768d", 12)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return slide_weights("8l256d", 3)
+
+
+@pytest.mark.parametrize("name", CASES["cases"])
+def test_vectors_are_gigapaths(name, weights):
+    case = CASES["cases"][name]
+    encoder = gigapath_slide_encoder(
+        {"model": weights}, max_wsi_size=case["max_wsi_size"], global_pool=case["global_pool"]
+    )
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == case["parameters"]
+    assert list(encoder.encoder.config.segment_lengths) == case["segment_length"]
+    with torch.no_grad():
+        found = encoder(
+            features(name, case["tiles"]),
+            places(case["tiles"], case["slide_ngrids"]),
+            all_layers=case["all_layer_embed"],
+        )
+    for vector, expected in zip(found, case["outputs"], strict=True):
+        assert vector.shape == (1, 768)
+        for part, numbers in ((vector[0, :8], expected["first"]), (vector[0, -4:], expected["last"])):
+            assert (part - torch.tensor(numbers)).abs().max() < 1e-4
+        assert abs(vector.norm() - expected["norm"]) < 1e-4
+        assert abs(vector.double().sum() - expected["sum"]) < 1e-3
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_slides_of_unequal_lengths_are_those_alone(small, global_pool):
+    encoder = gigapath_slide_encoder(small, **SMALL, max_wsi_size=9000, global_pool=global_pool)
+    x, coords = torch.randn(2, 50, 1536), torch.cat([places(50, 64), places(50, 50)])
+    with torch.no_grad():
+        both = encoder(x, coords, lengths=[50, 33], all_layers=True)
+        for item, length in enumerate((50, 33)):
+            part = slice(item, item + 1)
+            alone = encoder(x[part, :length], coords[part, :length], all_layers=True)
+            for packed, single in zip(both, alone, strict=True):
+                torch.testing.assert_close(packed[part], single, atol=1e-5, rtol=1e-5)
+        (last,) = encoder(x, coords, lengths=torch.tensor([50, 33]))
+    assert len(both) == 4
+    assert not torch.allclose(last, both[-1], atol=1e-2)  # it passes encoder.layer_norm too
+
+
+def test_segments_follow_from_the_largest_slide():
+    assert slide_segments(262144, 256) == (1024, 5792, 32768, 185363, 1048576)
+    assert slide_segments(250000, 256) == (1024, 4870, 23170, 110217, 524288)
+    with pytest.raises(ConfigError, match="at least tile_size"):
+        slide_segments(100, 256)
+
+
+def test_places_that_coincide_are_counted(small):
+    encoder = gigapath_slide_encoder(small, **SMALL)
+    coords = places(20, 64)
+    coords[0, 3] = coords[0, 4] + 100  # the same tile, other pixels
+    with pytest.warns(UserWarning, match="1 of 20 coordinates"):
+        encoder(torch.randn(1, 20, 1536), coords)
+
+
+def test_files_weights_back_and_faults(small, tmp_path):
+    torch.save({"model": {f"module.{key}": x for key, x in small.items()}}, tmp_path / "slide_encoder.pth")
+    encoder = gigapath_slide_encoder(tmp_path / "slide_encoder.pth", **SMALL)
+    back = to_gigapath(encoder.encoder)
+    assert back.keys() == small.keys()
+    assert all(torch.equal(back[key], small[key]) for key in small)
+    with pytest.raises(
+        CheckpointError, match=r"encoder.layers.2.ffn.fc1.weight is unknown(.|\n)*norm.weight has shape"
+    ):
+        gigapath_slide_encoder(small | {"norm.weight": torch.zeros(3)}, **{**SMALL, "depth": 2})
+    torch.save(SlideEncoder, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="nothing else is read"):
+        gigapath_slide_encoder(tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        gigapath_slide_encoder(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="expected a state dict"):
+        gigapath_slide_encoder({"epoch": 3})
