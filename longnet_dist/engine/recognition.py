@@ -44,7 +44,8 @@ def obstacle(block: Block) -> str:
     if type(block) is not Block:
         return f"the block is a {_type(block)}"
     if block.style != OWN_STYLE:
-        return f"the style of the block is not LongNet's own, but {block.style}"
+        differing = (f"{name}={value}" for name, value in vars(block.style).items() if value != vars(OWN_STYLE)[name])
+        return f"the style of the block is not LongNet's own, but has {', '.join(differing)}"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks for all modules are registered"
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):

@@ -50,6 +50,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "prepare",
         "plan",
         "export",
+        "convert",
     }
     for name in command_names():
         assert f"\n  {name} " in text
