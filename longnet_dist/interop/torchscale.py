@@ -152,22 +152,42 @@ def _values(config: Mapping[str, Any], side: str) -> dict[str, Any]:
     return values
 
 
-def _config_of(values: dict[str, Any], state: StateDict, decoder: bool) -> EncoderConfig:
-    # torchscale's order: deepnorm takes subln away, else subln takes deepnorm away. Both set encoder_normalize_before,
-    # also in DecoderConfig, and decoders do not read that.
+def _norms(values: dict[str, Any], decoder: bool) -> dict[str, Any]:
+    """Return where norms are.
+
+    torchscale's order: deepnorm takes subln away, else subln takes deepnorm away. Both set encoder_normalize_before,
+    also in DecoderConfig, and decoders do not read that.
+    """
     deepnorm, subln = values["deepnorm"], values["subln"] and not values["deepnorm"]
     before = values["normalize_before"] if decoder or not (deepnorm or subln) else subln
+    last = before and (decoder or values["normalize_output"])
+    return {"pre_norm": before, "sub_norm": subln, "final_norm": last, "deepnorm": deepnorm}
+
+
+def _vocabulary(values: dict[str, Any], state: StateDict) -> dict[str, Any]:
+    """Return the fields of embedding, learned positions and head: caller's objects in torchscale, so keys show them."""
     tokens, places, head = (
         state.get(f"{name}.weight") for name in ("embed_tokens", "embed_positions", "output_projection")
     )
     vocab = None if tokens is None else len(tokens)
     projects = not values["no_output_layer"] and values["vocab_size"] > 0
-    shared = values["share"] and projects
     outputs = values["vocab_size"] if projects else None
+    shared = values["share"] and projects
     if shared:
         vocab = outputs = vocab or outputs
-    elif outputs is None and head is not None:  # the object is given to torchscale by its caller
+    elif outputs is None and head is not None:
         outputs = len(head)
+    fields = {"vocab_size": vocab, "outputs": outputs, "tie_embeddings": shared}
+    if places is None:
+        return fields
+    return fields | {
+        "position_embedding": "learned",
+        "max_positions": len(places),
+        "position_offset": POSITION_OFFSET,
+    }
+
+
+def _config_of(values: dict[str, Any], state: StateDict, decoder: bool) -> EncoderConfig:
     return EncoderConfig(
         dim=values["embed_dim"],
         layers=values["layers"],
@@ -180,18 +200,8 @@ def _config_of(values: dict[str, Any], state: StateDict, decoder: bool) -> Encod
         positions="xpos" if values["xpos_rel_pos"] else "none",
         xpos_base=values["xpos_scale_base"],
         norm_eps=values["layernorm_eps"],
-        vocab_size=vocab,
-        outputs=outputs,
-        tie_embeddings=shared,
         scale_embedding=not values["no_scale_embedding"],
-        position_embedding="none" if places is None else "learned",
-        max_positions=None if places is None else len(places),
-        position_offset=0 if places is None else POSITION_OFFSET,
         embedding_norm=values["layernorm_embedding"],
-        pre_norm=before,
-        sub_norm=subln,
-        final_norm=before and (decoder or values["normalize_output"]),
-        deepnorm=deepnorm,
         activation=_ACTIVATIONS[values["activation_fn"]],
         activation_float32=True,
         dropout=values["dropout"],
@@ -199,6 +209,8 @@ def _config_of(values: dict[str, Any], state: StateDict, decoder: bool) -> Encod
         attention_dropout=values["attention_dropout"],
         drop_path=values["drop_path_rate"],
         phantom_keys=not decoder,
+        **_norms(values, decoder),
+        **_vocabulary(values, state),
     )
 
 
