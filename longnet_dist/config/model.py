@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.attention_kinds import ATTENTION_KINDS, AttentionSettings
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
 from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 
@@ -31,6 +32,11 @@ class LongNetConfig(BaseModel):
         heads: query heads ``H``; must divide ``dim``.
         kv_heads: key/value heads ``Hkv``, ``heads`` if not given; must divide ``heads``.
         ffn_dim: inner dim of the feed-forward network, ``4·dim`` if not given.
+        attention: what the layers run, a name of ``geometry/attention_kinds``: ``"dilated"``, or for comparison
+            ``"full"``, ``"sparse"`` (the fixed pattern of arXiv 1904.10509) or ``"window"`` (sliding window). Branches,
+            offsets and shifts are those of dilated attention.
+        window: tokens that a token sees with ``attention="window"``, itself included.
+        full_layers: numbers of layers that run full attention whatever ``attention`` is, counted from 0.
         segment_lengths: segment length ``w`` of each branch, tokens.
         dilation_rates: dilation rate ``r`` of each branch.
         head_offsets: name of a rule of ``geometry/offset_rules``, such as ``"modulo"`` (the paper) or ``"blocked"``
@@ -63,6 +69,9 @@ class LongNetConfig(BaseModel):
     heads: PositiveInt
     kv_heads: PositiveInt | None = None
     ffn_dim: PositiveInt | None = None
+    attention: str = "dilated"
+    window: PositiveInt = 2048
+    full_layers: tuple[int, ...] = ()
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: str = "modulo"
@@ -115,8 +124,30 @@ class LongNetConfig(BaseModel):
             raise ConfigError(
                 f"rope_theta must be at least 1 and norm_eps above 0, not {self.rope_theta} and {self.norm_eps}"
             )
-        self.pattern  # noqa: B018 (raises if the branches cannot work)
+        self._check_attention()
         return self
+
+    def _check_attention(self) -> None:
+        """Refuse branches that cannot work, layers that are not there, and settings of another kind of attention."""
+        ATTENTION_KINDS.check(self.attention)
+        DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        self.pattern  # noqa: B018 (raises if the kind does not fit the model)
+        if self.attention != "dilated" and (self.layer_offsets or self.layer_shift):
+            raise ConfigError(
+                f"layer_offsets and layer_shift move the grids of dilated attention, but attention={self.attention}; "
+                f"leave them out, or use attention=dilated"
+            )
+        if self.attention != "window" and self.window != type(self).model_fields["window"].default:
+            raise ConfigError(
+                f"window={self.window} belongs to attention=window, but attention={self.attention}; leave window out"
+            )
+        layers = self.full_layers
+        if len(set(layers)) < len(layers) or not all(0 <= layer < self.layers for layer in layers):
+            raise ConfigError(
+                f"full_layers are different numbers of layers from 0 to {self.layers - 1}, not {list(layers)}"
+            )
+        if layers and self.attention == "full":
+            raise ConfigError("all layers run full attention with attention=full; leave full_layers out")
 
     def _check_direction(self) -> None:
         """Refuse positions that decay with the distance of earlier rows where a row sees later ones."""
@@ -128,11 +159,17 @@ class LongNetConfig(BaseModel):
 
     @property
     def pattern(self) -> DilatedPattern:
-        """Return the dilated pattern of the first layer, which all layers share unless a field says otherwise."""
-        return DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        """Return the pattern that all layers share unless ``full_layers`` or a field of layers says otherwise."""
+        return self._pattern_of(self.attention)
+
+    def _pattern_of(self, kind: str) -> DilatedPattern:
+        branches = self.segment_lengths, self.dilation_rates, self.head_offsets
+        return ATTENTION_KINDS[kind](AttentionSettings(*branches, self.window, self.causal))
 
     def layer_pattern(self, layer: int) -> DilatedPattern:
-        """Return the dilated pattern of a layer, counted from 0."""
+        """Return the pattern of a layer, counted from 0."""
+        if layer in self.full_layers:
+            return self._pattern_of("full")
         return self.pattern.of_layer(layer, self.layer_offsets, self.layer_shift)
 
     @property
@@ -142,8 +179,12 @@ class LongNetConfig(BaseModel):
         period = math.lcm(period, 2) if self.layer_shift else period
         found: Counter[DilatedPattern] = Counter()
         for layer in range(min(period, self.layers)):
-            found[self.layer_pattern(layer)] += -(-(self.layers - layer) // period)
-        return found
+            pattern = self.pattern.of_layer(layer, self.layer_offsets, self.layer_shift)
+            full = sum(number % period == layer for number in self.full_layers)
+            found[pattern] += -(-(self.layers - layer) // period) - full
+        if self.full_layers:
+            found[self._pattern_of("full")] += len(self.full_layers)
+        return +found
 
     @property
     def head_dim(self) -> int:

@@ -54,9 +54,13 @@ def obstacle(block: Block) -> str:
 
 
 def _obstacles(block: Block) -> Iterator[str]:
-    if getattr(block.self_attn, "phantom_keys", None) is not None:
+    attention = block.self_attn
+    if type(attention) is not DilatedAttention:
+        yield f"self_attn is a {_type(attention)}"
+        return
+    if attention.phantom_keys is not None:
         yield "the attention has phantom keys"
-    eps = block.self_attn.norm_eps if type(block.self_attn) is DilatedAttention else None
+    eps = attention.norm_eps
     for name, types in _PARTS:
         module: nn.Module = block
         for part in name.split("."):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.masked_pattern import MaskedPattern
 from longnet_dist.geometry.window import Shards
 from longnet_dist.registry import ATTENTION_BACKENDS
 
@@ -61,6 +62,7 @@ class RunLayout:
             chunk_length=chunk_length,
             passes=accumulation * -(-config.data.sequence_length // chunk_length),
         )
+        _check_whole_sequences(layout)
         layout.last_chunk  # noqa: B018 (raises if a rank has no token of it; the other chunks divide evenly)
         return layout
 
@@ -103,6 +105,22 @@ class RunLayout:
     def itemsize(self) -> int:
         """Return the bytes of a number in the activations."""
         return 2 if self.precision == "bf16" else 4
+
+
+def _check_whole_sequences(layout: RunLayout) -> None:
+    """Refuse to split sequences for a kind of attention that computes them whole."""
+    model = layout.config.model
+    if not any(isinstance(pattern, MaskedPattern) for pattern in model.pattern_counts):
+        return
+    for key, value, number, whole in (
+        ("parallel.sequence", layout.mesh.sequence, layout.mesh.sequence, 1),
+        ("train.chunk_length", layout.chunk_length, layout.num_chunks, layout.config.data.sequence_length),
+    ):
+        if number > 1:
+            raise ConfigError(
+                f"model.attention={model.attention} computes a sequence whole and on one device, but {key} is {value}; "
+                f"use {key}={whole}, or model.attention=dilated or full"
+            )
 
 
 def _split_batch(config: Config, mesh: MeshShape) -> tuple[int, int]:

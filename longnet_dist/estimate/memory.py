@@ -91,7 +91,8 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
 def _always(layout: RunLayout) -> dict[str, int]:
     """Return what exists during the whole step: token ids and labels, tables of positions, the record of a stream."""
     model, tokens = layout.config.model, layout.local_tokens
-    encoding, grids = POSITION_ENCODINGS[model.positions], len({pattern.shift for pattern in model.pattern_counts})
+    encoding = POSITION_ENCODINGS[model.positions]
+    grids = len({(pattern.segment_lengths, pattern.shift) for pattern in model.pattern_counts})
     tables = encoding.num_tables() * (grids if encoding.scales else 1)
     positions = tokens // layout.micro_batch_size * tables * model.head_dim * WIDE
     return {"inputs": 2 * 8 * tokens + positions, "stream": _stream(layout)}

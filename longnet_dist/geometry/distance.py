@@ -189,7 +189,7 @@ class _Grid:
     """One branch: its segments, and the residues of the rows that it keeps in them."""
 
     def __init__(self, branch: Branch, offsets: Sequence[int]) -> None:
-        self.length, self.rate, self.shift = branch.segment_length, branch.dilation_rate, getattr(branch, "shift", 0)
+        self.length, self.rate, self.shift = branch.segment_length, branch.dilation_rate, branch.shift
         self.kept = sorted(set(offsets))
 
     def start(self, row: Any) -> Any:

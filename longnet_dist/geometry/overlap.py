@@ -100,6 +100,8 @@ def computed_share(pattern: DilatedPattern, N: int, kv_heads: int, causal: bool)
         kv_heads: key/value heads.
         causal: whether a row sees only itself and earlier rows.
     """
+    if len(pattern) == 1:
+        return 1.0
     computed = 0
     for branch, overlap in zip(pattern, overlaps(pattern), strict=True):
         rate, half = branch.dilation_rate, overlap.half

@@ -286,13 +286,17 @@ class DilatedPattern:
                 (count, self.flops(rows, heads, head_dim, causal, kv_heads)) for rows, count in lengths.items()
             )
             return sum(count * flops for count, flops in of_length)
+        return 4 * head_dim * self.pairs(N, kv_heads, causal) * (heads // kv_heads)
+
+    def pairs(self, N: int, kv_heads: int, causal: bool) -> int:
+        """Count the attended (query, key) pairs of all branches and key/value heads in a sequence of ``N`` rows."""
         pairs = 0
         for branch in self.branches:
             for offset in self.offsets(branch, kv_heads):
                 for length, count, _ in branch.lengths(N):
                     kept = kept_rows(length, offset, branch.dilation_rate)
                     pairs += count * (kept * (kept + 1) // 2 if causal else kept * kept)
-        return 4 * head_dim * pairs * (heads // kv_heads)
+        return pairs
 
 
 def kept_rows(length: int, offset: int, rate: int) -> int:

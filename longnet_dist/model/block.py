@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longnet_dist.attention.module import DilatedAttention
+from longnet_dist.attention.masked import attention_class
 from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import LayerCache
@@ -82,10 +82,11 @@ class Block(nn.Module):
         self.style, self.group = style, group
         gain = math.sqrt(math.log(2 * config.layers)) if style.gain is None else style.gain
         self.self_attn_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.self_attn = DilatedAttention(
+        pattern = config.layer_pattern(layer)
+        self.self_attn = attention_class(pattern)(
             config.dim,
             config.heads,
-            config.layer_pattern(layer),
+            pattern,
             kv_heads=config.kv_heads,
             causal=config.causal,
             qk_norm=config.qk_norm,

@@ -82,13 +82,14 @@ class LongNetEncoder(nn.Module):
         super().__init__()
         self.config, self.group = config, group
         self.execution: ModelExecution | None = None
-        self.positions, shifted = positions_of_layers(config)
+        positions = positions_of_layers(config)
+        self.positions = positions[0]
         self.phantom_keys = PhantomKeys(config.heads, config.kv_heads or config.heads) if config.phantom_keys else None
         self._build_embedding(config)
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                shifted if layer % 2 else self.positions,
+                positions[layer],
                 group,
                 overlap,
                 backend,

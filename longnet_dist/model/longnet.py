@@ -100,11 +100,12 @@ class LongNet(nn.Module):
         super().__init__()
         self.config, self.group = config, group
         self.execution: ModelExecution | None = None
-        self.positions, shifted = positions_of_layers(config)
+        positions = positions_of_layers(config)
+        self.positions = positions[0]
         self.embedding = ScaledEmbedding(config.vocab_size + (config.mask_id is not None), config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(
-            Block(config, shifted if layer % 2 else self.positions, group, overlap, backend, deterministic, layer=layer)
+            Block(config, positions[layer], group, overlap, backend, deterministic, layer=layer)
             for layer in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -257,11 +258,17 @@ def positions_of(config: LongNetConfig) -> Positions | None:
     return Positions(config.rope_theta, config.xpos_base, config.positions)
 
 
-def positions_of_layers(config: LongNetConfig) -> tuple[Positions | None, Positions | None]:
-    """Return the positions of even and of odd layers: one object, unless its tables would differ.
+def positions_of_layers(config: LongNetConfig) -> list[Positions | None]:
+    """Return the positions of each layer: one object, unless its tables would differ.
 
-    Scales depend on where grids begin, and an object keeps the tables of one pattern.
+    Scales depend on the grids, and an object keeps the tables of one.
     """
-    even = positions_of(config)
-    differ = config.layer_shift and POSITION_ENCODINGS[config.positions].scales
-    return even, positions_of(config) if differ else even
+    of_grid: dict[object, Positions | None] = {}
+    scales, found = POSITION_ENCODINGS[config.positions].scales, []
+    for layer in range(config.layers):
+        pattern = config.layer_pattern(layer)
+        grid = (pattern.segment_lengths, pattern.shift) if scales else None
+        if grid not in of_grid:
+            of_grid[grid] = positions_of(config)
+        found.append(of_grid[grid])
+    return found

@@ -76,3 +76,32 @@ def test_odd_head_dim_is_allowed_without_positions():
 def test_config_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         named_model("tiny").dim = 3
+
+
+def test_the_attention_of_layers_is_chosen_by_name():
+    counts = named_model("tiny", layers=7, layer_offsets=True, full_layers=[0, 4, 5]).pattern_counts
+    config = named_model("tiny", layers=7, layer_offsets=True, full_layers=[0, 4, 5])
+    patterns = [config.layer_pattern(layer) for layer in range(7)]
+    assert counts == {pattern: patterns.count(pattern) for pattern in patterns}
+    assert counts[patterns[0]] == 3
+    assert named_model("tiny", attention="full").pattern_counts == {patterns[0]: 2}
+    assert repr(named_model("tiny", attention="window", window=7).pattern) == "WindowPattern(7)"
+    assert named_model("tiny", full_layers=[0, 1]).pattern_counts == {patterns[0]: 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention": "dense"}, "attention must be one of dilated, full, sparse, window, not 'dense'"),
+        ({"attention": "sparse", "causal": False}, "attention=sparse is the fixed pattern"),
+        ({"attention": "full", "layer_shift": True}, "leave them out, or use attention=dilated"),
+        ({"window": 7}, "window=7 belongs to attention=window"),
+        ({"full_layers": [2]}, r"numbers of layers from 0 to 1, not \[2\]"),
+        ({"full_layers": [1, 1]}, r"not \[1, 1\]"),
+        ({"attention": "full", "full_layers": [1]}, "leave full_layers out"),
+        ({"attention": "full", "segment_lengths": [3, 4]}, "as many of each"),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        named_model("tiny", **fields)

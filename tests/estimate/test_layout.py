@@ -1,6 +1,7 @@
 import pytest
 
 from longnet_dist.config.loading import parse_config
+from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.layout import RunLayout
 
 
@@ -21,3 +22,13 @@ def test_the_rows_of_a_rank():
 @pytest.mark.parametrize(("device_type", "itemsize"), [("cuda", 2), ("cpu", 4)])
 def test_the_precision_is_the_devices(device_type, itemsize):
     assert layout(1, device_type).itemsize == itemsize
+
+
+def test_sequences_of_the_baselines_are_not_split():
+    sparse = {"model": {"attention": "sparse"}, "data": {"sequence_length": 1024}}
+    assert layout(2, parallel={"data": 2}, **sparse).num_ranks == 2
+    with pytest.raises(ConfigError, match=r"model.attention=sparse .* parallel.sequence is 2; use parallel.sequence=1"):
+        layout(2, **sparse)
+    with pytest.raises(ConfigError, match=r"train.chunk_length is 256; use train.chunk_length=1024"):
+        layout(1, train={"chunk_length": 256}, **sparse)
+    assert layout(2, **sparse | {"model": {"attention": "full"}}).num_ranks == 2

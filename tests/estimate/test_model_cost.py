@@ -36,6 +36,16 @@ def test_flops_are_six_a_weight_and_twelve_a_pair_and_channel():
     assert flops_per_token(config, 16) == 6 * matrix_weights(config) + 12 * 3 * 16 * 2 * pairs / 16
 
 
+def test_flops_are_those_of_each_layers_attention():
+    fields = {"layers": 3, "segment_lengths": [8], "dilation_rates": [1]}
+    linear = 2 * 16 * matrix_weights(named_model("tiny", **fields))
+    pairs = {"full": 16 * 17 // 2, "dilated": 2 * 8 * 9 // 2, "window": 1 + 2 + 14 * 3}
+    for kind in ("full", "dilated"):
+        assert forward_flops(named_model("tiny", attention=kind, **fields), 16) == linear + 3 * 4 * 16 * 4 * pairs[kind]
+    hybrid = named_model("tiny", attention="window", window=3, full_layers=[1], **fields)
+    assert forward_flops(hybrid, 16) == linear + 4 * 16 * 4 * (2 * pairs["window"] + pairs["full"])
+
+
 def test_flops_of_a_row_do_not_grow_with_the_sequence():
     config = named_model("paper")
     assert flops_per_token(config, 2**20) == flops_per_token(config, 2**30)

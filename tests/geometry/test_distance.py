@@ -14,7 +14,7 @@ def sight(pattern, rows, heads, causal):
     """Return (N, N): whether row n sees row m in one block, by the definition of the pattern."""
     sees = np.eye(rows, dtype=bool)
     for branch in pattern:
-        shift = getattr(branch, "shift", 0)
+        shift = branch.shift
         number = np.array([(row - shift) // branch.segment_length for row in range(rows)])
         start = np.maximum(0, number * branch.segment_length + shift)
         for offset in pattern.offsets(branch, heads):
