@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,11 +209,16 @@ def _indices(
     if documents is None:
         n = n.view(-1, 1, 1)
         return n, (n - phase) % length, length
-    number = np.searchsorted(documents.array_starts, np.arange(start, start + rows), side="right") - 1
-    first = np.where(number < 0, 0, documents.array_starts[number])
-    own = np.where(number < 0, 1, (documents.array_stops - documents.array_starts)[number])
-    arrays = first, np.where(own > phase, phase, 0), np.minimum(own, length)
-    firsts, phases, spans = (torch.from_numpy(x).to(device).view(-1, 1, 1) for x in arrays)
+    starts, lengths = (
+        torch.from_numpy(x).to(device) for x in (documents.array_starts, documents.array_stops - documents.array_starts)
+    )
+    number = torch.searchsorted(starts, n, right=True) - 1
+    document = number.clamp(min=0)
+    firsts = torch.where(number < 0, 0, starts[document])
+    own = torch.where(number < 0, 1, lengths[document])
+    firsts, phases, spans = (
+        x.view(-1, 1, 1) for x in (firsts, torch.where(own > phase, phase, 0), own.clamp(max=length))
+    )
     n = n.view(-1, 1, 1) - firsts
     return n, (n - phases) % spans, spans
 

@@ -1,0 +1,101 @@
+"""CPU time to plan a batch of packed documents, on one core of the host: milliseconds.
+
+    python benchmarks/document_plans.py [--output benchmarks/results/document_plans.json]
+
+The lengths are log-normal (mean 1,260, sigma 1.2), new in each batch. The pattern is geometric from 2,048 up to all
+rows, 12 heads of 64, causal, with overlaps merged as on a GPU. A plan reads and checks the edges, makes the tables of
+segments of all launches, and over ranks the exchange of one rank. Later layers find it again by the edges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
+
+from benchmarks.record import environment
+from longnet_dist.attention.functional import AttentionSpec
+from longnet_dist.attention.kernels.registry import choose_kernel
+from longnet_dist.attention.packing import PackedBatch
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.window import Shards
+
+HEADS, DIM, BASE, MEAN, SIGMA = 12, 64, 2048, 1260, 1.2
+CPU = torch.device("cpu")
+
+
+def random_edges(generator: np.random.Generator, documents: int) -> list[int]:
+    """Edges of as many documents, one behind the other."""
+    lengths = generator.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, documents)
+    return [0, *np.cumsum(np.maximum(lengths.astype(np.int64), 1)).tolist()]
+
+
+def plan(edges: list[int], ranks: int) -> None:
+    """Do what a layer does on the host before its first launch, on the middle one of ``ranks`` ranks."""
+    rows, rank = edges[-1], ranks // 2
+    x = torch.empty(1).expand(1, rows, HEADS, DIM)
+    packed = PackedBatch.read(edges, x, x, None, None)
+    (item,) = packed.items(x, x, x, None)
+    pattern, kernel = DilatedPattern.geometric(BASE, rows), choose_kernel("auto", CPU, torch.float32)
+    shards = Shards.even(rows, ranks)
+    spec = AttentionSpec(
+        pattern, shards, rank, True, 0.125, kernel, True, None, False, True, None, item.documents
+    )  # fmt: skip
+    if ranks > 1:
+        packed.digest  # noqa: B018 (the ranks compare it)
+    spec.dense_calls(HEADS)
+    if spec.exchanges:
+        spec.plan(HEADS)
+        spec.shared_calls(HEADS)
+
+
+def measured(documents: int, ranks: int, batches: int) -> dict[str, Any]:
+    """Median and largest milliseconds of the first layer, and the median of a later one."""
+    generator, first, later = np.random.default_rng(0), [], []
+    for number in range(batches + 3):
+        edges = random_edges(generator, documents)
+        times = [time.process_time()]
+        for given in (edges, list(edges)):
+            plan(given, ranks)
+            times.append(time.process_time())
+        if number >= 3:  # the first ones import
+            first.append(1000 * (times[1] - times[0]))
+            later.append(1000 * (times[2] - times[1]))
+    return {
+        "documents": documents,
+        "ranks": ranks,
+        "first_layer_ms": statistics.median(first),
+        "first_layer_worst_ms": max(first),
+        "later_layer_ms": statistics.median(later),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--batches", type=int, default=50)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/document_plans.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    points = [measured(number, ranks, options.batches) for number in options.documents for ranks in options.ranks]
+    for point in points:
+        print(" ".join(f"{name}={value:.3g}" for name, value in point.items()))
+    command = shlex.join(["python", *sys.argv])
+    options.output.write_text(
+        json.dumps({"command": command, "environment": environment(), "points": points}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
