@@ -153,6 +153,7 @@ def other_figures() -> dict[str, str]:
     decode = [statistics.median(ms) for ms in result("decode")["milliseconds_per_token"].values()]
     lost = result("checkpoints")["seconds_lost_per_checkpoint"]
     plans = result("exchange_plans")["points"]
+    alone, of_four = (p for p in result("document_plans")["points"] if p["documents"] == 1000)
     megabytes = result("checkpoints")["checkpoint_bytes"] / 2**20
     return {
         "1, 2 and 4 sequence ranks": f"relative difference {short(max(v['loss'] for v in cpu.values()))} in loss, "
@@ -166,6 +167,8 @@ def other_figures() -> dict[str, str]:
         "decoding at token": f"{decode[0]:.1f}, {decode[1]:.1f} and {decode[2]:.1f} ms a token",
         f"a checkpoint of {megabytes:.0f} MiB": f"costs {lost['asynchronous']:.1f} s of training; "
         f"{lost['synchronous']:.1f} s if waited for",
+        "planning a batch of 1,000": f"{alone['first_layer_ms']:.1f} ms of CPU time, {alone['later_layer_ms']:.1f} ms in "
+        f"later layers; {of_four['first_layer_ms']:.1f} ms on one of four ranks",
         "setting up a rank's exchange": f"{max(p['seconds'] for p in plans):.2f} s at most, once; "
         f"{max(p['received_bytes'] for p in plans) / 1e6:.0f} MB received a layer at most",
         "six runs on an H100": planner_errors("planner_h100"),
