@@ -167,7 +167,7 @@ def other_figures() -> dict[str, str]:
         "decoding at token": f"{decode[0]:.1f}, {decode[1]:.1f} and {decode[2]:.1f} ms a token",
         f"a checkpoint of {megabytes:.0f} MiB": f"costs {lost['asynchronous']:.1f} s of training; "
         f"{lost['synchronous']:.1f} s if waited for",
-        "planning a batch of 1,000": f"{alone['first_layer_ms']:.1f} ms of CPU time, {alone['later_layer_ms']:.1f} ms in "
+        "planning 1,000 packed": f"{alone['first_layer_ms']:.1f} ms of CPU time, {alone['later_layer_ms']:.1f} ms in "
         f"later layers; {of_four['first_layer_ms']:.1f} ms on one of four ranks",
         "setting up a rank's exchange": f"{max(p['seconds'] for p in plans):.2f} s at most, once; "
         f"{max(p['received_bytes'] for p in plans) / 1e6:.0f} MB received a layer at most",
