@@ -4,9 +4,9 @@ A checkpoint is a folder, complete as soon as it has its name::
 
     checkpoints/step_00000100/
         model.safetensors        float32 master weights, whole tensors by the model's own names
-        exp_avg.safetensors      AdamW's running means, by the same names
+        exp_avg.safetensors      AdamW's running means, by the same names; another optimizer has files of its own
         exp_avg_sq.safetensors
-        state.json               step, tokens, model configuration, identity of the run, SHA-256 of the files, versions
+        state.json               progress, optimizer, model, identity of the run, SHA-256 of the files, versions
 
 Any number of ranks, mesh and ZeRO stage can go on from it, and reading it runs no code (no pickle). Nothing in training
 is random but the initial weights, and the order of samples is a function of seed and step (there is no dropout): so
@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longnet_dist.checkpoint.identity import MODEL_FIELDS_FREE_TO_CHANGE, RunIdentity, digest_of
+from longnet_dist.checkpoint.parameter_roles import parameter_roles
 from longnet_dist.checkpoint.zero_tensors import (
-    OPTIMIZER_STATES,
     allocate_optimizer_states,
     set_full_tensor,
     set_optimizer_steps,
@@ -40,10 +40,11 @@ from longnet_dist.checkpoint.zero_tensors import (
 )
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
+from longnet_dist.optim.optimizers import OPTIMIZERS
 
 FORMAT = 1
 WEIGHTS = "model"
-TENSOR_FILES = tuple(f"{name}.safetensors" for name in (WEIGHTS, *OPTIMIZER_STATES))
+ADAMW = "adamw"  # the optimizer of checkpoints that name none
 STATE_FILE = "state.json"
 NAME = re.compile("step_[0-9]+")
 
@@ -74,6 +75,7 @@ class CheckpointState(Progress):
     """What ``state.json`` holds.
 
     Attributes:
+        optimizer: name of the optimizer whose states these are (``train.optimizer``).
         model: the fields of the model's configuration.
         sha256: of each tensor file.
         versions: of this package, with a checksum of its sources, and of the packages that it computes with.
@@ -82,6 +84,7 @@ class CheckpointState(Progress):
         format: of the checkpoint.
     """
 
+    optimizer: str = ADAMW
     model: dict[str, Any]
     sha256: dict[str, str]
     versions: dict[str, str]
@@ -101,6 +104,34 @@ class CheckpointState(Progress):
         return digest_of(self.model_dump(mode="json", exclude={"digest"}))
 
 
+def state_names(optimizer: str) -> tuple[str, ...]:
+    """Return the names of an optimizer's states, over all roles of parameters; each is a file of a checkpoint."""
+    states = OPTIMIZERS[optimizer].states
+    kinds = (states("matrix", (1, 1)), states("head", (1, 1)), states("embedding", (1, 1)), states("vector", (1,)))
+    return tuple(dict.fromkeys(name for kind in kinds for name in kind))
+
+
+def tensor_shapes(optimizer: str, model: nn.Module) -> dict[str | None, dict[str, torch.Size]]:
+    """Return for the weights, by None, and for each state the shapes of the whole tensors, by names of parameters.
+
+    Args:
+        optimizer: a value of ``train.optimizer``.
+        model: any module, also with parameters that ZeRO has sharded.
+    """
+    shapes: dict[str | None, dict[str, torch.Size]] = {name: {} for name in (None, *state_names(optimizer))}
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        shapes[None][name] = whole_shape(parameter)
+        for state, shape in OPTIMIZERS[optimizer].states(roles[name], tuple(whole_shape(parameter))).items():
+            shapes[state][name] = torch.Size(shape)
+    return shapes
+
+
+def tensor_files(optimizer: str = ADAMW) -> tuple[str, ...]:
+    """Return the names of the tensor files in a checkpoint of an optimizer."""
+    return tuple(f"{name}.safetensors" for name in (WEIGHTS, *state_names(optimizer)))
+
+
 def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointState:
     """Read ``state.json`` and compare the checksums of the tensor files.
 
@@ -113,7 +144,9 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
         CheckpointError: of another format, or of another model.
     """
     state = parse_state(folder)
-    for name in TENSOR_FILES:
+    # An optimizer of somebody else's file may not be registered here; weights are read without it.
+    known = tensor_files(state.optimizer) if state.optimizer in OPTIMIZERS.names() else (f"{WEIGHTS}.safetensors",)
+    for name in dict.fromkeys((*known, *state.sha256)):
         try:
             intact = sha256_of(folder / name) == state.sha256.get(name)
         except OSError:
@@ -137,18 +170,36 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             parameter.copy_(tensors[name])
 
 
-def restore(engine: Any, folder: Path, optimizer_steps: int) -> None:
+def check_optimizer(folder: Path, state: CheckpointState, optimizer: str) -> None:
+    """Refuse to go on from a checkpoint with another optimizer, whose states are others.
+
+    Raises:
+        CheckpointError: the checkpoint is of another optimizer.
+    """
+    if state.optimizer != optimizer:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of train.optimizer={state.optimizer}, whose states {optimizer} cannot go on "
+            f"from; use train.optimizer={state.optimizer}, or another train.output_dir"
+        )
+
+
+def restore(engine: Any, folder: Path, optimizer_steps: int, optimizer: str = ADAMW) -> None:
     """Put master weights and optimizer states into an engine that has done no step yet. Every rank must call.
 
     The model's own (for bf16 rounded) weights must be those of :func:`load_weights` already.
+
+    Args:
+        engine: DeepSpeed's.
+        folder: of the checkpoint.
+        optimizer_steps: steps that changed the weights.
+        optimizer: the value of ``train.optimizer``, of the engine and of the checkpoint.
     """
     allocate_optimizer_states(engine)
     parameters = dict(engine.module.named_parameters())
-    shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
-    for state in (None, *OPTIMIZER_STATES):
+    for state, shapes in tensor_shapes(optimizer, engine.module).items():
         tensors = read_tensors(folder / f"{state or WEIGHTS}.safetensors", shapes)
-        for name, parameter in parameters.items():
-            set_full_tensor(engine, parameter, tensors[name].to(engine.device), state)
+        for name in shapes:
+            set_full_tensor(engine, parameters[name], tensors[name].to(engine.device), state)
     set_optimizer_steps(engine, optimizer_steps)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longnet_dist.checkpoint.format import (
+    ADAMW,
     STATE_FILE,
     WEIGHTS,
     CheckpointState,
@@ -30,9 +31,10 @@ from longnet_dist.checkpoint.format import (
     put_aside,
     sha256_of,
     step_of,
+    tensor_shapes,
 )
 from longnet_dist.checkpoint.identity import RunIdentity, code_versions
-from longnet_dist.checkpoint.zero_tensors import OPTIMIZER_STATES, full_tensor, link_optimizer_states, whole_shape
+from longnet_dist.checkpoint.zero_tensors import full_tensor, link_optimizer_states
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.config.schema import TrainConfig
 from longnet_dist.errors import CheckpointError
@@ -88,7 +90,7 @@ class CheckpointWriter:
             CheckpointError: this checkpoint, or the one before, is one too many that cannot be written.
         """
         self.finish()
-        snapshot = take_snapshot(engine, has_optimizer_states=progress.step > progress.skipped)
+        snapshot = take_snapshot(engine, progress.step > progress.skipped, self._train.optimizer)
         if dist.get_rank() == 0:
             self._writing = self._thread.submit(self._write, snapshot, progress, last)
             if not self._train.checkpoint_async:
@@ -109,7 +111,7 @@ class CheckpointWriter:
         folder = checkpoint_folder(self._run, progress.step)
         while True:
             try:
-                write_checkpoint(folder, snapshot, self._model, progress, self._identity)
+                write_checkpoint(folder, snapshot, self._model, progress, self._identity, self._train.optimizer)
                 break
             except (OSError, SafetensorError) as error:
                 self._count_failure(folder, error)
@@ -138,7 +140,7 @@ class CheckpointWriter:
         )
 
 
-def take_snapshot(engine: Any, has_optimizer_states: bool = True) -> Snapshot:
+def take_snapshot(engine: Any, has_optimizer_states: bool = True, optimizer: str = ADAMW) -> Snapshot:
     """The whole training state in the memory of rank 0, where nothing changes it. Every rank must call.
 
     Each tensor is gathered on all ranks in turn; ranks other than 0 keep none.
@@ -146,16 +148,17 @@ def take_snapshot(engine: Any, has_optimizer_states: bool = True) -> Snapshot:
     Args:
         engine: after any number of steps.
         has_optimizer_states: False if no step has changed anything yet, so that there are none; they count as zero.
+        optimizer: the value of ``train.optimizer``.
     """
     if has_optimizer_states:
         link_optimizer_states(engine)
     snapshot: dict[str, dict[str, Tensor]] = {}
-    for state in (None, *OPTIMIZER_STATES):
+    parameters = dict(engine.module.named_parameters())
+    for state, shapes in tensor_shapes(optimizer, engine.module).items():
         tensors = snapshot.setdefault(f"{state or WEIGHTS}.safetensors", {})
-        for name, parameter in engine.module.named_parameters():
-            shape = whole_shape(parameter)
+        for name, shape in shapes.items():
             if state is None or has_optimizer_states:
-                whole = full_tensor(engine, parameter, state)
+                whole = full_tensor(engine, parameters[name], state)
             else:
                 whole = torch.zeros(shape)
             if dist.get_rank() == 0:
@@ -164,7 +167,12 @@ def take_snapshot(engine: Any, has_optimizer_states: bool = True) -> Snapshot:
 
 
 def write_checkpoint(
-    folder: Path, snapshot: Snapshot, model: LongNetConfig, progress: Progress, identity: RunIdentity | None = None
+    folder: Path,
+    snapshot: Snapshot,
+    model: LongNetConfig,
+    progress: Progress,
+    identity: RunIdentity | None = None,
+    optimizer: str = ADAMW,
 ) -> None:
     """Write ``folder``; it gets its name when all of it is on the disk. What fails leaves nothing.
 
@@ -176,6 +184,7 @@ def write_checkpoint(
         model: configuration of the model.
         progress: of the run.
         identity: of the run.
+        optimizer: the value of ``train.optimizer``, whose states are in the snapshot.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
@@ -190,7 +199,12 @@ def write_checkpoint(
             sha256[name] = sha256_of(partial / name)
         fields = model.model_dump(mode="json")
         state = CheckpointState(
-            **progress.model_dump(), model=fields, sha256=sha256, versions=code_versions(), identity=identity
+            **progress.model_dump(),
+            optimizer=optimizer,
+            model=fields,
+            sha256=sha256,
+            versions=code_versions(),
+            identity=identity,
         ).sealed()
         (partial / STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
         _flush(partial / STATE_FILE)

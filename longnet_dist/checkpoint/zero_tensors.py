@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-
 
 def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) -> Tensor:
-    """The float32 master weight of a parameter, or one of ``OPTIMIZER_STATES``, gathered from its shards.
+    """Return the float32 master weight of a parameter, or a state of its optimizer, gathered from its shards.
 
     Every rank must call, for the same parameters in the same order; optimizer states exist after the first step.
+
+    Args:
+        engine: DeepSpeed's.
+        parameter: of its model.
+        state: a name of ``OptimizerRule.states``; None for the weight.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -58,9 +61,10 @@ def set_full_tensor(engine: Any, parameter: nn.Parameter, value: Tensor, state: 
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
-    """Let AdamW's bias correction go on as after ``steps`` steps."""
+    """Let the optimizer count on from ``steps``, as AdamW's bias correction does; Muon counts nothing."""
     for state in engine.optimizer.state.values():
-        state["step"].fill_(steps)
+        if "step" in state:
+            state["step"].fill_(steps)
 
 
 def allocate_optimizer_states(engine: Any) -> None:
@@ -69,7 +73,7 @@ def allocate_optimizer_states(engine: Any) -> None:
     torch's optimizers allocate their states in their first update. So they do one with gradients of zero and a learning
     rate of zero, on the float32 partitions that DeepSpeed lets them update. Nothing passes through the model.
     """
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # within DeepSpeed's own, if ZeRO shards
+    optimizer = inner_optimizer(engine)
     groups = optimizer.param_groups
     rates, members = [group["lr"] for group in groups], [group["params"] for group in groups]
     for group, partitions in zip(groups, _partitions(engine.optimizer, members), strict=True):
@@ -83,6 +87,11 @@ def allocate_optimizer_states(engine: Any) -> None:
     for group, rate, parameters in zip(groups, rates, members, strict=True):
         group["lr"], group["params"] = rate, parameters
     link_optimizer_states(engine)
+
+
+def inner_optimizer(engine: Any) -> Any:
+    """Return the optimizer that was given to an engine; if ZeRO shards, DeepSpeed has it within its own."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _partitions(zero_optimizer: Any, members: list[list[Tensor]]) -> list[list[Tensor]]:

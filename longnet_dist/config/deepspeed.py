@@ -8,6 +8,8 @@ from longnet_dist.config.schema import Config, Precision
 
 # Number of gradients that are reduced at once. DeepSpeed's default of 5e8 takes 2 GB even for a small model.
 REDUCE_BUCKET_NUMBERS = 50_000_000
+# DeepSpeed knows that ZeRO trains exactly with these. Of others ``OptimizerRule.zero_stages`` says it.
+TESTED_OPTIMIZERS = ("adamw",)
 
 
 def deepspeed_config(config: Config, precision: Precision, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
@@ -32,6 +34,8 @@ def deepspeed_config(config: Config, precision: Precision, micro_batch_size: int
         },
         "steps_per_print": 2**62,  # the training loop reports metrics
     }
+    if config.train.optimizer not in TESTED_OPTIMIZERS:
+        result["zero_allow_untested_optimizer"] = True
     if config.deepspeed.offload_optimizer:
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         # torch's fused AdamW runs on a CPU too. DeepSpeed's CPU optimizer would need a compiler on the machine.

@@ -18,6 +18,7 @@ from pydantic import (
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
+from longnet_dist.optim.optimizers import OPTIMIZERS
 from longnet_dist.optim.schedules import SCHEDULES
 from longnet_dist.registry import ATTENTION_BACKENDS
 
@@ -33,7 +34,8 @@ DEEPSPEED_KEYS_OF_OURS = {
     "fp16": "train.precision",
     "bf16": "train.precision",
     "data_types": "train.precision",
-    "optimizer": "train.learning_rate",
+    "optimizer": "train.optimizer",
+    "zero_allow_untested_optimizer": "train.optimizer",
     "scheduler": "train.warmup_steps",
     "sequence_parallel_size": "parallel.sequence",
     "mesh_param": "parallel.sequence",
@@ -128,7 +130,7 @@ class ProfileConfig(Section):
 
 
 class TrainConfig(Section):
-    """The section ``train`` sets how a run trains; the optimizer's defaults are LongNet's (section 4.1, appendix A).
+    """The section ``train`` sets how a run trains; optimizer defaults are LongNet's (section 4.1, appendix A).
 
     Attributes:
         output_dir: folder of the run: configuration, metrics, checkpoints, loss curve, sample.
@@ -167,6 +169,8 @@ class TrainConfig(Section):
             bf16 peak.
         ignore_plan: start even if the estimated memory is larger than that of the device.
         profile: steps of which a trace and a snapshot of the GPU's memory are written into the run's folder.
+        optimizer: ``adamw``, ``muon`` (for hidden matrices; AdamW for the rest), ``adafactor``, or another that is
+            registered.
         learning_rate: peak learning rate of the schedule.
         warmup_steps: steps of linear warm-up.
         schedule: decay after warm-up: ``polynomial``, ``cosine``, or ``wsd`` (stable, then linear).
@@ -175,6 +179,7 @@ class TrainConfig(Section):
         final_learning_rate: learning rate at the end of the decay.
         adam_betas: decay rates of the two moments of AdamW.
         adam_eps: epsilon of AdamW.
+        muon_momentum: decay rate of the momentum of Muon.
         weight_decay: weight decay of matrices; norms, biases and embeddings have none.
         clip_norm: largest norm of the whole gradient, beyond which it is scaled down; 0: no clipping.
         validate_every: steps between two validations, with another at the end; 0: never.
@@ -220,6 +225,7 @@ class TrainConfig(Section):
     peak_tflops: PositiveFloat | None = None
     ignore_plan: bool = False
     profile: ProfileConfig | None = None
+    optimizer: str = "adamw"
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: int = Field(750, ge=0)
     schedule: str = "polynomial"
@@ -228,6 +234,7 @@ class TrainConfig(Section):
     final_learning_rate: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_eps: PositiveFloat = 1e-8
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(2.0, ge=0)
     validate_every: int = Field(500, ge=0)
@@ -296,6 +303,19 @@ class TrainConfig(Section):
             raise ConfigError(
                 f"train.init={self.init} begins a new run and train.resume={self.resume} goes on with another one; "
                 "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        OPTIMIZERS.check(self.optimizer, "train.optimizer")
+        for key in ("adam_betas", "adam_eps", "muon_momentum"):
+            if key in OPTIMIZERS[self.optimizer].keys or getattr(self, key) == _default(self, key):
+                continue
+            owners = [name for name in OPTIMIZERS.names() if key in OPTIMIZERS[name].keys]
+            raise ConfigError(
+                f"train.{key} belongs to train.optimizer={' or '.join(owners)}, but the optimizer is "
+                f"{self.optimizer}; leave {key} out, or use train.optimizer={owners[0]}"
             )
         return self
 
@@ -399,6 +419,7 @@ class Config(Section):
     def _check(self) -> Self:
         if self.train.precision == "bf16":
             check_precision("bf16", self.deepspeed.zero_stage)
+        check_optimizer(self.train.optimizer, self.deepspeed)
         chunk_length, length = self.train.chunk_length, self.data.sequence_length
         if chunk_length is not None and chunk_length < length and not self.model.causal:
             raise ConfigError(
@@ -417,6 +438,27 @@ class Config(Section):
         precision: Precision = ("bf16" if device_type == "cuda" else "fp32") if chosen == "auto" else chosen
         check_precision(precision, self.deepspeed.zero_stage)
         return precision
+
+
+def check_optimizer(name: str, deepspeed: DeepSpeedConfig) -> None:
+    """Refuse an optimizer with a ZeRO stage or an offload in which it does not train exactly.
+
+    Raises:
+        ConfigError: the optimizer cannot be sharded like this, or cannot update on the CPU.
+    """
+    rule, stage = OPTIMIZERS[name], deepspeed.zero_stage
+    if stage not in rule.zero_stages:
+        stages = " or ".join(map(str, rule.zero_stages))
+        raise ConfigError(
+            f"train.optimizer={name} needs deepspeed.zero_stage {stages}, not {stage}, whose shards it cannot update "
+            f"exactly; use deepspeed.zero_stage={rule.zero_stages[0]}"
+            f"{' with train.precision=fp32' if rule.zero_stages == (0,) else ''}, or train.optimizer=adamw"
+        )
+    if deepspeed.offload_optimizer and not rule.host_offload:
+        raise ConfigError(
+            f"train.optimizer={name} updates on the GPU, but deepspeed.offload_optimizer is true; use "
+            f"deepspeed.offload_optimizer=false, or train.optimizer=adamw"
+        )
 
 
 def check_precision(precision: Precision, zero_stage: int) -> None:

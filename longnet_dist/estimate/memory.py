@@ -13,14 +13,13 @@ from longnet_dist.estimate.activations import (
     saved_qkv,
 )
 from longnet_dist.estimate.layout import RunLayout
-from longnet_dist.estimate.model_cost import num_parameters
+from longnet_dist.estimate.model_cost import num_parameters, optimizer_numbers
 from longnet_dist.estimate.state import state_of
 from longnet_dist.estimate.traffic import Exchange, exchange_of
 from longnet_dist.geometry.chunks import cache_rows, record_rows
 from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 
 HOST_PROCESS_BYTES = 4 * 2**30  # of a process with CUDA and all libraries loaded
-MASTER_COPY_BYTES = 12  # of a parameter: an asynchronous checkpoint copies weight and two moments, float32
 CHECKPOINT = "checkpoint"
 
 
@@ -138,7 +137,8 @@ def _host(layout: RunLayout) -> dict[str, int]:
     """Return the host memory of rank 0, which alone writes checkpoints, without the tensors of a CPU rank."""
     train, model = layout.config.train, layout.config.model
     copied = train.checkpoint_async and train.checkpoint_every
-    checkpoint = MASTER_COPY_BYTES * num_parameters(model) if copied else 0
+    # An asynchronous checkpoint copies weights and optimizer states, float32.
+    checkpoint = WIDE * (num_parameters(model) + optimizer_numbers(model, train.optimizer)) if copied else 0
     if layout.device_type == "cpu":
         return {CHECKPOINT: checkpoint}
     return {

@@ -14,8 +14,12 @@ backward counts twice as much.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
+
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.optim.optimizers import OPTIMIZERS, Role, Shape
 
 
 def num_parameters(model: LongNetConfig) -> int:
@@ -23,6 +27,30 @@ def num_parameters(model: LongNetConfig) -> int:
     embedding = (model.vocab_size + (model.mask_id is not None)) * model.dim
     head = 0 if model.tie_embeddings else model.vocab_size * model.dim
     return embedding + model.layers * block_parameters(model) + 2 * model.dim + head
+
+
+def parameter_shapes(model: LongNetConfig) -> Iterator[tuple[Role, Shape, int]]:
+    """Yield the role and shape of the parameters of a :class:`~longnet_dist.LongNet`, and how many are alike.
+
+    Norms and biases are counted as vectors of one number each.
+    """
+    yield "embedding", (model.vocab_size + (model.mask_id is not None), model.dim), 1
+    if not model.tie_embeddings:
+        yield "head", (model.vocab_size, model.dim), 1
+    yield "matrix", (model.dim, model.dim), 2 * model.layers
+    yield "matrix", (key_dim(model), model.dim), 2 * model.layers
+    yield "matrix", (inner_dim(model), model.dim), model.layers
+    yield "matrix", (model.dim, inner_dim(model)), model.layers
+    yield "vector", (1,), 2 * model.dim + model.layers * (block_parameters(model) - block_matrix_weights(model))
+
+
+def optimizer_numbers(model: LongNetConfig, optimizer: str) -> int:
+    """Count the numbers that an optimizer keeps of all parameters, without master weights."""
+    states = OPTIMIZERS[optimizer].states
+    return sum(
+        count * sum(prod(kept) for kept in states(role, shape).values())
+        for role, shape, count in parameter_shapes(model)
+    )
 
 
 def block_parameters(model: LongNetConfig) -> int:

@@ -16,12 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longnet_dist.checkpoint.parameter_roles import parameter_roles
+from longnet_dist.checkpoint.zero_shards import shards_of_matrices
+from longnet_dist.checkpoint.zero_tensors import inner_optimizer
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.deepspeed import deepspeed_config
 from longnet_dist.config.schema import Config, Precision, TrainConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.extras import DESTRUCTIVE_DEEPSPEED, install_command
 from longnet_dist.model.block import Block
+from longnet_dist.optim.optimizers import OPTIMIZERS, ParameterOf
 
 # What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
 _FOREIGN_WARNINGS = (
@@ -62,7 +66,7 @@ def _refuse_destructive(installed: str) -> None:
 def build_engine(
     model: nn.Module, config: Config, precision: Precision, micro_batch_size: int, accumulation: int
 ) -> Any:
-    """A ``DeepSpeedEngine`` that trains ``model`` with AdamW. Every rank must call; torch.distributed must be up.
+    """Make a ``DeepSpeedEngine`` that trains ``model``. Every rank must call; torch.distributed must be up.
 
     Args:
         model: with the same weights on every rank.
@@ -84,6 +88,9 @@ def build_engine(
         dist_init_required=False,
     )
     _spare_launches(engine.optimizer)
+    if OPTIMIZERS[config.train.optimizer].gathers_matrices and config.deepspeed.zero_stage:
+        shards = shards_of_matrices(engine.optimizer)
+        inner_optimizer(engine).shards = {id(shard): matrices for shard, matrices in shards}
     return engine
 
 
@@ -154,25 +161,16 @@ def _tensors_of(values: list[Any]) -> Iterator[Tensor]:
             values += getattr(value, "__dict__", {}).values()
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, embeddings and vectors (norms, biases) do not. The schedule sets the learning rate."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        vector = parameter.dim() < 2 or id(parameter) in embeddings
-        (others if vector else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=train.learning_rate,
-        betas=train.adam_betas,
-        eps=train.adam_eps,
-        fused=torch.cuda.is_available(),
-    )
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of a run for a model that is not sharded yet. The schedule sets the learning rate.
+
+    Args:
+        model: with whole parameters.
+        train: ``optimizer`` and the keys that it reads.
+    """
+    roles = parameter_roles(model)
+    parameters = [ParameterOf(roles[name], parameter) for name, parameter in model.named_parameters()]
+    return OPTIMIZERS[train.optimizer].build(parameters, train)
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -188,7 +188,7 @@ class Trainer:
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
-        restore(self.engine, checkpoint, state.step - state.skipped)
+        restore(self.engine, checkpoint, state.step - state.skipped, self.config.train.optimizer)
         self.step, self.tokens, self.skipped = state.step, state.tokens, state.skipped
         self.samples = self.plan.samples_done
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longnet_dist.attention.kernels.registry import check_backend
+from longnet_dist.checkpoint.format import check_optimizer
 from longnet_dist.checkpoint.identity import RunIdentity, code_versions
 from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point
@@ -57,6 +58,8 @@ class RunSetup(RunLayout):
         folder = RunFolder(config.train.output_dir)
         folder.check_writable()
         resume = resume_point(folder, config.train.resume, config.model)
+        if resume.checkpoint and resume.state:
+            check_optimizer(resume.checkpoint, resume.state, config.train.optimizer)
         _check_end(config.train, folder, resume)
         begins = config.train.init is not None and resume.checkpoint is None
         init = InitialWeights.find(config.train.init, config.model) if config.train.init and begins else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longnet_dist.checkpoint import writer
-from longnet_dist.checkpoint.format import TENSOR_FILES, Progress, checkpoint_folder, checkpoints, read_state
+from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, read_state, tensor_files
 from longnet_dist.checkpoint.run_folder import RunFolder, resume_point
 from longnet_dist.checkpoint.writer import delete_old, remove_partial, write_checkpoint
 from longnet_dist.config.model import LongNetConfig
@@ -15,7 +15,7 @@ MODEL = LongNetConfig(name="tiny")
 
 
 def add(run, step):
-    snapshot = {name: {"weight": torch.zeros(1)} for name in TENSOR_FILES}
+    snapshot = {name: {"weight": torch.zeros(1)} for name in tensor_files()}
     write_checkpoint(checkpoint_folder(run, step), snapshot, MODEL, Progress(step=step, tokens=step))
     return checkpoint_folder(run, step)
 

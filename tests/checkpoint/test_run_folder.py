@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from longnet_dist.checkpoint.format import TENSOR_FILES, Progress, checkpoint_folder, checkpoints
+from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, tensor_files
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point, set_aside, write_text
 from longnet_dist.checkpoint.writer import write_checkpoint
 from longnet_dist.config.model import LongNetConfig
@@ -15,7 +15,7 @@ MODEL = LongNetConfig(name="tiny")
 
 def add_checkpoint(run, step):
     """A checkpoint of ``MODEL`` without tensors."""
-    snapshot = {name: {} for name in TENSOR_FILES}
+    snapshot = {name: {} for name in tensor_files()}
     write_checkpoint(checkpoint_folder(run, step), snapshot, MODEL, Progress(step=step, tokens=10 * step))
     return checkpoint_folder(run, step)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from longnet_dist.checkpoint import writer as checkpoint_writer
-from longnet_dist.checkpoint.format import TENSOR_FILES, Progress, checkpoint_folder, checkpoints, read_state
+from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, read_state, tensor_files
 from longnet_dist.checkpoint.writer import (
     CheckpointWriter,
     delete_old,
@@ -22,7 +22,7 @@ from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
 
 MODEL = LongNetConfig(name="tiny")
-SNAPSHOT = {name: {"weight": torch.arange(3.0)} for name in TENSOR_FILES}
+SNAPSHOT = {name: {"weight": torch.arange(3.0)} for name in tensor_files()}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monk
     folder = checkpoint_folder(tmp_path, 7)
     write_checkpoint(folder, SNAPSHOT, MODEL, Progress(step=7, tokens=70, skipped=1))
     partial = ".step_00000007.partial"
-    files = [event for name in TENSOR_FILES for event in (f"write {name}", f"flush {name}")]
+    files = [event for name in tensor_files() for event in (f"write {name}", f"flush {name}")]
     assert events == [*files, "flush state.json", f"flush {partial}", f"rename {partial}", "flush checkpoints"]
     state = read_state(folder, MODEL)
     assert (state.step, state.tokens, state.skipped) == (7, 70, 1)

@@ -8,6 +8,11 @@ VALUES = {
 }
 
 
+def test_optimizers_that_deepspeed_does_not_know_are_allowed():
+    values = VALUES | {"train": VALUES["train"] | {"optimizer": "muon"}}
+    assert deepspeed_config(parse_config(values), "fp32", 3, 2)["zero_allow_untested_optimizer"] is True
+
+
 def test_what_deepspeed_is_told():
     written = deepspeed_config(parse_config(VALUES), "fp32", micro_batch_size=3, accumulation=2)
     assert written.pop("steps_per_print") > 10**9

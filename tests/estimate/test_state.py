@@ -13,6 +13,7 @@ from tests.estimate.live_bytes import LiveBytes
 from tests.train.runs import import_deepspeed, make_trainer, tiny_config, write_corpus
 
 MODEL = ("model.dim=384", "model.heads=4", "data.sequence_length=16", "train.batch_size=2")
+EPS = ("train.adam_eps=1e-8",)  # the default: the optimizer has none
 BUCKET = 100_000  # so that it is not all there is to see; matrices larger than what stage 3 leaves whole
 
 
@@ -36,14 +37,24 @@ def bytes_of_a_run(config):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "stage"),
-    [(1, "fp32", 0), (2, "fp32", 1), (2, "bf16", 1), (2, "bf16", 2), (2, "bf16", 3)],
+    ("ranks", "precision", "stage", "optimizer"),
+    [
+        (1, "fp32", 0, "adamw"),
+        (2, "fp32", 1, "adamw"),
+        (2, "bf16", 1, "adamw"),
+        (2, "bf16", 2, "adamw"),
+        (2, "bf16", 3, "adamw"),
+        (1, "fp32", 0, "adafactor"),
+        (2, "bf16", 1, "muon"),
+        (2, "bf16", 3, "muon"),
+    ],
 )
-def test_what_stays_and_the_peak(tmp_path, corpus, monkeypatch, ranks, precision, stage):
+def test_what_stays_and_the_peak(tmp_path, corpus, monkeypatch, ranks, precision, stage, optimizer):
     for module in (deepspeed, state):
         monkeypatch.setattr(module, "REDUCE_BUCKET_NUMBERS", BUCKET)
     settings = f"train.precision={precision}", f"deepspeed.zero_stage={stage}", f"parallel.data={ranks}"
-    config = tiny_config(tmp_path / "run", corpus, *MODEL, *settings)
+    settings = (*settings, f"train.optimizer={optimizer}")
+    config = tiny_config(tmp_path / "run", corpus, *MODEL, *settings, *EPS * (optimizer == "adafactor"))
     (after, peak), *_ = run_distributed(bytes_of_a_run, ranks, config)
     layout = RunLayout.of(config, ranks, "cpu")
     planned = state.state_of(layout)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from longnet_dist.checkpoint.format import TENSOR_FILES, checkpoints
+from longnet_dist.checkpoint.format import checkpoints, tensor_files
 from longnet_dist.cli import train
 from longnet_dist.cli.program.exit_status import run_cli
 
@@ -118,7 +118,7 @@ def same_bits(run, expected):
     """The name of the last checkpoint of two runs, which must be equal in every bit, and alone with whole ones."""
     ends = [checkpoints(folder)[-1] for folder in (run, expected)]
     assert ends[0].name == ends[1].name
-    for name in TENSOR_FILES:
+    for name in tensor_files():
         tensors, others = (load_file(end / name) for end in ends)
         assert tensors.keys() == others.keys()
         assert all(torch.equal(tensors[key], others[key]) for key in others), name

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longnet_dist.checkpoint.format import TENSOR_FILES, checkpoints
+from longnet_dist.checkpoint.format import checkpoints, tensor_files
 from longnet_dist.telemetry.json_lines import read_jsonl
 from tests.faults.ranks import Ranks, wait_for_step
 from tests.train.runs import write_config
@@ -42,7 +42,7 @@ def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(config, corpus, 
     for file in (config, write_config(tmp_path, "whole", corpus)):
         assert train(tmp_path / "logs", 2, file, f"train.steps={done + 2}", *settings)[0] == [0, 0]
     ends = [checkpoints(tmp_path / name)[-1] for name in ("run", "whole")]
-    for name in TENSOR_FILES:
+    for name in tensor_files():
         resumed, expected = (load_file(end / name) for end in ends)
         assert all(torch.allclose(resumed[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected)
 

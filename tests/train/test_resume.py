@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from longnet_dist.checkpoint.format import TENSOR_FILES, Progress, checkpoint_folder, checkpoints
+from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, tensor_files
 from longnet_dist.checkpoint.writer import write_checkpoint
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.token_file_writer import TokenFileWriter
@@ -28,7 +28,7 @@ def trained(folder, data, *settings, step=2):
     progress = Progress(step=step, tokens=256 * step, samples=4 * step)
     checkpoint, model = checkpoint_folder(folder, step), plan.config.model
     identity = plan.identity(TokenFile.open(data))
-    write_checkpoint(checkpoint, {name: {} for name in TENSOR_FILES}, model, progress, identity)
+    write_checkpoint(checkpoint, {name: {} for name in tensor_files()}, model, progress, identity)
     return checkpoint
 
 
@@ -152,7 +152,7 @@ def test_another_batch_size_goes_on_at_the_samples_seen(tmp_path, corpus, before
     seen = [window for step in range(3) for window in batches.windows_of(batches._samples(step, 0, 1, 0, 1))]
     progress = Progress(step=3, tokens=64 * len(seen), samples=len(seen))
     identity = plan.identity(token_file)
-    snapshot = {name: {} for name in TENSOR_FILES}
+    snapshot = {name: {} for name in tensor_files()}
     write_checkpoint(checkpoint_folder(tmp_path / "run", 3), snapshot, plan.config.model, progress, identity)
     resumed = setup(tmp_path / "run", corpus, f"train.batch_size={after}", "train.steps=99").training_data(token_file)
     step = 3
