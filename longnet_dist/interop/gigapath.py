@@ -94,27 +94,55 @@ def gigapath_slide_encoder(
         return SlideEncoder(from_pretrained(source))  # type: ignore[arg-type]
     state = without_prefix(state_dict_of(source), "cls_token")
     projection = state.get("patch_embed.proj.weight")
-    config = EncoderConfig(
-        dim=dim,
-        layers=depth,
-        heads=heads,
-        ffn_dim=int(dim * mlp_ratio),
-        segment_lengths=slide_segments(max_wsi_size, tile_size),
-        dilation_rates=_RATES,
-        head_offsets="blocked",
-        feature_dim=1536 if projection is None else projection.shape[-1],
-        position_embedding="sincos",
-        coordinates=2,
-        tile_size=tile_size,
-        cls_token=True,
-        pool="mean" if global_pool else "cls",
-        pool_norm_eps=1e-6,
-        activation_float32=True,
+    config = slide_config(
+        depth,
+        dim,
+        heads,
+        mlp_ratio,
+        max_wsi_size,
+        tile_size,
+        global_pool,
         dropout=dropout,
         drop_path=drop_path,
-        phantom_keys=True,
+        feature_dim=1536 if projection is None else projection.shape[-1],
     )
     return SlideEncoder(load_model(config, state, slide_names(config), {}, REFUSED))
+
+
+def slide_config(
+    depth: int = 12,
+    dim: int = 768,
+    heads: int = 16,
+    mlp_ratio: float = 4,
+    max_wsi_size: int = 262144,
+    tile_size: int = 256,
+    global_pool: bool = False,
+    **fields: Any,
+) -> EncoderConfig:
+    """Return the configuration of a slide encoder; ``fields`` replace those that GigaPath has.
+
+    Raises:
+        ConfigError: sizes that cannot work.
+    """
+    own = {
+        "dim": dim,
+        "layers": depth,
+        "heads": heads,
+        "ffn_dim": int(dim * mlp_ratio),
+        "segment_lengths": slide_segments(max_wsi_size, tile_size),
+        "dilation_rates": _RATES,
+        "head_offsets": "blocked",
+        "feature_dim": 1536,
+        "position_embedding": "sincos",
+        "coordinates": 2,
+        "tile_size": tile_size,
+        "cls_token": True,
+        "pool": "mean" if global_pool else "cls",
+        "pool_norm_eps": 1e-6,
+        "activation_float32": True,
+        "phantom_keys": True,
+    }
+    return EncoderConfig(**(own | fields))
 
 
 def to_gigapath(model: LongNetEncoder) -> StateDict:
