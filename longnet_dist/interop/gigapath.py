@@ -124,7 +124,7 @@ def slide_config(
     Raises:
         ConfigError: sizes that cannot work.
     """
-    own = {
+    own: dict[str, Any] = {
         "dim": dim,
         "layers": depth,
         "heads": heads,
