@@ -13,6 +13,7 @@ MODULES = {
     "tokenizers": ("tokenizers", "tiktoken"),
     "mpi": ("mpi4py",),
     "hf": ("accelerate", "peft", "transformers"),
+    "hdf5": ("h5py",),
 }
 
 DESTRUCTIVE_DEEPSPEED = ("0.19.5", "0.19.6", "0.19.7")

@@ -246,6 +246,8 @@ def _check_exportable(config: EncoderConfig) -> None:
         "pool_norm_eps": config.pool_norm_eps is not None,
         "position_embedding": config.position_embedding == "sincos",
         "position_offset": config.max_positions is not None and config.position_offset != POSITION_OFFSET,
+        "attention": config.attention != "dilated",
+        "layers of their own": bool(config.layer_offsets or config.layer_shift or config.full_layers),
         "head_offsets": config.head_offsets != "blocked",
         "kv_heads": (config.kv_heads or config.heads) != config.heads,
         "qk_norm": config.qk_norm,

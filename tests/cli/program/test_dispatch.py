@@ -51,6 +51,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "plan",
         "export",
         "convert",
+        "embed",
     }
     for name in command_names():
         assert f"\n  {name} " in text

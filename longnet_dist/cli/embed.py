@@ -1,0 +1,57 @@
+"""``longnet embed``: a vector for every sequence of features in a folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from longnet_dist.cli.program.parser import CommandParser
+
+SUMMARY = "embed a folder of features, such as tiles of slides, with an encoder"
+EXAMPLES = """\
+examples:
+  longnet embed gigapath slides --output vectors.safetensors
+  longnet embed gigapath slides --output layers.safetensors --all-layers --precision bf16
+
+MODEL is what longnet convert wrote, such as: longnet convert gigapath slide_encoder.pth --output gigapath
+
+FOLDER has a file for each sequence: .h5 or .hdf5 with the datasets features and coords, .pt with a tensor or with these
+two keys, or .npy with NAME.coords.npy beside it. The output is a safetensors file with a vector for each name. If it
+exists, what it lacks is added.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Embed as the command line says.
+
+    Args:
+        arguments: the words behind ``longnet embed``.
+
+    Raises:
+        LongNetError: no such model or folder, or files that cannot be embedded.
+    """
+    options = parser().parse_args(arguments)
+
+    import torch
+
+    from longnet_dist.inference.embedding import embed_folder
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    new = embed_folder(options.model, options.folder, options.output, device, dtype, options.all_layers)
+    print(f"{new} new vectors in {options.output}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``longnet embed``."""
+    result = CommandParser("embed", "Embed every sequence of features in a folder.", EXAMPLES)
+    result.add_argument("model", type=Path, metavar="MODEL", help="folder that longnet convert wrote")
+    result.add_argument("folder", type=Path, metavar="FOLDER", help="with features: .h5, .hdf5, .npy, .pt")
+    result.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="safetensors; continued if it exists"
+    )
+    result.add_argument("--all-layers", action="store_true", help="a vector of each layer: (layers + 1, dim)")
+    result.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
+    result.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    return result
