@@ -151,6 +151,7 @@ def other_figures() -> dict[str, str]:
     rounding = gpu["bf16 data=1 sequence=1 zero=1"]["loss"]
     curves = {p["name"]: p["difference"] for p in result("training_h100")["points"] if "difference" in p}
     decode = [statistics.median(ms) for ms in result("decode")["milliseconds_per_token"].values()]
+    slide = result("slide_encoder")
     lost = result("checkpoints")["seconds_lost_per_checkpoint"]
     plans = result("exchange_plans")["points"]
     alone, of_four = (p for p in result("document_plans")["points"] if p["documents"] == 1000)
@@ -164,6 +165,7 @@ def other_figures() -> dict[str, str]:
         f"{short(curves['plain again'])}",
         "forward and backward of 32,768": f"{result('cpu')['speedup_over_dense']:.1f} × faster than full attention",
         "time a token from 8,192": f"within {100 * result('cpu')['spread_per_token']:.1f} %",
+        "GigaPath's slide encoder": f"{slide['forward_seconds_median']:.0f} s, {slide['peak_gib']:.2f} GiB",
         "decoding at token": f"{decode[0]:.1f}, {decode[1]:.1f} and {decode[2]:.1f} ms a token",
         f"a checkpoint of {megabytes:.0f} MiB": f"costs {lost['asynchronous']:.1f} s of training; "
         f"{lost['synchronous']:.1f} s if waited for",
