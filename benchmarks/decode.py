@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--powers 14 20] [--tokens 128] [--rounds 9]
 
-The text before each position passes as a stream, then tokens are decoded one at a time. The positions take turns, so
+The text before each position passes in chunks, then tokens are decoded one at a time. The positions take turns, so
 that a drift of the machine hits all. Position ``2^p`` means the tokens just before row ``2^p``, where all segments that
 are no longer than ``2^p`` are full: the dearest place.
 """
@@ -17,16 +17,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
 from longnet_dist import DilatedPattern, LongNet, LongNetConfig
-from longnet_dist.attention.stream import Stream
-
-CHUNK = 16384
+from longnet_dist.inference.decoder import Decoder
 
 
 @torch.no_grad()
@@ -45,15 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LongNet(config).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    streams = {power: prefilled(model, 2**power, options.tokens * (1 + options.rounds)) for power in options.powers}
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    for stream in streams.values():
-        decode(model, stream, token, options.tokens)
+    num_tokens = options.tokens * (1 + options.rounds)
+    decoders = {power: prefilled(model, 2**power, num_tokens) for power in tqdm(options.powers, unit="position")}
+    for decoder in decoders.values():
+        decode(decoder, options.tokens)
     seconds: dict[int, list[float]] = {power: [] for power in options.powers}
     for _ in tqdm(range(options.rounds), unit="round"):
-        for power, stream in streams.items():
+        for power, decoder in decoders.items():
             start = time.perf_counter()
-            decode(model, stream, token, options.tokens)
+            decode(decoder, options.tokens)
             seconds[power].append((time.perf_counter() - start) / options.tokens)
     result = {
         "command": "python benchmarks/decode.py",
@@ -67,22 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"position 2^{power}: {1e3 * statistics.median(values):.3f} ms a token (fastest {1e3 * min(values):.3f})")
 
 
-def prefilled(model: LongNet, end: int, num_tokens: int) -> Stream:
-    """A stream of ``end`` rows, ready for its last ``num_tokens``."""
-    stream = model.stream(end)
-    device = next(model.parameters()).device
-    chunks = -(-(end - num_tokens) // CHUNK)
-    for shards in tqdm(stream.prefill(end - num_tokens, CHUNK), total=chunks, desc=f"{end} rows", leave=False):
-        model(torch.randint(256, (1, shards.stop - shards.start), device=device), stream=stream)
-    return stream
+def prefilled(model: LongNet, end: int, num_tokens: int) -> Decoder:
+    """A text of ``end`` tokens, of which all but the last ``num_tokens`` have passed."""
+    decoder = Decoder(model, 1, end + 1)
+    decoder.load(torch.randint(256, (end - num_tokens,)).tolist(), [0])
+    return decoder
 
 
-def decode(model: LongNet, stream: Stream, token: Tensor, num_tokens: int) -> None:
+def decode(decoder: Decoder, num_tokens: int) -> None:
     """Decode the next tokens; reading each waits for the device, as sampling would."""
-    for _, _ in zip(range(num_tokens), stream.forward(1), strict=False):
-        logits = model(token, stream=stream).logits
-        assert logits is not None
-        int(logits.argmax())
+    for _ in range(num_tokens):
+        ids = decoder.step().argmax(-1)
+        decoder.follow(ids)
+        int(ids)
 
 
 def _parser() -> argparse.ArgumentParser:

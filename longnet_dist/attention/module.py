@@ -9,6 +9,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
+from longnet_dist.attention.decoding import Cache, DecodingLayer
 from longnet_dist.attention.functional import AttentionSpec, attend
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch, documents_of_model
 from longnet_dist.attention.phantoms import PhantomKeys
@@ -107,7 +108,7 @@ class DilatedAttention(nn.Module):
         *,
         start: int | None = None,
         total_rows: int | None = None,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         cu_seqlens: Any = None,
     ) -> Tensor:
         """Return the layer's output; with a group, all its ranks must call.
@@ -117,7 +118,8 @@ class DilatedAttention(nn.Module):
             start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
                 the group.
             total_rows: ``N``; if not given, one small collective finds it out.
-            cache: this layer's cache in a stream, whose present chunk the rows are.
+            cache: this layer's cache in a stream, whose present chunk the rows are; or of texts that are decoded, whose
+                next rows they are, ``(B, 1, E)``.
             cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`; positions count from a
                 document's first row.
 
@@ -132,9 +134,11 @@ class DilatedAttention(nn.Module):
         if as_one:
             joined: Tensor = self(x.flatten(0, 1)[None], cu_seqlens=documents)
             return joined.view_as(x)
-        spec, table = self.prepare(x, start, total_rows, cache, documents)
-        q, k, v = self.project(x, table)
-        out, _ = attend(q, k, v, spec, self.sink(spec, x.device))
+        if isinstance(cache, DecodingLayer):
+            out = cache.attend(*self.project(x, cache.table(x.dtype)))
+        else:
+            spec, table = self.prepare(x, start, total_rows, cache, documents)
+            out, _ = attend(*self.project(x, table), spec, self.sink(spec, x.device))
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
         return result
 

@@ -57,6 +57,43 @@ class RotaryTable(NamedTuple):
         return RotaryTable(self.query * signs, self.key * signs)
 
 
+class Factors(NamedTuple):
+    """Hold the constants of an encoding on a device.
+
+    Attributes:
+        turns: ``(D/2,)`` int64, the angle between two rows in units of ``2^-64`` turns.
+        zeta: ``(D/2,)`` float64, the scale over ``scale_rows`` rows; None for an encoding that does not scale.
+        scale_rows: see ``zeta``.
+    """
+
+    turns: Tensor
+    zeta: Tensor | None
+    scale_rows: int
+
+    @property
+    def tables(self) -> int:
+        """Return the number of different tables: queries and keys share one if the encoding does not scale."""
+        return 1 if self.zeta is None else 2
+
+    def at(self, n: Tensor, places: Tensor, spans: Tensor | int) -> list[Tensor]:
+        """Return the tables ``(n, 1, D/2, 2)``, float64, of rows ``n (n, 1, 1)`` of their texts.
+
+        Args:
+            n: index of each row in its text, int64.
+            places: index of each row in its span.
+            spans: rows of that span.
+        """
+        # The int64 product wraps at 2^64, which is a full turn: what is left is n θ_i without its full turns.
+        angle = (n * self.turns).double() * (2 * math.pi / 2**64)
+        factors = torch.stack([angle.cos(), angle.sin()], -1)
+        if self.zeta is None:
+            return [factors]
+        # Queries take ζ^(m/rows) and keys ζ^(-m/rows), with m counted from the centre of the span. A score sees
+        # only ζ^((m - m')/rows), in which the centre cancels.
+        scale = self.zeta.pow((places - spans / 2) / self.scale_rows).unsqueeze(-1)
+        return [factors * scale, factors / scale]
+
+
 @dataclass(eq=False)
 class Positions:
     """Place the queries and keys of one head dim at global rows; the layers of a model share one object and its cache.
@@ -129,9 +166,7 @@ class Positions:
         """
         longest = total_rows if documents is None else documents.longest
         self.check(pattern, longest, head_dim, dtype)
-        # Without scales there is no span, and the tables serve layers with other grids as well.
-        scales = POSITION_ENCODINGS[self.name].scales
-        span = (attending_span(pattern, longest), span_start(pattern, longest)) if scales else (1, 0)
+        span = self.span(pattern, longest)
         wide = wide_dtype(dtype)
         key = (start, rows, span, head_dim, wide, device, batch, documents)
         if self._cached is None or self._cached[0] != key:
@@ -139,6 +174,20 @@ class Positions:
             with torch.inference_mode(False):  # the tables of a validation step may serve a training step
                 self._cached = key, self._tables(start, rows, span, head_dim, wide, device, batch, documents)
         return self._cached[1]
+
+    def factors(self, head_dim: int, device: torch.device) -> Factors:
+        """Return what multiplies each pair of ``head_dim`` channels, with its constants on ``device``."""
+        turns = torch.tensor(checked_turns(self.name, head_dim, self._settings), device=device)
+        decay = self.decay(head_dim)
+        zeta = None if decay is None else torch.tensor(decay.factors, dtype=torch.float64, device=device)
+        return Factors(turns, zeta, 1 if decay is None else decay.rows)
+
+    def span(self, pattern: DilatedPattern, total_rows: int) -> tuple[int, int]:
+        """Return the rows of a span and the row at which one begins; ``(1, 0)`` for an encoding that does not scale."""
+        # Without scales there is no span, and the tables serve layers with other grids as well.
+        if not POSITION_ENCODINGS[self.name].scales:
+            return 1, 0
+        return attending_span(pattern, total_rows), span_start(pattern, total_rows)
 
     @property
     def _settings(self) -> PositionSettings:
@@ -175,23 +224,14 @@ class Positions:
         batch: int,
         documents: Documents | None,
     ) -> RotaryTable:
-        turns = torch.tensor(checked_turns(self.name, head_dim, self._settings), device=device)
-        decay = self.decay(head_dim)
-        tables = torch.empty(1 if decay is None else 2, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
+        factors = self.factors(head_dim, device)
+        tables = torch.empty(factors.tables, rows, 1, head_dim // 2, 2, dtype=dtype, device=device)
         for first in range(0, rows, _TABLE_ROWS):
             part = tables[:, first : first + _TABLE_ROWS]
-            n, places, spans = _indices(start + first, part.shape[1], span, device, documents)
-            # The int64 product wraps at 2^64, which is a full turn: what is left is n θ_i without its full turns.
-            angle = (n * turns).double() * (2 * math.pi / 2**64)
-            factors = torch.stack([angle.cos(), angle.sin()], -1)
-            if decay is None:
-                part[0] = factors
-            else:
-                # Queries take ζ^(m/rows) and keys ζ^(-m/rows), with m counted from the centre of the span. A score sees
-                # only ζ^((m - m')/rows), in which the centre cancels.
-                zeta = torch.tensor(decay.factors, dtype=torch.float64, device=device)
-                scale = zeta.pow((places - spans / 2) / decay.rows).unsqueeze(-1)
-                part[0], part[1] = factors * scale, factors / scale
+            for table, values in zip(
+                part, factors.at(*_indices(start + first, part.shape[1], span, device, documents)), strict=True
+            ):
+                table.copy_(values)
         if batch > 1:
             tables = tables.repeat(1, batch, 1, 1, 1)
         return RotaryTable(tables[0], tables[-1])

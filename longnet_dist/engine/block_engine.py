@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longnet_dist.attention.stream import LayerCache
+from longnet_dist.attention.decoding import Cache, DecodingLayer
 from longnet_dist.engine.block_run import BlockRun
 from longnet_dist.engine.recognition import obstacle
 from longnet_dist.engine.rows import RowParts
@@ -39,10 +39,12 @@ class BlockEngine:
         x: Tensor,
         start: int | None,
         total_rows: int | None,
-        cache: LayerCache | None,
+        cache: Cache | None,
         documents: Documents | None,
     ) -> Tensor:
         """Return the block's output ``(B, n, E)`` for ``x (B, n, E)``; arguments as in :meth:`Block.forward`."""
+        if isinstance(cache, DecodingLayer):  # one row of each text: nothing to tile, recompute or offload
+            return block.compute(x, start, total_rows, cache, documents)
         reason = obstacle(block)
         if reason:
             log_once(f"blocks run as plain modules, without tiles, offloading and compiled parts: {reason}")
@@ -62,7 +64,7 @@ class BlockEngine:
         x: Tensor,
         start: int | None,
         total_rows: int | None,
-        cache: LayerCache | None,
+        cache: Cache | None,
         documents: Documents | None,
     ) -> Tensor:
         """Call the block's own modules; with checkpointing torch recomputes all of them in backward.

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from longnet_dist.errors import ConfigError
+from longnet_dist.inference.decoder import CHUNK_LENGTH, Decoder
 from longnet_dist.model.longnet import LongNet
-
-CHUNK_LENGTH = 16384
 
 
 @dataclass(frozen=True)
@@ -51,51 +50,34 @@ def generate(
 ) -> Iterator[list[int]]:
     """Yield ``num_tokens`` times the next id of every text that continues one of the ``prompts``.
 
-    The prompts pass in chunks; then each token passes alone. It attends to the rows that every layer caches, at most
-    ``Σ w/r`` a head, so that its time and memory do not grow with the text, whose length has no limit. It is drawn from
-    exactly what a forward over the whole text would compute.
+    Each prompt passes in chunks; then the next tokens of all texts pass together, each text at its own row. A token
+    attends to the rows that every layer caches, at most ``Σ w/r`` a head, so that its time and memory do not grow with
+    the text. It is drawn from exactly what a forward over its whole text would compute.
 
     Args:
         model: a causal model of one device, in evaluation mode.
-        prompts: texts of equally many ids, at least one.
+        prompts: texts of any lengths, each of at least one id.
         num_tokens: how many to add to each.
         sampling: how to draw.
         samples: texts that continue each prompt; they stand next to each other in what is yielded.
-        chunk_length: rows of the prompts that are computed at once.
+        chunk_length: rows of a prompt that are computed at once.
 
     Raises:
-        ConfigError: a bidirectional model, empty prompts or of different lengths, fewer than one sample, or a text
-            that xPos cannot span.
+        ConfigError: a bidirectional model, no prompt or an empty one, fewer than one sample, or a text that xPos cannot
+            span.
     """
-    _check(model, prompts, samples)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    tokens = torch.tensor(prompts, device=device)
-    first = tokens.shape[1] - 1  # the last of the prompt is the first whose logits are needed
-    stream = model.stream(first + num_tokens)
-    for shards in stream.prefill(first, chunk_length):
-        model(tokens[:, shards.start : shards.stop], stream=stream)
-    if samples > 1:
-        prefilled, stream = stream, model.stream(first + num_tokens)
-        stream.resume(first, [records.repeat_interleave(samples, 1) for records in prefilled.carried()])
-    ids = tokens[:, -1].repeat_interleave(samples)
-    for _ in stream.forward(1):
-        logits = model(ids[:, None], stream=stream).logits
-        assert logits is not None
-        ids = _draw(logits[:, 0].float(), sampling, generator)
-        yield ids.tolist()
-
-
-def _check(model: LongNet, prompts: Sequence[Sequence[int]], samples: int) -> None:
-    if not model.config.causal:
-        raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
-    lengths = {len(prompt) for prompt in prompts}
-    if lengths in (set(), {0}):
-        raise ConfigError("the prompt is empty; give at least one character")
-    if len(lengths) > 1:
-        raise ConfigError(f"prompts of one batch must have equally many tokens, but have {sorted(lengths)}")
     if samples < 1:
         raise ConfigError(f"there must be at least 1 sample, not {samples}")
+    if not prompts:
+        raise ConfigError("the prompt is empty; give at least one character")
+    decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length)
+    for number, prompt in enumerate(prompts):
+        decoder.load(prompt, range(samples * number, samples * (number + 1)))
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(sampling.seed)
+    for _ in range(num_tokens):
+        ids = _draw(decoder.step().float(), sampling, generator)
+        decoder.follow(ids)
+        yield ids.tolist()
 
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longnet_dist.attention.decoding import Cache
 from longnet_dist.attention.masked import attention_class
 from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions
-from longnet_dist.attention.stream import LayerCache
 from longnet_dist.config.block_style import BlockStyle
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.geometry.documents import Documents
@@ -33,7 +33,7 @@ class BlockRunner(Protocol):
         x: Tensor,
         start: int | None,
         total_rows: int | None,
-        cache: LayerCache | None,
+        cache: Cache | None,
         documents: Documents | None,
     ) -> Tensor:
         """Return what :meth:`Block.compute` returns."""
@@ -109,7 +109,7 @@ class Block(nn.Module):
         x: Tensor,
         start: int | None = None,
         total_rows: int | None = None,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
         """Return ``(B, n, E)`` for ``x (B, n, E)``; other arguments as in :meth:`DilatedAttention.forward`."""
@@ -122,7 +122,7 @@ class Block(nn.Module):
         x: Tensor,
         start: int | None,
         total_rows: int | None,
-        cache: LayerCache | None,
+        cache: Cache | None,
         documents: Documents | None,
     ) -> Tensor:
         """Call the block's own modules; arguments and result of :meth:`forward`."""

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longnet_dist.attention.decoding import Decoding
 from longnet_dist.attention.packing import documents_of_model
 from longnet_dist.attention.positions import Positions
 from longnet_dist.attention.stream import Stream
 from longnet_dist.config.model import LongNetConfig
-from longnet_dist.errors import ShapeError
+from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 from longnet_dist.model.block import Block
@@ -129,6 +130,26 @@ class LongNet(nn.Module):
             cu_seqlens=cu_seqlens,
         )
 
+    def decoding(self, texts: int, max_rows: int) -> Decoding:
+        """Return the cache with which ``texts`` texts of at most ``max_rows`` rows are continued, each from its row.
+
+        Raises:
+            ConfigError: a bidirectional model, or xPos cannot span the pattern.
+        """
+        config, weight = self.config, self.embedding.weight
+        if not config.causal:
+            raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
+        return Decoding(
+            [config.layer_pattern(layer) for layer in range(config.layers)],
+            texts,
+            max_rows,
+            config.kv_heads or config.heads,
+            config.head_dim,
+            weight.dtype,
+            weight.device,
+            self.positions,
+        )
+
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -136,7 +157,7 @@ class LongNet(nn.Module):
         *,
         start: int | None = None,
         total_rows: int | None = None,
-        stream: Stream | None = None,
+        stream: Stream | Decoding | None = None,
         cu_seqlens: Any = None,
         inputs_embeds: Tensor | None = None,
         hidden_states: bool = False,
@@ -150,7 +171,7 @@ class LongNet(nn.Module):
                 the group.
             total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
             stream: the stream whose present chunk the tokens are; its chunks must come in order. While it only records,
-                nothing is returned.
+                nothing is returned. Or the texts of which ``tokens (B, 1)`` are the next rows.
             cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`; a stream has its own.
                 Labels of the last token of a document are the caller's: -100 where it predicts nothing.
             inputs_embeds: ``(B, n, E)`` in place of tokens, what ``embedding(tokens)`` returns.
@@ -219,7 +240,7 @@ def run_blocks(
     x: Tensor,
     start: int | None,
     total_rows: int | None,
-    stream: Stream | None,
+    stream: Stream | Decoding | None,
     documents: Documents | None,
     states: list[Tensor] | None,
 ) -> Tensor:

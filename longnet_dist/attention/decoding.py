@@ -1,0 +1,246 @@
+"""Decoding: one new row for each of several texts, whose sparse keys and values lie in tensors of constant shape.
+
+A new row ``n`` of a causal text attends, in each branch whose grid has the row, to the kept rows of its own segment
+that came before, and to itself. All branches share one softmax. So a layer keeps one row of slots for each key/value
+head, ``Σ ceil(w/r)`` slots in all, branch after branch: kept row ``j`` of the present segment of branch ``b`` is slot
+``first_b + j``. A new segment overwrites the slots of the one before it. Where every text stands is a tensor, so that
+each has a row of its own and a step has the same shape whatever the rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longnet_dist.attention.positions import Factors, Positions, RotaryTable
+from longnet_dist.attention.stream import LayerCache, Stream
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.window import open_segments
+from longnet_dist.numerics import wide_dtype
+
+
+class Decoding:
+    """Hold the cached rows of ``texts`` causal texts, and let a model compute the next row of each.
+
+    It stands where :class:`~longnet_dist.Stream` does: ``model(ids, stream=decoding)`` takes ``ids (texts, 1)``, the
+    tokens at :attr:`rows`; then :meth:`advance`.
+
+    Args:
+        patterns: the branches of each layer.
+        texts: number of texts ``B``.
+        max_rows: the most rows that a text can have.
+        kv_heads: key/value heads ``Hkv``.
+        head_dim: ``D``.
+        dtype: of keys and values.
+        device: of all tensors.
+        positions: of queries and keys; None for none.
+
+    Attributes:
+        rows: ``(B,)`` int64, the row of each text that comes next.
+        layers: the cache of each layer.
+
+    Raises:
+        ConfigError: positions that cannot span ``max_rows``.
+    """
+
+    recording = False
+
+    def __init__(
+        self,
+        patterns: Sequence[DilatedPattern],
+        texts: int,
+        max_rows: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions: Positions | None = None,
+    ) -> None:
+        self.max_rows = max_rows
+        self.rows = torch.zeros(texts, dtype=torch.int64, device=device)
+        grids: dict[DilatedPattern, Grid] = {}
+        for pattern in patterns:
+            if pattern not in grids:
+                grids[pattern] = Grid.of(pattern, max_rows, kv_heads, head_dim, dtype, device, positions)
+        shape = texts, kv_heads, head_dim
+        self.layers = [DecodingLayer(self, grids[pattern], shape, dtype, device) for pattern in patterns]
+
+    def advance(self) -> None:
+        """Let every text go on to its next row."""
+        self.rows += 1
+
+    def load(self, text: int, stream: Stream, row: int, item: int = 0) -> None:
+        """Make batch item ``item`` of a stream, of which rows ``[0, row)`` have passed, the past of a text."""
+        self.rows[text] = row
+        carried = iter(stream.carried())
+        for layer in self.layers:
+            segments = open_segments(layer.grid.pattern, row, stream.total_rows)
+            if segments:
+                records = next(carried)[:, item]
+                layer.load(text, [(s.branch, s.compact_rows) for s in segments], records)
+
+    def copy(self, text: int, to: int) -> None:
+        """Give text ``to`` the past of ``text``."""
+        self.rows[to] = self.rows[text]
+        for layer in self.layers:
+            layer.records[:, to] = layer.records[:, text]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A Grid says where the rows of a pattern's branches lie in a layer's slots.
+
+    Attributes:
+        pattern: the branches.
+        first: first slot of each branch, and the number of all slots.
+        lengths, rates, shifts: ``w``, ``r`` and shift of each branch, ``(branches, 1, 1)`` int64.
+        offsets: offset of each head, ``(branches, 1, Hkv)`` int64.
+        firsts: ``first`` without its last, ``(branches, 1, 1)`` int64.
+        factors: constants of the positions; None without.
+        span: see :meth:`Positions.span`.
+    """
+
+    pattern: DilatedPattern
+    first: tuple[int, ...]
+    lengths: Tensor
+    rates: Tensor
+    shifts: Tensor
+    offsets: Tensor
+    firsts: Tensor
+    factors: Factors | None
+    span: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls,
+        pattern: DilatedPattern,
+        max_rows: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions: Positions | None,
+    ) -> Grid:
+        """Lay out the slots for texts of at most ``max_rows`` rows."""
+        if positions is not None:
+            positions.check(pattern, max_rows, head_dim, dtype)
+        first = [0]
+        for branch in pattern:
+            first.append(first[-1] - (-min(branch.segment_length, max_rows) // branch.dilation_rate))
+
+        def column(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device).view(-1, 1, 1)
+
+        offsets = [pattern.offsets(branch, kv_heads) for branch in pattern]
+        return cls(
+            pattern,
+            tuple(first),
+            column(pattern.segment_lengths),
+            column(pattern.dilation_rates),
+            column(pattern.shift),
+            torch.tensor(offsets, dtype=torch.int64, device=device).unsqueeze(1),
+            column(first[:-1]),
+            None if positions is None else positions.factors(head_dim, device),
+            (1, 0) if positions is None else positions.span(pattern, max_rows),
+        )
+
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the index ``j`` of each text's row among the kept rows of its segment, and whether it is kept.
+
+        Args:
+            rows: ``(B,)`` int64.
+
+        Returns:
+            both ``(branches, B, Hkv)``: int64, and bool.
+        """
+        row = rows.view(1, -1, 1)
+        place = torch.where(row < self.shifts, row, (row - self.shifts) % self.lengths)
+        behind = place - self.offsets
+        return behind // self.rates, (behind >= 0) & (behind % self.rates == 0)
+
+
+class DecodingLayer:
+    """Keep the slots of a layer.
+
+    Attributes:
+        decoding: the texts, whose rows are those of all layers.
+        grid: where rows lie.
+        records: ``(2, B, Hkv, slots + 1, D)``, keys and values. The last slot takes what no branch keeps.
+    """
+
+    def __init__(
+        self, decoding: Decoding, grid: Grid, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        texts, kv_heads, head_dim = shape
+        self.decoding, self.grid = decoding, grid
+        self.records = torch.zeros(2, texts, kv_heads, grid.first[-1] + 1, head_dim, dtype=dtype, device=device)
+
+    def load(self, text: int, segments: Sequence[tuple[int, int]], records: Tensor) -> None:
+        """Fill the slots of a text from the compact records ``(2, slots, D)`` of its open segments.
+
+        Args:
+            text: number of the text.
+            segments: branch and compact rows of each, in the order of the records.
+            records: as :meth:`Stream.carried` returns them for one text.
+        """
+        kv_heads, begin = self.records.shape[2], 0
+        for branch, compact_rows in segments:
+            part = records[:, begin : begin + compact_rows * kv_heads]
+            begin += compact_rows * kv_heads
+            first, stop = self.grid.first[branch : branch + 2]
+            kept = torch.unflatten(part, 1, (compact_rows, kv_heads)).transpose(1, 2)[:, :, : stop - first]
+            self.records[:, text, :, first : first + kept.shape[2]] = kept
+
+    def table(self, dtype: torch.dtype) -> RotaryTable | None:
+        """Return the rotations ``(B, 1, D/2, 2)`` of the present rows; None without positions."""
+        if self.grid.factors is None:
+            return None
+        n, (length, phase) = self.decoding.rows.view(-1, 1, 1), self.grid.span
+        tables = self.grid.factors.at(n, (n - phase) % length, length)
+        return RotaryTable(tables[0].to(wide_dtype(dtype)), tables[-1].to(wide_dtype(dtype)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep the keys and values of the present rows, and return what their queries attend to.
+
+        Args:
+            q: ``(B, 1, H, D)``.
+            k, v: ``(B, 1, Hkv, D)``.
+
+        Returns:
+            ``(B, 1, H, D)``; 0 for heads whose row no branch keeps.
+        """
+        index, kept = self.grid.places(self.decoding.rows)
+        self._keep(index, kept, k, v)
+        keys, values = self.records[:, :, :, :-1]
+        texts, kv_heads = k.shape[0], k.shape[2]
+        seen = self._seen(index, kept)
+        heads = q.view(texts, kv_heads, -1, q.shape[3])
+        # A head that sees nothing would have no largest score; it sees slot 0, and its result is dropped.
+        nothing = ~seen.any(-1, keepdim=True)
+        mask = (seen | nothing).unsqueeze(2)
+        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
+        return out.masked_fill(nothing.unsqueeze(2), 0.0).view_as(q)
+
+    def _keep(self, index: Tensor, kept: Tensor, k: Tensor, v: Tensor) -> None:
+        slots = torch.where(kept, self.grid.firsts + index, self.grid.first[-1])
+        texts, heads = (torch.arange(size, device=k.device) for size in kept.shape[1:])
+        records = torch.stack([k, v])[:, :, 0].unsqueeze(1)  # (2, 1, B, Hkv, D)
+        self.records[:, texts[:, None], heads, slots] = records.expand(2, len(kept), *records.shape[2:])
+
+    def _seen(self, index: Tensor, kept: Tensor) -> Tensor:
+        """Return the slots ``(B, Hkv, slots)`` that the present row of each text and head sees."""
+        counts = torch.where(kept, index + 1, 0)
+        slots = torch.arange(self.grid.first[-1], device=kept.device)
+        parts = [
+            slots[: stop - first] < counts[branch].unsqueeze(-1)
+            for branch, (first, stop) in enumerate(zip(self.grid.first, self.grid.first[1:], strict=False))
+        ]
+        return torch.cat(parts, -1)
+
+
+Cache = LayerCache | DecodingLayer
+"""What a layer keeps of rows that came before: of a stream, or of texts that are decoded."""

@@ -1,0 +1,86 @@
+"""A Decoder continues several texts at once, each from a row of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longnet_dist.errors import ConfigError
+from longnet_dist.model.longnet import LongNet
+
+CHUNK_LENGTH = 16384
+
+
+class Decoder:
+    """Compute the next token's logits of up to ``texts`` texts in one pass, in constant time and memory.
+
+    Args:
+        model: a causal model of one device, in evaluation mode.
+        texts: number of places, each of which holds a text.
+        max_rows: the most tokens that a text can have.
+        chunk_length: tokens of a prompt that are computed at once.
+
+    Raises:
+        ConfigError: a bidirectional model, or positions that cannot span ``max_rows``.
+    """
+
+    def __init__(self, model: LongNet, texts: int, max_rows: int, chunk_length: int = CHUNK_LENGTH) -> None:
+        self._model, self._chunk_length = model, chunk_length
+        self._cache = model.decoding(texts, max_rows)
+        self._device = model.embedding.weight.device
+        self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self._device)
+
+    @property
+    def texts(self) -> int:
+        """Return the number of places."""
+        return len(self._ids)
+
+    @property
+    def max_rows(self) -> int:
+        """Return the most tokens that a text can have."""
+        return self._cache.max_rows
+
+    @torch.no_grad()
+    def load(self, prompt: Sequence[int], places: Sequence[int]) -> None:
+        """Let the texts in some places begin with a prompt; its last token is the first that :meth:`step` passes.
+
+        Args:
+            prompt: ids, at least one.
+            places: numbers below :attr:`texts`, at least one.
+
+        Raises:
+            ConfigError: an empty prompt, or one that leaves no room for another token.
+        """
+        if not prompt:
+            raise ConfigError("the prompt is empty; give at least one character")
+        if len(prompt) >= self.max_rows:
+            raise ConfigError(
+                f"the prompt has {len(prompt):,} tokens, but a text can have {self.max_rows:,} with what is added; "
+                f"use a shorter prompt"
+            )
+        tokens = torch.tensor([prompt], device=self._device)
+        passed, first = len(prompt) - 1, places[0]
+        stream = self._model.stream(self.max_rows)
+        for shards in stream.prefill(passed, self._chunk_length):
+            self._model(tokens[:, shards.start : shards.stop], stream=stream)
+        self._cache.load(first, stream, passed)
+        for place in places[1:]:
+            self._cache.copy(first, place)
+        self._ids[list(places)] = prompt[-1]
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Pass the next token of every text, and return its logits ``(texts, V)``."""
+        logits: Tensor = self._model(self._ids, stream=self._cache).logits[:, 0]
+        self._cache.advance()
+        return logits
+
+    def follow(self, ids: Tensor) -> None:
+        """Set the token that :meth:`step` passes next, in every place.
+
+        Args:
+            ids: ``(texts,)`` int64.
+        """
+        self._ids.copy_(ids.view(-1, 1))
