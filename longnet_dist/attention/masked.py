@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from longnet_dist.attention.decoding import Cache, DecodingLayer
 from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import check_inputs
@@ -55,7 +56,7 @@ class MaskedAttention(DilatedAttention):
         *,
         start: int | None = None,
         total_rows: int | None = None,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         cu_seqlens: Any = None,
     ) -> Tensor:
         """Return the layer's output; arguments as in :meth:`DilatedAttention.forward`.
@@ -84,17 +85,18 @@ class MaskedAttention(DilatedAttention):
         return result
 
     def _check(
-        self, rows: int, start: int | None, total_rows: int | None, cache: LayerCache | None, cu_seqlens: Any
+        self, rows: int, start: int | None, total_rows: int | None, cache: Cache | None, cu_seqlens: Any
     ) -> None:
         """Refuse what needs more than one whole sequence on one device, alike on all ranks."""
         ranks = dist.get_world_size(self.group) if self.group else 1
-        shards = cache.stream.shards if cache else None
-        what = ""
+        decoded, stream = isinstance(cache, DecodingLayer), cache.stream if isinstance(cache, LayerCache) else None
+        shards = stream.shards if stream else None
+        what = "the next token of a text" if decoded else ""
         if ranks > 1 or (shards and shards.num_ranks > 1):
             what = f"a sequence over {max(ranks, shards.num_ranks if shards else 1)} ranks"
         elif shards and (shards.start, shards.stop) != (0, shards.total_rows):
             what = f"tokens {shards.start} to {shards.stop - 1} of a stream of {shards.total_rows}"
-        elif cu_seqlens is not None or (cache and cache.stream.documents is not None):
+        elif cu_seqlens is not None or (stream and stream.documents is not None):
             what = "packed documents"
         if what:
             raise ConfigError(

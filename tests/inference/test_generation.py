@@ -130,3 +130,9 @@ def test_an_encoder_cannot_continue():
 def test_negative_settings_are_refused(fields):
     with pytest.raises(ConfigError, match="must not be negative"):
         Sampling(**fields)
+
+
+def test_a_model_that_computes_whole_sequences_alone_cannot_continue():
+    model = LongNet(named_model("tiny", attention="sparse")).eval()
+    with pytest.raises(ConfigError, match="whole sequences on one device, one document each, but was given the next"):
+        continued(model, [1], 2, GREEDY)
