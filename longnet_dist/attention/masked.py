@@ -20,7 +20,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from longnet_dist.attention.decoding import Cache, DecodingLayer
 from longnet_dist.attention.module import DilatedAttention
-from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import check_inputs
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.masked_pattern import PART, WHOLE, MaskedPattern
@@ -84,20 +83,24 @@ class MaskedAttention(DilatedAttention):
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
         return result
 
+    def _obstacle(self, cache: Cache | None, cu_seqlens: Any) -> str:
+        """Return what a call would need beyond one whole sequence on one device; empty if nothing."""
+        if isinstance(cache, DecodingLayer):
+            return "the next token of a text"
+        stream = cache.stream if cache else None
+        shards = stream.shards if stream else None
+        ranks = max(dist.get_world_size(self.group) if self.group else 1, shards.num_ranks if shards else 1)
+        if ranks > 1:
+            return f"a sequence over {ranks} ranks"
+        if shards and (shards.start, shards.stop) != (0, shards.total_rows):
+            return f"tokens {shards.start} to {shards.stop - 1} of a stream of {shards.total_rows}"
+        return "packed documents" if cu_seqlens is not None or (stream and stream.documents is not None) else ""
+
     def _check(
         self, rows: int, start: int | None, total_rows: int | None, cache: Cache | None, cu_seqlens: Any
     ) -> None:
         """Refuse what needs more than one whole sequence on one device, alike on all ranks."""
-        ranks = dist.get_world_size(self.group) if self.group else 1
-        decoded, stream = isinstance(cache, DecodingLayer), cache.stream if isinstance(cache, LayerCache) else None
-        shards = stream.shards if stream else None
-        what = "the next token of a text" if decoded else ""
-        if ranks > 1 or (shards and shards.num_ranks > 1):
-            what = f"a sequence over {max(ranks, shards.num_ranks if shards else 1)} ranks"
-        elif shards and (shards.start, shards.stop) != (0, shards.total_rows):
-            what = f"tokens {shards.start} to {shards.stop - 1} of a stream of {shards.total_rows}"
-        elif cu_seqlens is not None or (stream and stream.documents is not None):
-            what = "packed documents"
+        what = self._obstacle(cache, cu_seqlens)
         if what:
             raise ConfigError(
                 f"{self.pattern} computes whole sequences on one device, one document each, but was given {what}; use "
