@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.plot_style import (
+from longnet_dist.telemetry.plot_style import (
     DILATED,
     FULL,
     IDEAL,

@@ -112,13 +112,15 @@ def _check_whole_sequences(layout: RunLayout) -> None:
     model = layout.config.model
     if not any(isinstance(pattern, MaskedPattern) for pattern in model.pattern_counts):
         return
-    for key, value, number, whole in (
-        ("parallel.sequence", layout.mesh.sequence, layout.mesh.sequence, 1),
-        ("train.chunk_length", layout.chunk_length, layout.num_chunks, layout.config.data.sequence_length),
+    data = layout.config.data
+    for key, value, split, whole in (
+        ("parallel.sequence", layout.mesh.sequence, layout.mesh.sequence > 1, 1),
+        ("train.chunk_length", layout.chunk_length, layout.num_chunks > 1, data.sequence_length),
+        ("data.documents", "true", data.documents, "false"),
     ):
-        if number > 1:
+        if split:
             raise ConfigError(
-                f"model.attention={model.attention} computes a sequence whole and on one device, but {key} is {value}; "
+                f"model.attention={model.attention} computes a sequence whole, on one device and as one document, but {key} is {value}; "
                 f"use {key}={whole}, or model.attention=dilated or full"
             )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pictures
-from benchmarks.plot_style import DILATED, FULL, Line, short_length, spread_ticks
+from longnet_dist.telemetry.plot_style import DILATED, FULL, Line, short_length, spread_ticks
 
 RESULTS = Path(pictures.__file__).parent / "results"
 

@@ -31,4 +31,6 @@ def test_sequences_of_the_baselines_are_not_split():
         layout(2, **sparse)
     with pytest.raises(ConfigError, match=r"train.chunk_length is 256; use train.chunk_length=1024"):
         layout(1, train={"chunk_length": 256}, **sparse)
+    with pytest.raises(ConfigError, match=r"data.documents is true; use data.documents=false"):
+        layout(1, **sparse | {"data": {"sequence_length": 1024, "documents": True}})
     assert layout(2, **sparse | {"model": {"attention": "full"}}).num_ranks == 2

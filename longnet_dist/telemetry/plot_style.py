@@ -1,4 +1,4 @@
-"""The one style of all pictures: the same colour for the same thing, lengths as "1M", labels beside their lines."""
+"""All pictures share one style: the same colour for the same thing, lengths as "1M", labels beside their lines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 DILATED = "#1b6ca8"
 FULL = "#c8482c"
+SPARSE = "#2a8f5b"
+WINDOW = "#8a5fb5"
 IDEAL = "#8a8f98"
 MARKERS = ("o", "s", "D", "^")
 LABEL_GAP = 11.0  # points between two labels
@@ -57,19 +59,20 @@ def hardware(environment: dict[str, Any], gpus: int | None = None, *more: str) -
 
 
 def new_figure(
-    title: str, subtitle: str, panels: int = 1, width: float = 8.0, height: float = 5.0
+    title: str, subtitle: str, panels: int = 1, width: float = 8.0, height: float = 5.0, rows: int = 1
 ) -> tuple[Figure, list[Any]]:
     """Make a figure that needs no screen.
 
     Args:
         title: what is shown.
         subtitle: hardware and versions, for which :func:`hardware` is there.
-        panels: axes side by side.
+        panels: axes side by side, in each row.
         width: inches.
         height: inches.
+        rows: rows of axes.
 
     Returns:
-        The figure, and a list of its axes.
+        The figure, and a list of its axes, row by row.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -78,7 +81,7 @@ def new_figure(
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold")
     figure.text(0.5, 1 - 0.43 / height, subtitle, ha="center", va="center", fontsize=9, color="0.35")
-    axes: list[Any] = figure.subplots(1, panels, squeeze=False)[0].tolist()
+    axes: list[Any] = figure.subplots(rows, panels, squeeze=False).flatten().tolist()
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
