@@ -120,8 +120,8 @@ def _check_whole_sequences(layout: RunLayout) -> None:
     ):
         if split:
             raise ConfigError(
-                f"model.attention={model.attention} computes a sequence whole, on one device and as one document, but {key} is {value}; "
-                f"use {key}={whole}, or model.attention=dilated or full"
+                f"model.attention={model.attention} computes a sequence whole, on one device and as one document, but "
+                f"{key} is {value}; use {key}={whole}, or model.attention=dilated or full"
             )
 
 

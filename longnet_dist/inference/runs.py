@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from longnet_dist.checkpoint.format import CheckpointState, load_weights, newest
 from longnet_dist.checkpoint.run_folder import RunFolder
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
+from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
 from longnet_dist.data.token_file import SplitName, TokenFile
@@ -31,10 +34,17 @@ from longnet_dist.model.pretrained import save_pretrained
 COMPILED_FROM = 2**28  # tokens
 COMPILED_TILE = 2**16  # rows
 _PLAIN = Execution()
+Result = TypeVar("Result")
 
 
 def evaluate_run(
-    path: Path, data: Path, contexts: Sequence[int], num_tokens: int, split: SplitName, launch: LaunchEnvironment
+    path: Path,
+    data: Path,
+    contexts: Sequence[int],
+    num_tokens: int,
+    split: SplitName,
+    launch: LaunchEnvironment,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[int, Evaluation]:
     """Evaluate a run at several context lengths. Every rank of the launch must call; all share each sequence.
 
@@ -45,16 +55,42 @@ def evaluate_run(
         num_tokens: rows to predict, the first of the split, the same at every context.
         split: of the token file.
         launch: this process.
+        changes: fields of the model's configuration to replace, such as another pattern for the same weights.
 
     Raises:
         LongNetError: no such run, checkpoint or file, or one that does not fit; on all ranks before they meet.
     """
     if min(num_tokens, *contexts) < 1:
         raise ConfigError(f"contexts and tokens must be at least 1, but are {list(contexts)} and {num_tokens}")
-    run = _Run.open(path)
+    run = _Run.open(path).with_model(changes)
     windows = {context: run.windows(data, split, context) for context in contexts}
     with run.model_on(launch) as (model, mesh, device):
         return {context: evaluate(model, part, num_tokens, 1, mesh, device) for context, part in windows.items()}
+
+
+def measure_run(
+    path: Path,
+    data: Path | None,
+    length: int,
+    launch: LaunchEnvironment,
+    measure: Callable[[LongNet, Windows | None, torch.device], Result],
+) -> Result:
+    """Measure a run on one device with a function of one's own.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        data: a token file of the run's tokenizer, of which the function gets the validation split; None for none.
+        length: tokens of the windows.
+        launch: this process, which must be the only one.
+        measure: is given the model, the windows and the device.
+
+    Raises:
+        LongNetError: no such run, checkpoint or file, or one that does not fit.
+    """
+    run = _Run.open(path)
+    windows = None if data is None else run.windows(data, "validation", length)
+    with run.model_on(launch) as (model, _, device):
+        return measure(model, windows, device)
 
 
 def evaluate_run_streamed(
@@ -159,6 +195,14 @@ class _Run:
         folder = RunFolder(checkpoint.parent.parent)
         config = folder.config()
         return cls(folder, config, checkpoint, read_state(checkpoint, config.model))
+
+    def with_model(self, changes: Mapping[str, Any]) -> _Run:
+        """The run with other fields of its model's configuration."""
+        if not changes:
+            return self
+        values = self.config.model_dump()
+        values["model"] |= changes
+        return replace(self, config=parse_config(values))
 
     def windows(self, data: Path, split: SplitName, length: int) -> Windows:
         """A text of the run's tokenizer, cut into windows."""
