@@ -20,7 +20,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
         elif isinstance(module, LanguageModelHead):
             special.setdefault(id(module.weight), "head")
     return {
-        name: special.get(id(parameter), "vector" if _dims(parameter) < 2 else "matrix")
+        name: special.get(id(parameter), "matrix" if _dims(parameter) == 2 else "vector")
         for name, parameter in model.named_parameters()
     }
 

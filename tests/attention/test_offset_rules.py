@@ -47,8 +47,8 @@ def new_file(tmp_path_factory):
         patch.syspath_prepend(folder)
         import_module("new_offset_rules")
         yield
-    OFFSET_RULES._entries.clear()
-    OFFSET_RULES._entries.update(known)
+    for name in set(OFFSET_RULES._entries) - set(known) - OFFSET_RULES._files:
+        del OFFSET_RULES._entries[name]
 
 
 def inputs(rows, dtype, heads=14, kv_heads=7, dim=16):

@@ -4,15 +4,14 @@ from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.offset_rules import OFFSET_RULES, OffsetRule
 from longnet_dist.geometry.overlap import overlaps
 from longnet_dist.geometry.pattern import DilatedPattern
+from tests.registries import temporary_entries
 
 
 @pytest.fixture
 def register():
     """Registers rules for one test."""
-    known = dict(OFFSET_RULES._entries)
-    yield OFFSET_RULES.register
-    OFFSET_RULES._entries.clear()
-    OFFSET_RULES._entries.update(known)
+    with temporary_entries(OFFSET_RULES):
+        yield OFFSET_RULES.register
 
 
 @pytest.mark.parametrize("name", OFFSET_RULES.names())

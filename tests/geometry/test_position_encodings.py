@@ -15,6 +15,7 @@ from longnet_dist.geometry.position_encodings import (
     turns_of_wavelengths,
 )
 from longnet_dist.model.longnet import LongNet, positions_of
+from tests.registries import temporary_entries
 
 SETTINGS = PositionSettings(10000.0, 512)
 TINY = {"dim": 32, "layers": 1, "heads": 2, "segment_lengths": (8, 16), "dilation_rates": (1, 2)}
@@ -23,10 +24,8 @@ TINY = {"dim": 32, "layers": 1, "heads": 2, "segment_lengths": (8, 16), "dilatio
 @pytest.fixture
 def register():
     """Registers encodings for one test."""
-    known = dict(POSITION_ENCODINGS._entries)
-    yield POSITION_ENCODINGS.register
-    POSITION_ENCODINGS._entries.clear()
-    POSITION_ENCODINGS._entries.update(known)
+    with temporary_entries(POSITION_ENCODINGS):
+        yield POSITION_ENCODINGS.register
 
 
 def test_the_files_are_known_with_their_properties():
