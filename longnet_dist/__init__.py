@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longnet_dist.attention.sink import phantom_keys
     from longnet_dist.attention.stream import Stream
     from longnet_dist.attention.weights import attention_weights
+    from longnet_dist.caches import clear_caches
     from longnet_dist.config.encoder_model import EncoderConfig
     from longnet_dist.config.model import LongNetConfig, named_model
     from longnet_dist.geometry.pattern import DilatedPattern
@@ -49,6 +50,7 @@ __all__ = [
     "Positions",
     "Stream",
     "attention_weights",
+    "clear_caches",
     "dilated_attention",
     "named_model",
     "phantom_keys",
@@ -64,6 +66,7 @@ _HOMES = {
     "Positions": "attention.positions",
     "Stream": "attention.stream",
     "attention_weights": "attention.weights",
+    "clear_caches": "caches",
     "dilated_attention": "attention.functional",
     "named_model": "config.model",
     "phantom_keys": "attention.sink",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 
 import torch
+
+from longnet_dist.caches import bounded_cache
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def log_once(message: str) -> None:
     """A warning, the first time that it is given."""
     _log.warning(message)

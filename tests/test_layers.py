@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "longnet_dist"
 LAYERS = [
     "errors",
+    "caches",
     "registry",
     "extras",
     "machine",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import agree_on_shards
+from longnet_dist.caches import bounded_cache
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.documents import Documents
@@ -267,7 +267,7 @@ class _CallMaker(NamedTuple):
         return tuple(Call(x, *common, head_block=block, heads_before=before) for x in pieces)
 
 
-@lru_cache(maxsize=256)
+@bounded_cache(maxsize=256)
 def _dense_calls(
     maker: _CallMaker,
     pattern: DilatedPattern,
@@ -289,7 +289,7 @@ def _dense_calls(
     return tuple(calls)
 
 
-@lru_cache(maxsize=256)
+@bounded_cache(maxsize=256)
 def _shared_calls(
     maker: _CallMaker,
     pattern: DilatedPattern,

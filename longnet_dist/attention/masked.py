@@ -7,7 +7,6 @@ computes it, tile by tile of queries with the keys that they see.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from longnet_dist.attention.decoding import Cache, DecodingLayer
 from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.validation import check_inputs
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.masked_pattern import PART, WHOLE, MaskedPattern
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -153,13 +153,13 @@ def _by_tiles(q: Tensor, k: Tensor, v: Tensor, pattern: MaskedPattern, causal: b
     return torch.cat(parts, 2)
 
 
-@cache
+@bounded_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     return compiled
 
 
-@lru_cache(maxsize=8)
+@bounded_cache(maxsize=8)
 def _block_mask(
     pattern: MaskedPattern, N: int, kv_heads: int, heads: int, causal: bool, device: torch.device
 ) -> BlockMask:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import check_sink
 from longnet_dist.attention.stream import LayerCache
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError, LongNetError, ShapeError
 from longnet_dist.geometry.documents import check_end
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -203,7 +203,7 @@ def _facts(
     return [*shape, *grid, int(causal), int(merges), total, kind, documents]
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def _digest(pattern: DilatedPattern) -> int:
     """Return an integer that is equal in all processes for equal patterns; Python's own hash of a name is not."""
     return int.from_bytes(hashlib.sha256(repr(pattern).encode()).digest()[:8], "big", signed=True)
@@ -229,6 +229,6 @@ def _stream_of_its_own(device: torch.device) -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=16)
+@bounded_cache(maxsize=16)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 import longnet_dist
+from longnet_dist.caches import bounded_cache
 from longnet_dist.data.token_file import TokenFile
 
 MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk"}  # memory only, not mathematics
@@ -97,7 +97,7 @@ def digest_of_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     return digest_of({key: value for key, value in tokenizer.items() if key not in left_out})
 
 
-@cache
+@bounded_cache(maxsize=1)
 def code_versions() -> dict[str, str]:
     """Return the versions of what computes: this package with a checksum of its sources, torch, DeepSpeed."""
     sources = hashlib.sha256()

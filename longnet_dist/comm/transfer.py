@@ -7,13 +7,12 @@ Function that uses both (``attention.functional``). See ARCHITECTURE.md, "The ex
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.comm.records.torch import RecordGroups, accumulate, pack, unpack
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.exchange_plan import ExchangePlan, group_by_place
@@ -190,19 +189,19 @@ class _Transfer:
         return self._received
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def _send_places(plan: ExchangePlan, device: torch.device) -> Tensor:
     """Copy the place of every record sent to the device, once for each plan."""
     return torch.from_numpy(plan.send_places).to(device)
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def _groups(plan: ExchangePlan, device: torch.device) -> RecordGroups:
     """Group the gradients that come back by row and head: a row goes to each rank that needs it."""
     return RecordGroups(*(torch.from_numpy(x).to(device) for x in group_by_place(plan.send_places)))
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def _slots(plan: ExchangePlan, first_slots: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the slot of every record received, where the plan's segments begin at ``first_slots`` in the buffer."""
     firsts = np.array(first_slots, np.int64)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ShapeError
 
 Integers = npt.NDArray[np.int64]
@@ -95,7 +96,7 @@ class Documents:
         return self.starts[number], self.stops[number]
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def _between(edges: bytes) -> Documents:
     found = np.frombuffer(edges, np.int64).tolist()
     return Documents(tuple(found[:-1]), tuple(found[1:]))
@@ -124,7 +125,7 @@ class SegmentTable:
         return int((self.stops - self.starts).max())
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def segment_table(documents: Documents, segment_length: int, shift: int = 0) -> SegmentTable:
     """Return all segments of a branch of ``segment_length`` rows, document by document.
 

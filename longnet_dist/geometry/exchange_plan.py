@@ -15,11 +15,11 @@ then global row, then head).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards, edge_segments, open_segments, shared_segments
@@ -52,7 +52,7 @@ class ExchangePlan:
     receive_counts: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def plan_exchange(
     pattern: DilatedPattern,
     shards: Shards,
@@ -108,7 +108,7 @@ def plan_exchange(
     )
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def plan_within(
     pattern: DilatedPattern, shards: Shards, kv_heads: int, causal: bool, documents: Documents | None = None
 ) -> ExchangePlan:

@@ -19,8 +19,8 @@ a chain is its *root*.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.geometry.pattern import Branch, DilatedPattern, kept_rows
 from longnet_dist.geometry.window import Piece
 
@@ -53,7 +53,7 @@ class Overlap:
         return tuple(replace(piece, half=half, overlap_rates=self.overlap_rates) for half in halves)
 
 
-@lru_cache(maxsize=128)
+@bounded_cache(maxsize=128)
 def overlaps(pattern: DilatedPattern) -> tuple[Overlap, ...]:
     """Return the overlap of each branch of a pattern, in the order of the branches."""
     branches = pattern.branches

@@ -7,10 +7,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.documents import read_edges
 from longnet_dist.geometry.offset_rules import OFFSET_RULES, OffsetRule
@@ -304,7 +304,7 @@ def kept_rows(length: int, offset: int, rate: int) -> int:
     return max(0, -(-(length - offset) // rate))
 
 
-@lru_cache(maxsize=256)
+@bounded_cache(maxsize=256)
 def _offsets(rule: str, rate: int, heads: int) -> tuple[int, ...]:
     offsets = OFFSET_RULES[rule].offsets(rate, heads)
     if len(offsets) != heads or not all(0 <= offset < rate for offset in offsets):
@@ -315,7 +315,7 @@ def _offsets(rule: str, rate: int, heads: int) -> tuple[int, ...]:
     return offsets
 
 
-@lru_cache(maxsize=256)
+@bounded_cache(maxsize=256)
 def _head_block(rule: str, rate: int, heads: int) -> int | None:
     found, offsets = OFFSET_RULES[rule], _offsets(rule, rate, heads)
     block = found.head_block(rate, heads)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.documents import Documents, SegmentTable, segment_table
 from longnet_dist.geometry.pattern import Branch, DilatedPattern, kept_rows
@@ -223,7 +223,7 @@ class Piece:
         return (0, count, 1) if self.compact else (start + offset - self.window_start, count, self.dilation_rate)
 
 
-@lru_cache(maxsize=512)
+@bounded_cache(maxsize=512)
 def dense_pieces(
     pattern: DilatedPattern,
     start: int,
@@ -328,7 +328,7 @@ def open_segments(
     return tuple(segment for segment in found if segment and segment.stop > row)
 
 
-@lru_cache(maxsize=512)
+@bounded_cache(maxsize=512)
 def shared_segments(
     pattern: DilatedPattern,
     start: int,
@@ -378,7 +378,7 @@ def compact_piece(
     return Piece(segment.branch, width, segment.dilation_rate, index, 1, start, *rows, compact=True, table=table)
 
 
-@lru_cache(maxsize=512)
+@bounded_cache(maxsize=512)
 def _one_segment(start: int, stop: int, lead: int) -> SegmentTable:
     return SegmentTable(*(np.array([number], np.int64) for number in (start, stop, lead)))
 
@@ -400,7 +400,7 @@ def needs_exchange(pattern: DilatedPattern, shards: Shards, documents: Documents
     return any(edge < shards.total_rows and edge % branch.segment_length for edge in edges for branch in pattern)
 
 
-@lru_cache(maxsize=256)
+@bounded_cache(maxsize=256)
 def _documents_cross(pattern: DilatedPattern, shards: Shards, documents: Documents) -> bool:
     edges = [shards.window(rank)[0] for rank in range(shards.num_ranks)] + [shards.stop]
     return any(

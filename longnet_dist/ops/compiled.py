@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.numerics import log_once
 
 WIDEST_ROW = 4096
@@ -45,7 +45,7 @@ def run(function: Callable[..., Any], compile: bool, *given: Any) -> Any:
     return function(*given)
 
 
-@lru_cache(maxsize=16)
+@bounded_cache(maxsize=16)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -60,7 +60,7 @@ def _whole_rows() -> Any:
     return V.set_choices_handler(_choices())
 
 
-@lru_cache(maxsize=1)
+@bounded_cache(maxsize=1)
 def _choices() -> Any:
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from longnet_dist.attention.kernels.backends import BACKENDS, KernelChoice
 from longnet_dist.attention.kernels.backends.triton import TritonBackend, has_triton
 from longnet_dist.attention.kernels.contract import Kernel
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError
 from longnet_dist.numerics import log_once
 
@@ -92,7 +91,7 @@ def _by_rank(device_type: str) -> list[str]:
     return [name for _, name in sorted((rank, name) for rank, name in ranks if rank is not None)]
 
 
-@lru_cache(maxsize=16)
+@bounded_cache(maxsize=16)
 def _kernel(backend: str) -> Kernel:
     return BACKENDS[backend].kernel()
 

@@ -17,9 +17,9 @@ properties.
 from __future__ import annotations
 
 from decimal import Decimal, localcontext
-from functools import lru_cache
 from typing import NamedTuple
 
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError
 from longnet_dist.registry import Registry
 
@@ -115,7 +115,7 @@ def checked_decay(name: str, head_dim: int, settings: PositionSettings) -> Decay
     return decay
 
 
-@lru_cache(maxsize=8)
+@bounded_cache(maxsize=8)
 def turns_of_wavelengths(theta: float, head_dim: int) -> tuple[int, ...]:
     """Return ``θ^(-2i/D) / 2π`` for each pair of channels ``i``, in units of ``2^-64`` turns, rounded once."""
     with localcontext() as context:

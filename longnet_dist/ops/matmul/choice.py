@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
 from importlib import metadata
 from typing import Literal, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.kernels.registry import takes_triton
+from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError
 from longnet_dist.numerics import log_once
 from longnet_dist.ops.matmul import reference
@@ -92,7 +92,7 @@ def describe_matmul(device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     return ("torch", found) if isinstance(found, str) else ("quack", "")
 
 
-@lru_cache(maxsize=1)
+@bounded_cache(maxsize=1)
 def _quack() -> Matmul | str:
     """Return quack's kernels, or why they cannot be had.
 

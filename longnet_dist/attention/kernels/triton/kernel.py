@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -24,6 +23,7 @@ from longnet_dist.attention.kernels.triton.launch import (
     View,
     block_view,
 )
+from longnet_dist.caches import bounded_cache
 from longnet_dist.numerics import block_dim, log_once, wide_dtype
 
 
@@ -115,7 +115,7 @@ class TritonKernel:
             launch(*tensors)
 
 
-@lru_cache(maxsize=512)
+@bounded_cache(maxsize=512)
 def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> tuple[Launch, ...]:
     """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
     whole = (q, k, v, out, lse)
@@ -155,7 +155,7 @@ def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, o
     )
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(maxsize=64)
 def _statistics(dout: Geometry, out: Geometry, lse: Geometry, statistics: Geometry, dq: Geometry) -> Launch:
     """On ``dout, out, lse, statistics, dq``, or with ``delta`` for ``out``."""
     batch, rows, heads, dim = dq.shape
@@ -170,7 +170,7 @@ def _statistics(dout: Geometry, out: Geometry, lse: Geometry, statistics: Geomet
     )
 
 
-@lru_cache(maxsize=512)
+@bounded_cache(maxsize=512)
 def _backward(
     call: Call,
     dout: Geometry,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet_dist.attention.kernels.contract import Call
+from longnet_dist.caches import bounded_cache
 from longnet_dist.geometry.documents import Integers, SegmentTable
 from longnet_dist.geometry.window import Piece
 from longnet_dist.numerics import COMPILE, block_dim
@@ -284,7 +285,7 @@ def _describable(x: Geometry, rate: int) -> bool:
     return x.aligned and x.shape[1] >= rate and all(stride * x.dtype.itemsize % 16 == 0 for stride in x.stride[:3])
 
 
-@lru_cache(maxsize=128)
+@bounded_cache(maxsize=128)
 def _device_table(table: SegmentTable, device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([table.starts, table.stops, table.leads], 1)).to(device)
 
