@@ -186,6 +186,10 @@ class LongNetConfig(BaseModel):
             found[self._pattern_of("full")] += len(self.full_layers)
         return +found
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, also under the names that PEFT asks for when it merges adapters."""
+        return self.model_dump() | {"model_type": "custom", "tie_word_embeddings": self.tie_embeddings}
+
     @property
     def head_dim(self) -> int:
         """Return the head dim ``D = dim / heads``."""
