@@ -37,3 +37,10 @@ class DataError(LongNetError, ValueError):
 
 class CheckpointError(LongNetError, ValueError):
     """A checkpoint that is missing, damaged or of another model."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory ran out, by name and message, since torch's CPU allocator raises a plain RuntimeError."""
+    messages = ("DefaultCPUAllocator", "Storage size calculation overflowed", "numel: integer multiplication overflow")
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))

@@ -152,7 +152,7 @@ def resume_point(folder: RunFolder, resume: str, model: LongNetConfig) -> Resume
     existing = checkpoints(folder.path)
     if resume == "auto":
         return _newest_intact(existing, model)
-    chosen = None if resume == "never" else newest_checkpoint(Path(resume))
+    chosen = None if resume == "never" else newest_checkpoint(Path(resume).expanduser())
     is_ours = chosen is not None and existing and chosen.resolve() == existing[-1].resolve()
     if not is_ours and (existing or folder.metrics_file.exists()):
         raise ConfigError(

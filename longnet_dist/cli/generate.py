@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from longnet_dist.cli.program.parser import CommandParser
+from longnet_dist.cli.program.parser import CommandParser, natural, positive
 
 SUMMARY = "let a trained model continue a text"
 SEPARATOR = "-" * 40  # between samples
@@ -15,6 +17,7 @@ examples:
   longnet generate runs/quickstart --prompt "def "
   longnet generate runs/quickstart --prompt-file story.txt --tokens 500 --samples 3 --seed 7
   longnet generate runs/quickstart --prompt "import " --temperature 0
+  git diff | longnet generate runs/quickstart --prompt-file -
 """
 
 
@@ -33,16 +36,17 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.inference.runs import continue_text
 
     sampling = Sampling(options.temperature, options.top_k, options.seed)
-    prompt = options.prompt if options.prompt_file is None else _read(options.prompt_file)
+    # A word of the command line that is not UTF-8 has the bytes that were typed.
+    prompt = os.fsencode(options.prompt) if options.prompt_file is None else _read(options.prompt_file)
     texts = continue_text(options.run, prompt, options.tokens, sampling, options.samples)
     print(f"\n{SEPARATOR}\n".join(texts))
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     from longnet_dist.errors import DataError
 
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the prompt file {path}: {error.strerror}") from None
 
@@ -53,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
     prompt = result.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with that text, of any length")
-    result.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default %(default)s)")
-    result.add_argument("--samples", type=int, default=1, metavar="n", help="texts to write (default %(default)s)")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with that text; -: standard input")
+    result.add_argument("--tokens", type=natural, default=200, metavar="N", help="tokens to add (default %(default)s)")
+    result.add_argument("--samples", type=positive, default=1, metavar="n", help="texts to write (default %(default)s)")
     result.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
     result.add_argument("--top-k", type=int, default=40, help="of the likeliest tokens; 0: all (default %(default)s)")
     result.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longnet_dist.cli.program.parser import CommandParser
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 SUMMARY = "train a model, on all GPUs of this machine or as a rank of a launcher"
 EXAMPLES = """\
 CONFIG is a YAML file or the name of a packaged configuration: {names}.
-key=value replaces a key of it; the value is YAML: train.steps=500 model.dilation_rates=[1,2,4]
+key=value replaces a key of it: train.steps=500 model.dilation_rates=[1,2,4] data.path=~/book.tokens
+Text and paths are taken as they are; other values are YAML.
 longnet train --keys lists every key with its default.
 
 examples:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
         print("\n".join(key_lines()))
         return
     words = options.words + ["train.resume=auto"] * options.resume
-    if words and "=" not in words[0]:
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
         config = words.pop(0)
     elif as_rank:
         config = "quickstart"

@@ -25,8 +25,10 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 OPEN_MPI_SIZE, HYDRA_SIZE, HYDRA_ONLY = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"
 # srun sets this for its tasks alone. A batch script, which is no rank, also sees SLURM_NTASKS.
 SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
+# As in LaunchEnvironment: rank, world size, local rank, local world size.
+SRUN_VARIABLES = ("SLURM_PROCID", SRUN_SIZE, "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 # Linux takes ephemeral ports from 32768 upwards, so these are free of them.
-FIRST_PORT, NUM_PORTS = 16384, 16384
+FIRST_PORT, NUM_PORTS, LAST_PORT = 16384, 16384, 65535
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class LaunchEnvironment:
             environ: the environment variables.
 
         Raises:
-            ConfigError: a variable is missing or no number, mpi4py is missing, or it has loaded another MPI.
+            ConfigError: a variable is missing, no number or no possible one; mpi4py is missing, or has loaded another
+                MPI.
         """
         if _has_variables(environ):
-            return _from_variables(environ)
+            return _checked(_from_variables(environ), TORCHRUN_VARIABLES[:4])
         if _has_mpi(environ):
             return _from_mpi(environ)
         if SRUN_SIZE in environ:
-            return _from_srun(environ)
+            return _checked(_from_srun(environ), SRUN_VARIABLES)
         return cls()
 
     def device(self) -> torch.device:
@@ -271,12 +274,43 @@ def _number(environ: Mapping[str, str], name: str, default: Callable[[], int] | 
     text = environ.get(name)
     if text is None and default:
         return default()
-    if text is None or not text.isdecimal():
+    if text is None or not (text.isascii() and text.isdecimal()):
         raise ConfigError(f"the launcher must set {name} to a number, but it is {text!r}; set it, or use torchrun")
     return int(text)
 
 
+def _checked(launch: LaunchEnvironment, names: tuple[str, ...]) -> LaunchEnvironment:
+    """Refuse numbers with which the ranks would wait for a rank that cannot come.
+
+    Args:
+        launch: as the launcher describes it.
+        names: of the variables of rank, world size, local rank and local world size.
+    """
+    rank, world_size, local_rank, local_world_size = names
+    rules = {
+        f"{world_size} must be at least 1": launch.world_size >= 1,
+        f"{rank} must be less than {world_size}": launch.rank < launch.world_size,
+        f"{local_world_size} must be at least 1 and at most {world_size}": 1
+        <= launch.local_world_size
+        <= launch.world_size,
+        f"{local_rank} must be less than {local_world_size}": launch.local_rank < launch.local_world_size,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            values = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
+            given = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+            raise ConfigError(
+                f"{rule}, but the environment says {given}; let torchrun, mpirun or srun set these, or unset "
+                f"{', '.join(names)} for a run of one process"
+            )
+    return launch
+
+
 def _meeting_point(address: str, port: int) -> str:
+    if not 1 <= port <= LAST_PORT:
+        raise ConfigError(f"MASTER_PORT must be a port from 1 to {LAST_PORT}, not {port}; set it to a free one")
+    if not address or any(character.isspace() for character in address):
+        raise ConfigError(f"MASTER_ADDR must be the address of rank 0's machine, not {address!r}; set it to that")
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 

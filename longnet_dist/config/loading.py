@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from importlib.resources.abc import Traversable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,7 +25,8 @@ def load_config(path: Path | Traversable, overrides: Sequence[str] = ()) -> Conf
 
     Args:
         path: a YAML file, as from :func:`~longnet_dist.config.packaged.find_config`.
-        overrides: ``section.key=value`` words with YAML values, which replace those of the file.
+        overrides: ``section.key=value`` words, which replace values of the file. The value of a key that is text or a
+            path is the text as it is; ``null`` leaves out one that may be. Other values are YAML.
 
     Raises:
         ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value is invalid.
@@ -78,7 +82,10 @@ def parse_yaml(text: str) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """This safe loader raises on a duplicate key, where yaml's own would use the last value."""
+    """This safe loader raises on a duplicate key, where yaml's own would use the last value.
+
+    Its numbers are decimal or hexadecimal, as in YAML 1.2: 010 is ten, and 1:30 and 2026-11-30 are no numbers or dates.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -91,13 +98,35 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_NOT_YAML_1_2 = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_YAML_1_2]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
 def _override(values: dict[str, Any], word: str) -> str:
     """Put ``a.b=value`` into nested values; return ``a.b``."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"a setting must read section.key=value, not {word!r}")
     try:
-        value = parse_yaml(text)
+        word.encode()
+        value = _as_it_is(key, text) if _is_text(key) else parse_yaml(text)
+    except UnicodeEncodeError:
+        shown = os.fsencode(text)
+        raise ConfigError(f"the value of {key} must be UTF-8, but is the bytes {shown!r}; write it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {key} is no valid YAML: {error}") from None
     *sections, last = key.split(".")
@@ -107,6 +136,47 @@ def _override(values: dict[str, Any], word: str) -> str:
             raise ConfigError(f"{key} cannot be set: {section} is {values!r} and no section")
     values[last] = value
     return key
+
+
+def _as_it_is(key: str, text: str) -> str | None:
+    """Return the text of a value, or None where it leaves out a key that may be."""
+    if "\0" in text:
+        raise ConfigError(f"the value of {key} must not have a zero byte")
+    field = _field(key)
+    optional = field is not None and type(None) in _leaves(field.annotation)
+    return None if optional and text in ("", "null") else text
+
+
+def _is_text(key: str) -> bool:
+    """Say whether the value of a key is a text or a path."""
+    field = _field(key)
+    if field is None:
+        return key == "model.name"
+    kinds = set(_leaves(field.annotation)) - {type(None)}
+    return bool(kinds) and kinds <= {str, Path}
+
+
+def _field(key: str) -> FieldInfo | None:
+    """Return the field of a dotted key, None if there is none."""
+    section: type[BaseModel] | None = Config
+    field = None
+    for name in key.split("."):
+        field = section.model_fields.get(name) if section else None
+        section = section_of(field) if field else None
+    return field
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of; of a literal, those of its values."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif get_origin(annotation) is Annotated:
+        yield from _leaves(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _leaves(part)
+    else:
+        yield annotation
 
 
 def _faults(error: ValidationError) -> Iterator[str]:

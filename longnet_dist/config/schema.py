@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,17 @@ from longnet_dist.registry import ATTENTION_BACKENDS
 
 Precision = Literal["fp32", "bf16"]
 AUTO = "auto"
+
+
+def _expanded(path: Path) -> Path:
+    """Replace ``~`` or ``~user`` by the home folder, as a shell would."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path} begins with a home folder that is unknown ({error}); write the whole path") from None
+
+
+Place = Annotated[Path, AfterValidator(_expanded)]
 
 DEEPSPEED_KEYS_OF_OURS = {
     "train_batch_size": "train.batch_size",
@@ -96,8 +108,8 @@ class DataConfig(Section):
             ``documents=true``.
     """
 
-    path: Path | None = None
-    cache_dir: Path = Path("data")
+    path: Place | None = None
+    cache_dir: Place = Path("data")
     sequence_length: PositiveInt = 2048
     documents: bool = False
     packing: Literal["contiguous", "best_fit"] = "contiguous"
@@ -205,9 +217,9 @@ class TrainConfig(Section):
 
     renamed = {"keep_projections": "cache_qkv", "offload_projections": "offload_qkv", "products": "matmul"}
 
-    output_dir: Path
+    output_dir: Place
     steps: PositiveInt
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     batch_size: PositiveInt = 4
     micro_batch_size: PositiveInt | None = None
@@ -247,7 +259,7 @@ class TrainConfig(Section):
     max_skipped: PositiveInt = 10
     loggers: tuple[str, ...] = ("jsonl", "tensorboard")
     resume: str = "auto"
-    init: Path | None = None
+    init: Place | None = None
     sample_prompt: str = "def "
     sample_tokens: int = Field(200, ge=0)
 

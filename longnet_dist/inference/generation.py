@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from torch import Tensor
 from longnet_dist.errors import ConfigError
 from longnet_dist.inference.decoder import CHUNK_LENGTH, Decoder
 from longnet_dist.model.longnet import LongNet
+
+CHUNK_LENGTH = 16384
+LEAST_TEMPERATURE = 1e-6  # logits that are divided by it are far from the end of float32
+NUM_SEEDS = 2**64  # of torch's generators
+MOST_TOKENS = 2**48  # products of positions with rates and strides stay within int64
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Sampling:
         seed: of the draws.
 
     Raises:
-        ConfigError: a negative value.
+        ConfigError: a negative value, a temperature that is not finite or too small to divide by, or a seed that is
+            too large.
     """
 
     temperature: float = 0.8
@@ -31,6 +38,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature) or 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"the temperature must be 0 or from {LEAST_TEMPERATURE:g} upwards and finite, not {self.temperature}; "
+                "use 0 for the most likely token"
+            )
+        if self.seed >= NUM_SEEDS:
+            raise ConfigError(f"the seed must be less than 2^64, not {self.seed}; use a smaller one")
         if self.temperature < 0 or self.top_k < 0 or self.seed < 0:
             raise ConfigError(
                 f"temperature, top-k and seed must not be negative, but are {self.temperature}, {self.top_k} and "
@@ -38,7 +52,6 @@ class Sampling:
             )
 
 
-@torch.no_grad()
 def generate(
     model: LongNet,
     prompts: Sequence[Sequence[int]],
@@ -63,13 +76,28 @@ def generate(
         chunk_length: rows of a prompt that are computed at once.
 
     Raises:
-        ConfigError: a bidirectional model, no prompt or an empty one, fewer than one sample, or a text that xPos cannot
-            span.
+        ConfigError: a bidirectional model, no prompt or an empty one, fewer than one sample, an impossible number of
+            tokens, or a text that xPos cannot span.
     """
     if samples < 1:
         raise ConfigError(f"there must be at least 1 sample, not {samples}")
+    if not 0 <= num_tokens <= MOST_TOKENS:
+        raise ConfigError(f"the number of tokens to add must be from 0 to 2^48, not {num_tokens}")
     if not prompts:
         raise ConfigError("the prompt is empty; give at least one character")
+    return _generate(model, prompts, num_tokens, sampling, samples, chunk_length)
+
+
+@torch.no_grad()
+def _generate(
+    model: LongNet,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    sampling: Sampling,
+    samples: int,
+    chunk_length: int,
+) -> Iterator[list[int]]:
+    """Yield as :func:`generate` does, for arguments that it has checked."""
     decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length)
     for number, prompt in enumerate(prompts):
         decoder.load(prompt, range(samples * number, samples * (number + 1)))

@@ -139,12 +139,12 @@ def evaluate_run_streamed(
         return evaluate_stream(model, windows, chunk_length, device, file)
 
 
-def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling, samples: int = 1) -> list[str]:
+def continue_text(path: Path, prompt: str | bytes, num_tokens: int, sampling: Sampling, samples: int = 1) -> list[str]:
     """Texts of the prompt and ``num_tokens`` tokens that the model adds to it.
 
     Args:
         path: folder of a run, or one of its checkpoints.
-        prompt: the text to continue, of any length.
+        prompt: the text to continue, of any length; bytes need not be UTF-8.
         num_tokens: how many tokens to add.
         sampling: how to draw them.
         samples: how many texts, drawn independently.
@@ -155,7 +155,7 @@ def continue_text(path: Path, prompt: str, num_tokens: int, sampling: Sampling, 
     run = _Run.open(path)
     tokenizer = run.folder.tokenizer()
     model = run.model(None, LaunchEnvironment().device())
-    ids = [int(token) for token in tokenizer.encode(prompt.encode())]
+    ids = [int(token) for token in tokenizer.encode(prompt.encode() if isinstance(prompt, str) else prompt)]
     steps = generate(model, [ids], num_tokens, sampling, samples=samples)
     new = list(tqdm(steps, total=num_tokens, unit="token", disable=None, leave=False))
     texts = [[*ids, *(step[sample] for step in new)] for sample in range(samples)]

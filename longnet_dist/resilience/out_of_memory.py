@@ -7,13 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from longnet_dist.errors import LongNetError
+from longnet_dist.errors import LongNetError, is_out_of_memory
 from longnet_dist.estimate.devices import GIB
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import remedy_lines, table
-
-# Messages of torch's CPU allocator and of its size checks, which raise a plain RuntimeError.
-_CPU_MESSAGES = ("DefaultCPUAllocator", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 
 
 @contextmanager
@@ -29,9 +26,8 @@ def explained(rank: int, estimate: Estimate) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(message in str(error) for message in _CPU_MESSAGES):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         reason = (str(error) or "no memory left").splitlines()[0]
         peak = f"; tensors held {_gib(torch.cuda.max_memory_allocated())} at most" if torch.cuda.is_available() else ""

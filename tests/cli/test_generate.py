@@ -1,3 +1,5 @@
+import io
+
 import pytest
 
 from longnet_dist.cli.generate import SEPARATOR, main
@@ -34,3 +36,52 @@ def test_a_prompt_may_be_a_file_and_have_several_samples(folder, capsys, tmp_pat
 def test_an_empty_prompt_is_refused(folder):
     with pytest.raises(ConfigError, match="prompt is empty"):
         main([folder, "--prompt", ""])
+
+
+def test_a_prompt_has_the_bytes_that_were_typed(folder, capsys, tmp_path, monkeypatch):
+    """Not UTF-8: as a word of the command line, as a file, and from standard input, all the same."""
+    (tmp_path / "prompt").write_bytes(b"caf\xe9")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    outputs = []
+    for prompt in (["--prompt", "caf\udce9"], ["--prompt-file", str(tmp_path / "prompt")], ["--prompt-file", "-"]):
+        main([folder, *prompt, "--tokens", "3", "--temperature", "0"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("caf\ufffd")
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "-1"], "must be at least 0, not -1"),
+        (["--samples", "0"], "must be at least 1, not 0"),
+        (["--tokens", "1e3"], "invalid natural value: '1e3'"),
+    ],
+)
+def test_impossible_counts_are_refused(folder, capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main([folder, "--prompt", "a", *words])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "nan"], "the temperature must be 0 or from 1e-06 upwards and finite, not nan"),
+        (["--temperature", "inf"], "finite, not inf"),
+        (["--temperature", "1e-320"], "use 0 for the most likely token"),
+        (["--temperature", "-0.5"], "must not be negative"),
+        (["--seed", str(2**64)], r"the seed must be less than 2\^64, not 18446744073709551616"),
+        (["--tokens", str(2**63)], r"must be from 0 to 2\^48, not 9223372036854775808"),
+    ],
+)
+def test_impossible_values_are_refused(folder, words, message):
+    with pytest.raises(ConfigError, match=message):
+        main([folder, "--prompt", "a", *words])
+
+
+def test_extreme_values_that_are_possible(folder, capsys):
+    for words in (["--temperature", "1e-6"], ["--temperature", "1e30"], ["--seed", str(2**64 - 1)], ["--tokens", "0"]):
+        main([folder, "--prompt", "ab", "--tokens", "2", *words])
+        assert capsys.readouterr().out.startswith("ab")

@@ -96,6 +96,34 @@ def test_ranks_are_numbers():
         LaunchEnvironment.read(TORCHRUN | {"RANK": "first"})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT must be a port from 1 to 65535, not 99999"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT must be a port from 1 to 65535, not 0"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR must be the address of rank 0's machine, not ''"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be at least 1 and at most WORLD_SIZE, but .*WORLD_SIZE=8"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE must be at least 1 and at most WORLD_SIZE"),
+        ({"RANK": "8"}, "RANK must be less than WORLD_SIZE, but the environment says RANK=8, WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK must be less than LOCAL_WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1"),
+        ({"RANK": "-1"}, "must set RANK to a number, but it is '-1'"),
+        ({"RANK": "٣"}, "must set RANK to a number"),
+        ({"WORLD_SIZE": ""}, "must set WORLD_SIZE to a number"),
+    ],
+    ids=str,
+)
+def test_impossible_numbers_are_refused_at_once(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        LaunchEnvironment.read(TORCHRUN | changes)
+
+
+def test_impossible_numbers_of_srun_are_refused(no_scontrol):
+    for changes in ({"SLURM_PROCID": "5"}, {"SLURM_LOCALID": "2"}, {"MASTER_PORT": "70000"}):
+        with pytest.raises(ConfigError, match="must be"):
+            LaunchEnvironment.read(SRUN | changes)
+
+
 def test_srun(no_scontrol):
     assert LaunchEnvironment.read(SRUN) == LaunchEnvironment(4, 5, 1, 2, "tcp://gpu07:22274")
 

@@ -42,6 +42,73 @@ def test_a_setting_may_be_a_list_or_nothing(file):
 
 
 @pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("data.path=a #1.tokens", Path("a #1.tokens")),
+        ("data.path= two words ", Path(" two words ")),
+        ("data.path=1:30", Path("1:30")),
+        ("data.path=010", Path("010")),
+        ("data.path=2026-11-30", Path("2026-11-30")),
+        ("data.path=[1, 2]", Path("[1, 2]")),
+        ("data.path=lr=1e-3/a.tokens", Path("lr=1e-3/a.tokens")),
+        ("data.path=null", None),
+        ("data.path=~/a.tokens", Path.home() / "a.tokens"),
+        ("data.path=a/~/b", Path("a/~/b")),
+        ("data.cache_dir=~", Path.home()),
+        ("train.output_dir=yes", Path("yes")),
+        ("train.init=~/runs/x", Path.home() / "runs" / "x"),
+        ("train.sample_prompt=# a: 'b' ", "# a: 'b' "),
+        ("train.sample_prompt=null", "null"),
+        ("train.sample_prompt=", ""),
+        ("train.sample_prompt=café", "café"),
+        ("train.resume=1e3", "1e3"),
+        ("train.schedule=wsd", "wsd"),
+        ("train.precision=bf16", "bf16"),
+        ("train.steps=010", 10),
+        ("train.steps=0x10", 16),
+        ("train.steps=1_000", 1000),
+        ("train.learning_rate=1e-4", 1e-4),
+        ("train.learning_rate=.5", 0.5),
+        ("train.checkpoint_async=off", False),
+        ("parallel.sequence=auto", "auto"),
+        ("train.seed=18446744073709551615", 2**64 - 1),
+    ],
+)
+def test_a_value_is_what_was_written(file, word, expected):
+    section, _, key = word.partition("=")[0].partition(".")
+    assert getattr(getattr(load_config(file, [word]), section), key) == expected
+
+
+def test_a_file_means_the_same(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(TEXT + "  seed: 010\n  init: 2026-11-30\n  sample_prompt: ~\n".replace("~", "'~'"))
+    config = load_config(path)
+    assert (config.train.seed, config.train.init, config.train.sample_prompt) == (10, Path("2026-11-30"), "~")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.steps=1:30", "train.steps='1:30'"),
+        ("train.steps=0o17", "train.steps='0o17'"),
+        ("train.steps=2026-11-30", "train.steps='2026-11-30'"),
+        ("train.seed=18446744073709551616", "train.seed=18446744073709551616 should be less than 18446744073709551616"),
+        (
+            "train.sample_prompt=caf\udce9",
+            r"the value of train.sample_prompt must be UTF-8, but is the bytes b'caf\xe9'",
+        ),
+        ("data.path=\udce9", "the value of data.path must be UTF-8"),
+        ("data.path=a\0b", "must not have a zero byte"),
+        ("data.path=~nobody-here/x", "begins with a home folder that is unknown"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(file, word, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [word])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["train.stepz=5"], "there is no key train.stepz; the nearest is train.steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from longnet_dist.errors import (
     USER_ERROR_STATUS,
     LongNetError,
     LostRankError,
+    is_out_of_memory,
 )
 
 
@@ -24,8 +26,11 @@ def run_cli(main: Callable[[], None]) -> None:
     An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. A
     missing package of others ends with the line that installs it. Any other exception is a fault of this package and
     keeps its traceback. An interrupt (Ctrl-C) exits with 130. Where the reader of the output ends first, as
-    ``head`` does, the status is 141 and there is no message.
+    ``head`` does, the status is 141 and there is no message. Memory that is not there ends with status 2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     try:
         main()
         sys.stdout.flush()
@@ -39,6 +44,11 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(READER_ENDED_STATUS)
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+        sys.exit(USER_ERROR_STATUS)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: out of memory: {(str(error) or 'none is left').splitlines()[0]}; ask for less\n")
         sys.exit(USER_ERROR_STATUS)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -44,6 +44,13 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--processes", type=positive, metavar="n", help=text)
 
 
+def natural(text: str) -> int:
+    """Parse a number of at least 0, for ``type=``."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
+    return number
+
+
 def positive(text: str) -> int:
     """Parse a number of at least 1, for ``type=``."""
     if (number := int(text)) < 1:

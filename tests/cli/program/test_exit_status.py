@@ -59,3 +59,26 @@ def test_output_whose_reader_has_ended_needs_no_message() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=300)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore")], ids=str
+)
+def test_memory_that_is_not_there_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_cli(raising(error))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: ")
+    with pytest.raises(RuntimeError, match="something else"):
+        run_cli(raising(RuntimeError("something else")))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_cannot_show_a_text_ends_no_command(encoding: str) -> None:
+    code = "from longnet_dist.cli.program.exit_status import run_cli; run_cli(lambda: print('\\u4eca \\udce9'))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    shown = "\u4eca".encode() if encoding == "utf-8" else b"\\u4eca"
+    assert done.stdout.rstrip() == shown + b" \\udce9"
+    assert not done.stderr
