@@ -13,7 +13,6 @@ from longnet_dist.errors import ConfigError
 from longnet_dist.inference.decoder import CHUNK_LENGTH, Decoder
 from longnet_dist.model.longnet import LongNet
 
-CHUNK_LENGTH = 16384
 LEAST_TEMPERATURE = 1e-6  # logits that are divided by it are far from the end of float32
 NUM_SEEDS = 2**64  # of torch's generators
 MOST_TOKENS = 2**48  # products of positions with rates and strides stay within int64
@@ -98,6 +97,8 @@ def _generate(
     chunk_length: int,
 ) -> Iterator[list[int]]:
     """Yield as :func:`generate` does, for arguments that it has checked."""
+    if not num_tokens:
+        return
     decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length)
     for number, prompt in enumerate(prompts):
         decoder.load(prompt, range(samples * number, samples * (number + 1)))
