@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.private_interfaces import gpu_flash
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -85,5 +85,6 @@ def _flash_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """The signature that torchscale gives flash-attn 2's function."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)
+    flash_forward, _ = gpu_flash()
+    out, lse, *_ = flash_forward(q, k, v, dropout, causal, scale=scale)
     return out.transpose(1, 2), lse

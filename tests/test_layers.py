@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1] / "longnet_dist"
 LAYERS = [
     "errors",
     "caches",
+    "private_interfaces",
     "registry",
     "extras",
     "machine",

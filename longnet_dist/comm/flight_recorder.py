@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+
+from longnet_dist.private_interfaces import recorded_collectives
 
 
 def record_collectives(folder: Path, entries: int, environ: MutableMapping[str, str]) -> None:
@@ -31,9 +32,7 @@ def write_collectives(folder: Path, rank: int) -> Path:
 
     Any thread may call it, also while another one hangs in a collective.
     """
-    c10d = torch._C._distributed_c10d  # torch has no public name for it
-    dump = c10d._dump_nccl_trace_json if dist.get_backend() == "nccl" else c10d._dump_fr_trace_json  # type: ignore[attr-defined]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank_{rank}.json"
-    path.write_bytes(dump(True, False))
+    path.write_bytes(recorded_collectives(nccl=dist.get_backend() == "nccl"))
     return path

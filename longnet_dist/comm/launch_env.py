@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.machine import usable_cores
+from longnet_dist.private_interfaces import abort_process_group
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # mpirun sets the number of ranks: Open MPI under the first name, Hydra (MPICH, Intel MPI) under the second. SLURM's
@@ -173,7 +174,7 @@ def process_group(
     except BaseException:
         if device.type == "cuda":
             # Destroying the group would wait for collectives of this rank that the others, still running, never join.
-            dist.distributed_c10d._abort_process_group()
+            abort_process_group()
         raise
     finally:
         if dist.is_initialized():

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from longnet_dist.config.schema import ParallelConfig
 from longnet_dist.errors import ConfigError
+from longnet_dist.private_interfaces import set_group_timeout
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,5 @@ def _options(timeout: timedelta) -> Any:
     if dist.get_backend() != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[attr-defined]
-    options._timeout = timeout  # torch warns when this differs from the argument of new_group
+    set_group_timeout(options, timeout)
     return options

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from longnet_dist.attention.module import DilatedAttention, HeadNorm
 from longnet_dist.model.block import OWN_STYLE, Block
 from longnet_dist.model.feed_forward import FeedForward
+from longnet_dist.private_interfaces import has_global_hook, has_hooks, own_module, own_parameters
 
 _PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("self_attn_layer_norm", (nn.LayerNorm,)),
@@ -32,7 +32,6 @@ _PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("ffn.ffn_layernorm", (nn.LayerNorm,)),
     ("ffn.fc2", (nn.Linear,)),
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def obstacle(block: Block) -> str:
@@ -46,7 +45,7 @@ def obstacle(block: Block) -> str:
     if block.style != OWN_STYLE:
         differing = (f"{name}={value}" for name, value in vars(block.style).items() if value != vars(OWN_STYLE)[name])
         return f"the style of the block is not LongNet's own, but has {', '.join(differing)}"
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if has_global_hook():
         return "hooks for all modules are registered"
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "autocast is on"
@@ -64,10 +63,10 @@ def _obstacles(block: Block) -> Iterator[str]:
     for name, types in _PARTS:
         module: nn.Module = block
         for part in name.split("."):
-            module = module._modules[part]  # type: ignore[assignment]
+            module = own_module(module, part)
         if type(module) not in types:
             yield f"{name} is a {_type(module)}"
-        elif any(module.__dict__.get(hooks) for hooks in _HOOKS):
+        elif has_hooks(module):
             yield f"{name} has hooks"
         elif "forward" in module.__dict__:
             yield f"the forward of {name} was replaced"
@@ -78,7 +77,7 @@ def _obstacles(block: Block) -> Iterator[str]:
 
 
 def _weight_obstacles(name: str, module: nn.Module) -> Iterator[str]:
-    for kind, weight in module._parameters.items():
+    for kind, weight in own_parameters(module).items():
         if weight is None and not (kind == "bias" and isinstance(module, nn.RMSNorm)):
             yield f"{name} has no {kind}"
         elif weight is not None and type(weight) is not nn.Parameter:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from longnet_dist import private_interfaces
 from longnet_dist.caches import bounded_cache
 from longnet_dist.numerics import log_once
 
@@ -27,17 +28,16 @@ def run(function: Callable[..., Any], compile: bool, *given: Any) -> Any:
     """
     if not compile:
         return function(*given)
-    from torch._dynamo.exc import FailOnRecompileLimitHit  # torch's compiler takes a second to import
-
+    limit_hit = private_interfaces.recompile_limit_error()
     with _whole_rows():
         try:
             return _compiled(function)(*given)
-        except FailOnRecompileLimitHit:  # before anything was computed
+        except limit_hit:  # before anything was computed
             pass
         try:
-            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            with private_interfaces.recompile_limit(MOST_SHAPES):
                 return _compiled(function)(*given)
-        except FailOnRecompileLimitHit:
+        except limit_hit:
             log_once(
                 f"{function.__name__} met more than {MOST_SHAPES} shapes and runs uncompiled for the others; "
                 f"set train.feed_forward_tile, so that all lengths share one shape"
@@ -55,28 +55,9 @@ def _whole_rows() -> Any:
 
     A norm then reads a row once, instead of twice forward and three times backward, and so does what is fused with it.
     """
-    from torch._inductor.virtualized import V
-
-    return V.set_choices_handler(_choices())
+    return private_interfaces.inductor_choices(_choices())
 
 
 @bounded_cache(maxsize=1)
 def _choices() -> Any:
-    from torch._inductor.choices import InductorChoices
-    from torch._inductor.runtime.hints import ReductionHint
-    from torch._inductor.virtualized import V
-
-    class WholeRows(InductorChoices):
-        """Make Inductor's own choices, except for rows that fit in registers."""
-
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            if features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction:
-                return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST_ROW))
-            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
-
-        def uuid(self) -> str:
-            """Return a part of the key of torch's cache, so that graphs of other choices are not reused."""
-            return f"longnet_dist rows of {WIDEST_ROW}"
-
-    return WholeRows()
+    return private_interfaces.persistent_rows(WIDEST_ROW, f"longnet_dist rows of {WIDEST_ROW}")

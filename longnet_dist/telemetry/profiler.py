@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from longnet_dist.config.schema import ProfileConfig
+from longnet_dist.private_interfaces import dump_memory, record_memory
 
 MEMORY_EVENTS = 200_000
 
@@ -55,8 +56,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            # Only Python stacks: resolving the names of C++ frames takes minutes.
-            torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
+            record_memory(MEMORY_EVENTS)
         self._profile = profile(activities=activities, record_shapes=True)
         self._profile.start()
 
@@ -65,7 +65,7 @@ class StepProfiler:
         name = self._folder / f"rank{dist.get_rank()}"
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            torch.cuda.memory._dump_snapshot(f"{name}.memory.pickle")  # type: ignore[no-untyped-call]
-            torch.cuda.memory._record_memory_history(enabled=None)
+            dump_memory(f"{name}.memory.pickle")
+            record_memory(None)
         running.stop()
         running.export_chrome_trace(f"{name}.trace.json.gz")

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -26,6 +26,7 @@ from longnet_dist.errors import ConfigError
 from longnet_dist.extras import DESTRUCTIVE_DEEPSPEED, install_command
 from longnet_dist.model.block import Block
 from longnet_dist.optim.optimizers import OPTIMIZERS, ParameterOf
+from longnet_dist.private_interfaces import replace_view_updates
 
 # What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
 _FOREIGN_WARNINGS = (
@@ -106,15 +107,17 @@ def _spare_launches(optimizer: Any) -> None:
     # Seven launches a parameter look for numbers that are not finite; the norm, next, shows them as well.
     optimizer.check_overflow = lambda partition_gradients: None
     optimizer.get_grad_norm_direct = partial(_norm_over_ranks, optimizer.dp_process_group)
+
     # After an update every parameter is made the view of its group's weights that it is already, unless these moved.
-    make_views = optimizer._update_model_bit16_weights
+    def only_if_moved(make_views: Callable[[int], None]) -> Callable[[int], None]:
+        def make_views_if_moved(group: int) -> None:
+            parameter, weights = optimizer.round_robin_bit16_groups[group][0], optimizer.bit16_groups_flat[group]
+            if parameter.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
+                make_views(group)
 
-    def make_views_if_moved(group: int) -> None:
-        parameter, weights = optimizer.round_robin_bit16_groups[group][0], optimizer.bit16_groups_flat[group]
-        if parameter.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
-            make_views(group)
+        return make_views_if_moved
 
-    optimizer._update_model_bit16_weights = make_views_if_moved
+    replace_view_updates(optimizer, only_if_moved)
 
 
 def _norm_over_ranks(ranks: Any, gradients: Any, _parameters: Any, norm_type: float = 2.0) -> Tensor:

@@ -33,6 +33,7 @@ from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import evaluate
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
+from longnet_dist.private_interfaces import default_store
 from longnet_dist.resilience.out_of_memory import explained
 from longnet_dist.resilience.stop_signals import stop_requests
 from longnet_dist.resilience.watchdog import Watchdog
@@ -84,7 +85,7 @@ def _watchdog(launch: LaunchEnvironment, timeout: timedelta, record: Callable[[]
     if launch.world_size == 1:
         yield
         return
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     with Watchdog(store, keeper, launch.rank, launch.world_size, timeout.total_seconds(), record):
         yield

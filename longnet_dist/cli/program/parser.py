@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from typing import NoReturn
 
 
@@ -28,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         """Print the usage and the message, and exit with status 2."""
         _, unknown, words = message.partition("unrecognized arguments: ")
         if unknown:
-            options = [option for option in self._option_string_actions if option.startswith("--")]
+            options = re.findall(r"--[\w-]+", self.format_usage())
             wrong = words.split()[0].partition("=")[0]
             near = difflib.get_close_matches(wrong, options, n=1)
             message += f" (the nearest option is {near[0]})" if near else f" (see {self.prog} --help)"

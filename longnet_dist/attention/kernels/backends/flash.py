@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longnet_dist import private_interfaces
 from longnet_dist.attention.kernels.backends import BACKENDS, Backend
 from longnet_dist.attention.kernels.contract import (
     BackwardInputs,
@@ -74,9 +75,8 @@ class FlashAttention4:
     """Call flash-attn 4 (CuTe DSL; Hopper and Blackwell) through the functions beneath its autograd Function."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn.cute.interface import _flash_attn_fwd  # compiles at import: only where it is used
-
-        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+        flash_forward, _ = private_interfaces.flash_4()  # compiles at import: only where it is used
+        out, lse, *_ = flash_forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
         return out, lse
 
     def backward(
@@ -91,10 +91,9 @@ class FlashAttention4:
         scale: float,
         deterministic: bool,
     ) -> tuple[Tensor, ...]:
-        from flash_attn.cute.interface import _flash_attn_bwd
-
+        _, flash_backward = private_interfaces.flash_4()
         return tuple(
-            _flash_attn_bwd(
+            flash_backward(
                 q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, causal=causal, deterministic=deterministic
             )
         )
@@ -105,7 +104,8 @@ class TorchFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        flash_forward, _ = private_interfaces.gpu_flash()
+        out, lse, *_ = flash_forward(q, k, v, 0.0, causal, scale=scale)
         return out.transpose(1, 2), lse
 
     def backward(
@@ -123,7 +123,8 @@ class TorchFlash:
         queries, keys = q.shape[1], k.shape[1]
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        _, flash_backward = private_interfaces.gpu_flash()
+        parts = flash_backward(
             dout, q, k, v, out, lse.contiguous(), None, None, queries, keys, 0.0, causal, unused, unused, scale=scale
         )
         return tuple(part.transpose(1, 2) for part in parts)

@@ -20,9 +20,9 @@ from longnet_dist.attention.kernels.contract import (
     with_lse_gradient,
 )
 from longnet_dist.attention.kernels.views import View, dense_problems, views
+from longnet_dist.private_interfaces import cpu_flash
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_forward, _backward = cpu_flash()
 _BLOCK_ELEMENTS = 1 << 22
 
 
