@@ -76,8 +76,7 @@ def dilated_attention(
         scale: factor of the scores, ``D ** -0.5`` if not given.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device. All its ranks
             must call. All hold the same ``n``, the last may hold fewer. A call makes one small collective that compares
-            the arguments of all ranks, and one that carries rows where segments cross ranks. In a stream, whose rows
-            every rank knows, only the latter.
+            the ranks' arguments (none in a stream), and one that carries rows where segments cross ranks.
         backend: ``"auto"``, ``"reference"``, ``"sdpa"`` (CPU), ``"triton"`` or ``"flash"`` (GPU).
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients bitwise equal from run to run.
@@ -86,9 +85,8 @@ def dilated_attention(
         cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk. The
             stream has been given the documents of its whole sequence.
         cu_seqlens: edges of packed documents, host integers in rows of the whole sequence over all ranks: ``[0, a, …,
-            N]``, or one such list for each batch item. Each document computes what it computes alone. A list may begin
-            above 0 and end below ``N``: rows outside are padding, with output 0, lse ``-inf`` and gradient 0. The same
-            on all ranks.
+            N]``, or one such list for each item; the same on all ranks. Each document computes what it computes alone.
+            A list may begin above 0 and end below ``N``: rows outside are padding, output 0, lse ``-inf``, gradient 0.
         sink: ``(H,)``, ``(n, H)`` or ``(B, n, H)``, the logarithm of the weight of one more key, whose value is 0
             (:mod:`longnet_dist.attention.sink`); differentiable. Over ranks, rows are this rank's, and the gradient of
             ``(H,)`` is this rank's part: their sum is the whole.
@@ -105,6 +103,11 @@ def dilated_attention(
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
         ConfigError: an unknown backend, or one that cannot run here; the other ranks of the group raise a ShapeError.
     """
+    if torch.compiler.is_compiling():
+        return _compiled(
+            q, k, v, pattern, causal, scale, group, backend, return_lse, deterministic, overlap, total_rows, cache,
+            cu_seqlens, sink, first_head, total_heads,
+        )  # fmt: skip
     packed = PackedBatch.read(cu_seqlens, q, k, group, cache)
     parts = []
     for item in packed.items(q, k, v, sink):
@@ -114,6 +117,42 @@ def dilated_attention(
         )  # fmt: skip
         parts.append(attend(*item.qkv, spec, item.sink))
     out, lse = packed.joined(parts, q)
+    return (out, lse) if return_lse else out
+
+
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    causal: bool,
+    scale: float | None,
+    group: dist.ProcessGroup | None,
+    backend: str,
+    return_lse: bool,
+    deterministic: bool,
+    overlap: bool,
+    total_rows: int | None,
+    cache: LayerCache | None,
+    cu_seqlens: Any,
+    sink: Tensor | None,
+    first_head: int,
+    total_heads: int | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute :func:`dilated_attention` in a graph: one operator, or, over ranks and in streams, outside the graph."""
+    if group is not None or cache is not None:
+        eager = torch.compiler.disable(dilated_attention)  # type: ignore[no-untyped-call]
+        result: Tensor | tuple[Tensor, Tensor] = eager(
+            q, k, v, pattern, causal=causal, scale=scale, group=group, backend=backend, return_lse=return_lse,
+            deterministic=deterministic, overlap=overlap, total_rows=total_rows, cache=cache, cu_seqlens=cu_seqlens,
+            sink=sink, first_head=first_head, total_heads=total_heads,
+        )  # fmt: skip
+        return result
+    from longnet_dist.attention.operators.attention import operator_attention  # it builds on this module
+
+    out, lse = operator_attention(
+        q, k, v, pattern, causal, scale, backend, deterministic, total_rows, cu_seqlens, sink, first_head, total_heads
+    )
     return (out, lse) if return_lse else out
 
 
@@ -347,6 +386,16 @@ def attention_forward(
         join_sink(out, lse, sink, spec.documents.padding(*spec.window) if spec.documents else ())
     out = out.to(q.dtype)
     return out, lse, shared
+
+
+def gathered_rows(spec: AttentionSpec, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Return keys and values of the shared segments once more, where this device has all keys of the sequence."""
+    if not spec.exchanges:
+        return []
+    plan = spec.plan(k.shape[2])
+    rows = CompactBuffers(plan.segments, k.shape[2], k, k.dtype)
+    Gather(plan, None, k, v, overlap=False).wait(rows)
+    return [x for pair in rows.views(spec.shared()) for x in pair]
 
 
 class BackwardStart(NamedTuple):

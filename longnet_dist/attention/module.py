@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longnet_dist.attention.decoding import Cache, DecodingLayer
-from longnet_dist.attention.functional import AttentionSpec, attend
+from longnet_dist.attention.functional import AttentionSpec, attend, dilated_attention
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch, documents_of_model
 from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions, RotaryTable, rotate
@@ -29,6 +29,11 @@ class HeadNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normed heads, as ``x (…, D)``."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the queries and keys of ``x``."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class DilatedAttention(nn.Module):
@@ -130,6 +135,8 @@ class DilatedAttention(nn.Module):
             ShapeError: shapes, rows or ``start`` that do not fit the group.
             ConfigError: xPos cannot span the pattern.
         """
+        if torch.compiler.is_compiling() and not isinstance(cache, DecodingLayer):
+            return self._compiled(x, start, total_rows, cache, cu_seqlens)
         documents, as_one = documents_of_model(cu_seqlens, x.shape[0], x.shape[1], self.group)
         if as_one:
             joined: Tensor = self(x.flatten(0, 1)[None], cu_seqlens=documents)
@@ -140,6 +147,30 @@ class DilatedAttention(nn.Module):
             spec, table = self.prepare(x, start, total_rows, cache, documents)
             out, _ = attend(*self.project(x, table), spec, self.sink(spec, x.device))
         result: Tensor = self.out_proj(self.inner_attn_ln(rearrange(out, "b n h d -> b n (h d)")))
+        return result
+
+    def _compiled(
+        self, x: Tensor, start: int | None, total_rows: int | None, cache: LayerCache | None, cu_seqlens: Any
+    ) -> Tensor:
+        """Compute :meth:`forward` in a graph; over ranks, in streams and with phantom keys outside it."""
+        whole = self.group is None and cache is None and start in (None, 0)
+        if not whole or self.phantom_keys is not None or isinstance(cu_seqlens, Documents):
+            eager = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]
+            outside: Tensor = eager(x, start=start, total_rows=total_rows, cache=cache, cu_seqlens=cu_seqlens)
+            return outside
+        from longnet_dist.attention.operators.rotations import operator_rotations  # only where a compiler traces
+
+        table = None
+        if self.positions is not None:
+            like = x.new_empty(0, self.head_dim, dtype=_dtype(x))
+            table = operator_rotations(self.positions, self.pattern, like, x.shape[0], x.shape[1], cu_seqlens)
+        q, k, v = self.project(x, table)
+        out = dilated_attention(
+            q, k, v, self.pattern, causal=self.causal, backend=self.backend, deterministic=self.deterministic,
+            total_rows=total_rows, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        result: Tensor = self.out_proj(self.inner_attn_ln(out.flatten(2)))
         return result
 
     def sink(self, spec: AttentionSpec, device: torch.device) -> Tensor | None:
@@ -175,7 +206,7 @@ class DilatedAttention(nn.Module):
     ) -> tuple[AttentionSpec, RotaryTable | None]:
         """Return the checked attention of these rows and their rotations; arguments and errors of :meth:`forward`."""
         batch, rows, dim = x.shape
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = _dtype(x)
         # Only shapes, dtype and device of queries and keys count here, so these take no memory.
         queries, keys = (
             x.new_empty(1, dtype=dtype).expand(batch, rows, heads, self.head_dim)

@@ -122,8 +122,8 @@ def documents_of_model(
     Raises:
         ShapeError: lists that do not fit, or, over ranks, items with lists of their own.
     """
-    if cu_seqlens is None or isinstance(cu_seqlens, Documents):
-        return cu_seqlens, False
+    if cu_seqlens is None or isinstance(cu_seqlens, Documents) or torch.compiler.is_compiling():
+        return cu_seqlens, False  # in a graph, each layer's operator reads them
     alone = group is None or dist.get_world_size(group) == 1
     lists = tuple(map(Documents.of_edges, read_edges(cu_seqlens, batch, rows if alone else None)))
     if len(set(lists)) == 1:
