@@ -11,6 +11,7 @@ MODULES = {
     "train": ("deepspeed", "matplotlib", "tensorboard"),
     "cuda": ("flash_attn", "quack"),
     "tokenizers": ("tokenizers", "tiktoken"),
+    "data": ("pyarrow", "zstandard"),
     "mpi": ("mpi4py",),
     "hf": ("accelerate", "peft", "transformers"),
     "hdf5": ("h5py",),
@@ -20,7 +21,7 @@ DESTRUCTIVE_DEEPSPEED = ("0.19.5", "0.19.6", "0.19.7")
 """Versions in which a gradient that is not finite makes every weight NaN, while the step counts as skipped."""
 
 
-def require_extra(extra: str, purpose: str) -> None:
+def require_extra(extra: str, purpose: str, only: str | None = None) -> None:
     """Check that the packages of an extra are installed, without importing them.
 
     Call it before any other work, on every rank: then all ranks end alike, and nothing has been written.
@@ -28,11 +29,12 @@ def require_extra(extra: str, purpose: str) -> None:
     Args:
         extra: a key of ``MODULES``.
         purpose: who needs the packages; the message begins with it.
+        only: the one package of the extra that is needed; None: all.
 
     Raises:
         MissingExtraError: at least one of them is absent.
     """
-    missing = [name for name in MODULES[extra] if find_spec(name) is None]
+    missing = [name for name in MODULES[extra] if find_spec(name) is None and only in (None, name)]
     if missing:
         raise MissingExtraError(
             f"{purpose} needs {', '.join(missing)}, which this Python does not have; install the extra: "

@@ -28,6 +28,8 @@ class Prepared:
         num_hidden: hidden files and folders that were skipped.
         num_binary: binary files that were skipped.
         num_replaced: byte sequences that are not UTF-8 and were read as U+FFFD.
+        num_lost, num_read: bytes of text that the tokenizer dropped, of all that were read.
+        left_out: what else was left out, by kind: how many, and the name of the first.
         seconds: time that it took.
     """
 
@@ -36,6 +38,9 @@ class Prepared:
     num_hidden: int
     num_binary: int
     num_replaced: int
+    num_lost: int
+    num_read: int
+    left_out: dict[str, tuple[int, str]]
     seconds: float
 
     def summary(self) -> str:
@@ -52,8 +57,13 @@ class Prepared:
             "hidden files and folders skipped": self.num_hidden,
             "byte sequences that are not UTF-8 read as U+FFFD": self.num_replaced,
         }
-        if any(losses.values()):
-            lines.append(", ".join(f"{count:,} {what}" for what, count in losses.items() if count))
+        said = [f"{count:,} {what}" for what, count in losses.items() if count]
+        said += [f"{count:,} {what} (the first is {name})" for what, (count, name) in self.left_out.items()]
+        if self.num_lost:
+            share = self.num_lost / self.num_read
+            said.append(f"{self.num_lost:,} of {self.num_read:,} bytes ({share:.1%}) dropped by the tokenizer")
+        if said:
+            lines.append(", ".join(said))
         return "\n".join(lines)
 
 
@@ -65,27 +75,41 @@ def prepare(
     validation: float = 0.05,
     overwrite: bool = False,
     source: str = "",
+    num_workers: int = 1,
+    shuffle: int | None = None,
 ) -> Prepared:
     """Write the token file ``output`` from a corpus, with a progress bar over the bytes on disk.
 
     Args:
         corpus: the documents, as from :func:`~longnet_dist.data.corpus.find_corpus`.
-        output, tokenizer, validation, overwrite, source: as for
+        output, tokenizer, validation, overwrite, source, num_workers, shuffle: as for
             :class:`~longnet_dist.data.token_file_writer.TokenFileWriter`.
 
     Raises:
         DataError: an input cannot be read, the output exists or cannot be written, or the corpus has no text.
+        MissingExtraError: a Parquet or Zstandard file, whose package is not installed.
     """
     begin = time.perf_counter()
     if Path(output).resolve() in {path.resolve() for path in corpus.paths}:
         raise DataError(f"the output {output} is one of the inputs; write to another file")
     with (
-        TokenFileWriter(output, tokenizer, validation=validation, overwrite=overwrite, source=source) as writer,
-        tqdm(total=corpus.total_bytes, unit="B", unit_scale=True, desc=f"prepare {writer.path.name}") as progress,
+        TokenFileWriter(
+            output,
+            tokenizer,
+            validation=validation,
+            overwrite=overwrite,
+            source=source,
+            num_workers=num_workers,
+            shuffle=shuffle,
+        ) as writer,
+        tqdm(
+            total=corpus.total_bytes or None, unit="B", unit_scale=True, desc=f"prepare {writer.path.name}"
+        ) as progress,
     ):
         for document in corpus:
             writer.add_document(_counted(document.chunks, corpus, progress))
         progress.update(corpus.bytes_read - progress.n)
+        writer.flush()
         if writer.num_tokens == 0:
             raise DataError(
                 f"the input holds no text ({len(corpus.paths)} files; {corpus.num_binary} binary and "
@@ -98,6 +122,9 @@ def prepare(
         num_hidden=corpus.num_hidden,
         num_binary=corpus.num_binary,
         num_replaced=writer.num_replaced,
+        num_lost=writer.num_lost,
+        num_read=writer.num_read,
+        left_out=corpus.left_out,
         seconds=time.perf_counter() - begin,
     )
 

@@ -82,3 +82,24 @@ def test_help_has_examples(tmp_path: Path) -> None:
     done = run(tmp_path, "--help")
     assert done.returncode == 0
     assert "longnet prepare enwik8.zip --output enwik8.tokens" in done.stdout
+
+
+def test_a_tokenizer_is_trained_on_standard_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": "to be or not to be"}\n' * 300)
+    options = ["--train-tokenizer", "270", "--text-column", "body", "--shuffle", "1", "--workers", "2", "--verify"]
+    done = run(tmp_path, "a.jsonl", "--output", "a.tokens", *options)
+    assert done.returncode == 0, done.stderr
+    assert "a.tokens: 300 documents" in done.stdout
+    file = TokenFile.open(tmp_path / "a.tokens", verify=True)
+    assert file.header.edges is not None
+    assert file.header.edges.count == 301
+    assert file.tokenizer.name == "bpe-270"
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "longnet_dist", "prepare", "-", "--output", "a.tokens", "--format", "jsonl"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    done = subprocess.run(command, cwd=tmp_path, input=lines, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert TokenFile.open(tmp_path / "a.tokens").tokens.tobytes() == b"one\0two"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import tracemalloc
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +90,57 @@ class SpacelessTokenizer(WideTokenizer):
         return super().encode(text.replace(b" ", b""))
 
 
-def test_a_tokenizer_that_loses_bytes_is_split_between_pieces(tmp_path: Path) -> None:
+def test_only_what_tokens_stand_for_counts(tmp_path: Path) -> None:
     documents = [b"a b c d e f g h", b"i j", b"k l m n"]
-    file = write(tmp_path / "a.tokens", SpacelessTokenizer(), documents, validation=0.4)
+    with TokenFileWriter(tmp_path / "a.tokens", SpacelessTokenizer(), validation=0.4) as writer:
+        for document in documents:
+            writer.add_document([document])
+    file = TokenFile.open(tmp_path / "a.tokens", verify=True)
     assert file.tokens.tobytes() == b"abcdefgh\0ij\0klmn"
-    # The target is token 10, inside "ij" (tokens 9 and 10), which begins behind 15 + 1 bytes.
-    assert file.header.train.model_dump() == {"first": 0, "last": 9, "num_bytes": 16}
-    assert file.header.num_bytes == 15 + 1 + 3 + 1 + 7
+    # The split does not need a tokenizer that returns what it was given.
+    assert file.header.train.model_dump() == {"first": 0, "last": 10, "num_bytes": 10}
+    assert file.header.num_bytes == 16
+    assert (writer.num_lost, writer.num_read) == (7 + 1 + 3, 15 + 3 + 7)
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.05, 0.999999])
+@pytest.mark.parametrize("text", [b"ab", b"abc", b"abcd", "ä€😀".encode() * 3])
+def test_no_split_is_empty_unless_that_is_wanted(
+    tmp_path: Path, tokenizer_json: Path, text: bytes, share: float
+) -> None:
+    for number, tokenizer in enumerate([ByteTokenizer(), SpacelessTokenizer(), load_tokenizer(str(tokenizer_json))]):
+        file = write(tmp_path / f"{number}.tokens", tokenizer, [text], validation=share)
+        least = 2 if file.header.num_tokens > 3 else 1
+        for split in (file.header.train, file.header.validation):
+            assert split.last - split.first >= least
+        none = write(tmp_path / f"{number}.tokens", tokenizer, [text], validation=0, overwrite=True)
+        assert none.split("validation") == (none.header.num_tokens, none.header.num_tokens)
+
+
+def test_one_token_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 token, which cannot be shared.*--validation 0"):
+        write(tmp_path / "a.tokens", ByteTokenizer(), [b"a"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("separator", [0, None])
+def test_shuffled_documents_are_the_documents(tmp_path: Path, separator: int | None) -> None:
+    texts = [bytes([97 + number % 26]) * (1 + number % 7) for number in range(100)]
+    files = [
+        write(tmp_path / f"{number}.tokens", WideTokenizer(256, separator), texts, shuffle=seed, validation=0.2)
+        for number, seed in enumerate([5, 5, 6, None])
+    ]
+    order = []
+    for file in files:
+        edges = np.array(file.edges).tolist()
+        order.append([file.tokens[a:b].tobytes().rstrip(b"\0") for a, b in pairwise(edges)])
+        assert file.header.num_bytes == file.header.num_tokens == len(b"".join(texts)) + 99 * (separator == 0)
+    assert order[0] == order[1] != order[2]
+    assert order[3] == texts != order[0]
+    assert sorted(order[0]) == sorted(order[2]) == sorted(texts)
+    assert files[0].split("train")[1] in np.array(files[0].edges).tolist()  # no document is in both
+    assert files[0].header.train.num_bytes == files[0].split("train")[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}.tokens" for number in range(4)]
 
 
 def test_undecodable_bytes_are_replaced_and_counted(tmp_path: Path, tokenizer_json: Path) -> None:

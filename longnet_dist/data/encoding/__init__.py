@@ -1,0 +1,1 @@
+"""Text becomes tokens: in this process, or in worker processes."""

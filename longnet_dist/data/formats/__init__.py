@@ -1,0 +1,1 @@
+"""Formats of text files: what their documents are."""
