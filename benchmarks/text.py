@@ -35,6 +35,7 @@ def write_text(path: Path, num_tokens: int, folders: Sequence[str | Path] = DEFA
         while writer.num_tokens < num_tokens:
             for content in _texts(folders):
                 writer.add_document([content[: num_tokens - writer.num_tokens]])
+                writer.flush()  # so that the count is that of all so far
                 bar.update(writer.num_tokens - bar.n)
                 if writer.num_tokens >= num_tokens:
                     break
