@@ -22,7 +22,7 @@ from longnet_dist.data.formats.choice import Format, format_of
 from longnet_dist.data.formats.compression import Counting, decompressed
 from longnet_dist.data.formats.document import Document
 from longnet_dist.data.formats.fasta import fasta_documents
-from longnet_dist.data.formats.json_lines import json_documents
+from longnet_dist.data.formats.json_rows import json_documents
 from longnet_dist.data.formats.parquet import parquet_documents
 from longnet_dist.errors import DataError
 

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from longnet_dist.data.encoding.encoder import Batch, Encoded
+from longnet_dist.data.encoding.pieces import Batch, Encoded
 from longnet_dist.data.encoding.workers import encoding_by
 from longnet_dist.data.shuffle import permuted
 from longnet_dist.data.token_file import MAGIC, PAGE_BYTES, PREAMBLE, VERSION, Edges, Header, Split

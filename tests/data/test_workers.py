@@ -17,7 +17,7 @@ import pytest
 
 from longnet_dist.data.corpus import find_corpus
 from longnet_dist.data.encoding import workers as workers_module
-from longnet_dist.data.encoding.encoder import Batch
+from longnet_dist.data.encoding.pieces import Batch
 from longnet_dist.data.encoding.training import train_tokenizer
 from longnet_dist.data.encoding.workers import Workers
 from longnet_dist.data.prepare import prepare

@@ -11,7 +11,7 @@ import pickle
 import signal
 import sys
 
-from longnet_dist.data.encoding.encoder import Encoder
+from longnet_dist.data.encoding.pieces import Encoder
 from longnet_dist.data.tokenizers import tokenizer_from_json
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
-from longnet_dist.data.encoding.encoder import Batch, Encoded, Encoder
+from longnet_dist.data.encoding.pieces import Batch, Encoded, Encoder
 from longnet_dist.data.tokenizers import HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer
 from longnet_dist.errors import DataError
 
