@@ -62,6 +62,7 @@ class Decoding:
     ) -> None:
         self.max_rows = max_rows
         self.rows = torch.zeros(texts, dtype=torch.int64, device=device)
+        self._going_on = torch.zeros_like(self.rows)
         grids: dict[DilatedPattern, Grid] = {}
         for pattern in patterns:
             if pattern not in grids:
@@ -70,12 +71,16 @@ class Decoding:
         self.layers = [DecodingLayer(self, grids[pattern], shape, dtype, device) for pattern in patterns]
 
     def advance(self) -> None:
-        """Let every text go on to its next row."""
-        self.rows += 1
+        """Let every text that was loaded go on to its next row."""
+        self.rows += self._going_on
+
+    def clear(self, text: int) -> None:
+        """Forget a text; its place computes row 0 until another is loaded."""
+        self.rows[text] = self._going_on[text] = 0
 
     def load(self, text: int, stream: Stream, row: int, item: int = 0) -> None:
         """Make batch item ``item`` of a stream, of which rows ``[0, row)`` have passed, the past of a text."""
-        self.rows[text] = row
+        self.rows[text], self._going_on[text] = row, 1
         carried = iter(stream.carried())
         for layer in self.layers:
             segments = open_segments(layer.grid.pattern, row, stream.total_rows)
@@ -85,7 +90,7 @@ class Decoding:
 
     def copy(self, text: int, to: int) -> None:
         """Give text ``to`` the past of ``text``."""
-        self.rows[to] = self.rows[text]
+        self.rows[to], self._going_on[to] = self.rows[text], self._going_on[text]
         for layer in self.layers:
             layer.records[:, to] = layer.records[:, text]
 

@@ -18,6 +18,7 @@ examples:
   longnet generate runs/quickstart --prompt-file story.txt --tokens 500 --samples 3 --seed 7
   longnet generate runs/quickstart --prompt "import " --temperature 0
   git diff | longnet generate runs/quickstart --prompt-file -
+  longnet generate runs/quickstart --prompt "def f(" --top-p 0.9 --stop "def "
 """
 
 
@@ -35,11 +36,17 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.inference.generation import Sampling
     from longnet_dist.inference.runs import continue_text
 
-    sampling = Sampling(options.temperature, options.top_k, options.seed)
+    sampling = Sampling(options.temperature, options.top_k, options.seed, options.top_p)
     # A word of the command line that is not UTF-8 has the bytes that were typed.
     prompt = os.fsencode(options.prompt) if options.prompt_file is None else _read(options.prompt_file)
-    texts = continue_text(options.run, prompt, options.tokens, sampling, options.samples)
-    print(f"\n{SEPARATOR}\n".join(texts))
+    show = _write if options.samples == 1 else None
+    texts = continue_text(options.run, prompt, options.tokens, sampling, options.samples, options.stop, show)
+    print("" if show else f"\n{SEPARATOR}\n".join(texts))
+
+
+def _write(text: str) -> None:
+    """Write a piece of text at once."""
+    print(text, end="", flush=True)
 
 
 def _read(path: Path) -> bytes:
@@ -62,5 +69,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--samples", type=positive, default=1, metavar="n", help="texts to write (default %(default)s)")
     result.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
     result.add_argument("--top-k", type=int, default=40, help="of the likeliest tokens; 0: all (default %(default)s)")
+    result.add_argument("--top-p", type=float, default=1.0, help="likeliest tokens of this probability (default all)")
+    result.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     result.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
     return result

@@ -77,6 +77,10 @@ class Decoder:
         self._cache.advance()
         return logits
 
+    def clear(self, place: int) -> None:
+        """Free a place, whose logits mean nothing until another text is loaded."""
+        self._cache.clear(place)
+
     def follow(self, ids: Tensor) -> None:
         """Set the token that :meth:`step` passes next, in every place.
 

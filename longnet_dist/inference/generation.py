@@ -26,15 +26,18 @@ class Sampling:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: only this many of the most likely tokens; 0: all.
         seed: of the draws.
+        top_p: only the most likely tokens that together have this probability, in (0, 1]; the first that reaches it is
+            one of them. It counts among those that ``top_k`` leaves.
 
     Raises:
-        ConfigError: a negative value, a temperature that is not finite or too small to divide by, or a seed that is
-            too large.
+        ConfigError: a negative value, a temperature that is not finite or too small to divide by, a seed that is too
+            large, or a top-p outside of its range.
     """
 
     temperature: float = 0.8
     top_k: int = 40
     seed: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or 0 < self.temperature < LEAST_TEMPERATURE:
@@ -49,6 +52,12 @@ class Sampling:
                 f"temperature, top-k and seed must not be negative, but are {self.temperature}, {self.top_k} and "
                 f"{self.seed}; use temperature 0 for the most likely token and top-k 0 for all"
             )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top-p must be above 0 and at most 1, but is {self.top_p}; use 1 for all tokens")
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the source of the draws."""
+        return torch.Generator(device).manual_seed(self.seed)
 
 
 def generate(
@@ -102,17 +111,20 @@ def _generate(
     decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length)
     for number, prompt in enumerate(prompts):
         decoder.load(prompt, range(samples * number, samples * (number + 1)))
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(sampling.seed)
+    generator = sampling.generator(next(model.parameters()).device)
     for _ in range(num_tokens):
-        ids = _draw(decoder.step().float(), sampling, generator)
+        ids = draw(decoder.step().float(), sampling, generator)
         decoder.follow(ids)
         yield ids.tolist()
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One id ``(B,)`` from each row of logits ``(B, V)``."""
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Return one id ``(B,)``, int64, from each row of float logits ``(B, V)``."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     values, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
-    choice = torch.multinomial((values / sampling.temperature).softmax(-1), 1, generator=generator)
+    shares = (values / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:  # a token stays while those before it do not have that probability yet
+        shares = shares.masked_fill(shares.cumsum(-1) - shares >= sampling.top_p, 0.0)
+    choice = torch.multinomial(shares, 1, generator=generator)
     return ids.gather(1, choice)[:, 0]

@@ -22,12 +22,14 @@ from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
 from longnet_dist.data.token_file import SplitName, TokenFile
+from longnet_dist.data.tokenizers import Tokenizer
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.inference.generation import Sampling, generate
 from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
+from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import save_pretrained
 
@@ -139,27 +141,60 @@ def evaluate_run_streamed(
         return evaluate_stream(model, windows, chunk_length, device, file)
 
 
-def continue_text(path: Path, prompt: str | bytes, num_tokens: int, sampling: Sampling, samples: int = 1) -> list[str]:
-    """Texts of the prompt and ``num_tokens`` tokens that the model adds to it.
+def load_trained(path: Path) -> tuple[LongNet, Tokenizer]:
+    """Return the model of a run, in evaluation mode on this process's device, and the tokenizer of its text.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+
+    Raises:
+        LongNetError: no such run.
+    """
+    run = _Run.open(path)
+    return run.model(None, LaunchEnvironment().device()), run.folder.tokenizer()
+
+
+def continue_text(
+    path: Path,
+    prompt: str | bytes,
+    num_tokens: int,
+    sampling: Sampling,
+    samples: int = 1,
+    stop: Sequence[str] = (),
+    show: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Return texts of the prompt and ``num_tokens`` tokens that the model adds to it.
 
     Args:
         path: folder of a run, or one of its checkpoints.
         prompt: the text to continue, of any length; bytes need not be UTF-8.
-        num_tokens: how many tokens to add.
+        num_tokens: how many tokens to add, at most.
         sampling: how to draw them.
         samples: how many texts, drawn independently.
+        stop: texts that end a sample, and are no part of it.
+        show: called with every piece of the first sample as soon as it is known; else a progress bar is shown.
 
     Raises:
         LongNetError: no such run, or one that cannot continue a text.
     """
-    run = _Run.open(path)
-    tokenizer = run.folder.tokenizer()
-    model = run.model(None, LaunchEnvironment().device())
+    model, tokenizer = load_trained(path)
     ids = [int(token) for token in tokenizer.encode(prompt.encode() if isinstance(prompt, str) else prompt)]
+    begin = tokenizer.decode(ids).decode("utf-8", errors="replace") if ids else ""
+    streams = [TextStream(tokenizer, ids, stop) for _ in range(samples)]
+    pieces = [[begin] for _ in streams]
     steps = generate(model, [ids], num_tokens, sampling, samples=samples)
-    new = list(tqdm(steps, total=num_tokens, unit="token", disable=None, leave=False))
-    texts = [[*ids, *(step[sample] for step in new)] for sample in range(samples)]
-    return [tokenizer.decode(text).decode("utf-8", errors="replace") for text in texts]
+    for step in tqdm(steps, total=num_tokens, unit="token", disable=True if show else None, leave=False):
+        for stream, text, new in zip(streams, pieces, step, strict=True):
+            text.append(stream.push(new))
+        if show:
+            show("".join(pieces[0][-1:] if len(pieces[0]) > 2 else pieces[0]))
+        if all(stream.stopped for stream in streams):
+            break
+    for stream, text in zip(streams, pieces, strict=True):
+        text.append(stream.finish())
+    if show:
+        show(pieces[0][-1])
+    return ["".join(text) for text in pieces]
 
 
 def export_run(path: Path, output: Path, precision: Precision) -> None:

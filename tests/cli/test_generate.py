@@ -85,3 +85,16 @@ def test_extreme_values_that_are_possible(folder, capsys):
     for words in (["--temperature", "1e-6"], ["--temperature", "1e30"], ["--seed", str(2**64 - 1)], ["--tokens", "0"]):
         main([folder, "--prompt", "ab", "--tokens", "2", *words])
         assert capsys.readouterr().out.startswith("ab")
+
+
+def test_a_sample_ends_before_a_stop_string(folder, capsys):
+    words = [folder, "--prompt", "import", "--tokens", "40", "--temperature", "1", "--top-k", "0", "--seed", "3"]
+    main(words)
+    whole = capsys.readouterr().out
+    stop = whole[15:17]
+    main([*words, "--stop", stop, "--stop", "not in the text"])
+    cut = capsys.readouterr().out.removesuffix("\n")
+    assert cut == whole[: whole.index(stop, len("import"))]
+    main([*words, "--stop", stop, "--samples", "2"])
+    texts = capsys.readouterr().out.removesuffix("\n").split(f"\n{SEPARATOR}\n")
+    assert all(stop not in text.removeprefix("import") for text in texts)

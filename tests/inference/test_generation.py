@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -101,6 +103,13 @@ def test_top_k_leaves_the_k_likeliest(model):
     assert drawn == likeliest
 
 
+def test_top_p_leaves_the_likeliest_that_reach_it(model):
+    shares = (model(torch.tensor([PROMPT])).logits[0, -1].detach() / 5).softmax(-1).sort(descending=True)
+    for top_p, number in ((shares.values[0] / 2, 1), (shares.values[:3].sum() - 1e-4, 3)):
+        drawn = {continued(model, PROMPT, 1, Sampling(5.0, 0, seed, float(top_p)))[0] for seed in range(80)}
+        assert drawn == set(shares.indices[:number].tolist())
+
+
 def test_a_low_temperature_is_nearly_greedy(model):
     assert continued(model, PROMPT, 5, Sampling(1e-4, 0)) == continued(model, PROMPT, 5, GREEDY)
 
@@ -126,9 +135,15 @@ def test_an_encoder_cannot_continue():
         next(generate(encoder, [PROMPT], 1, GREEDY))
 
 
-@pytest.mark.parametrize("fields", [{"temperature": -1}, {"top_k": -1}, {"seed": -1}])
-def test_negative_settings_are_refused(fields):
-    with pytest.raises(ConfigError, match="must not be negative"):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}),
+        *({"seed": -1}, {"seed": 2**64}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}),
+    ],
+)
+def test_settings_outside_of_their_range_are_refused(fields):
+    with pytest.raises(ConfigError, match=r"must not be negative|top-p must be above 0"):
         Sampling(**fields)
 
 
