@@ -15,6 +15,7 @@ MODULES = {
     "mpi": ("mpi4py",),
     "hf": ("accelerate", "peft", "transformers"),
     "hdf5": ("h5py",),
+    "serve": ("fastapi", "uvicorn"),
 }
 
 DESTRUCTIVE_DEEPSPEED = ("0.19.5", "0.19.6", "0.19.7")

@@ -30,6 +30,7 @@ LAYERS = [
     "telemetry",
     "resilience",
     "train",
+    "serving",
     "cli",
     "__main__",
 ]

@@ -22,6 +22,9 @@ class Decoder:
         max_rows: the most tokens that a text can have.
         chunk_length: tokens of a prompt that are computed at once.
 
+    Attributes:
+        device: of the model.
+
     Raises:
         ConfigError: a bidirectional model, or positions that cannot span ``max_rows``.
     """
@@ -29,8 +32,8 @@ class Decoder:
     def __init__(self, model: LongNet, texts: int, max_rows: int, chunk_length: int = CHUNK_LENGTH) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
-        self._device = model.embedding.weight.device
-        self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self._device)
+        self.device = model.embedding.weight.device
+        self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
 
     @property
     def texts(self) -> int:
@@ -60,7 +63,7 @@ class Decoder:
                 f"the prompt has {len(prompt):,} tokens, but a text can have {self.max_rows:,} with what is added; "
                 f"use a shorter prompt"
             )
-        tokens = torch.tensor([prompt], device=self._device)
+        tokens = torch.tensor([prompt], device=self.device)
         passed, first = len(prompt) - 1, places[0]
         stream = self._model.stream(self.max_rows)
         for shards in stream.prefill(passed, self._chunk_length):

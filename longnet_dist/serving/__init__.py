@@ -1,0 +1,1 @@
+"""A server of one trained model: completions over HTTP, many texts decoded together."""
