@@ -182,12 +182,14 @@ def continue_text(
     begin = tokenizer.decode(ids).decode("utf-8", errors="replace") if ids else ""
     streams = [TextStream(tokenizer, ids, stop) for _ in range(samples)]
     pieces = [[begin] for _ in streams]
+    if show:
+        show(begin)
     steps = generate(model, [ids], num_tokens, sampling, samples=samples)
     for step in tqdm(steps, total=num_tokens, unit="token", disable=True if show else None, leave=False):
         for stream, text, new in zip(streams, pieces, step, strict=True):
             text.append(stream.push(new))
         if show:
-            show("".join(pieces[0][-1:] if len(pieces[0]) > 2 else pieces[0]))
+            show(pieces[0][-1])
         if all(stream.stopped for stream in streams):
             break
     for stream, text in zip(streams, pieces, strict=True):

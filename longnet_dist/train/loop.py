@@ -30,7 +30,7 @@ from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
-from longnet_dist.inference.evaluation import evaluate
+from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.private_interfaces import default_store
@@ -289,7 +289,7 @@ class Trainer:
             step, data_rank, data_size, window, number, self.plan.accumulation
         )
 
-    def _validate(self, windows: Windows) -> None:
+    def _validate(self, windows: Windows) -> Evaluation:
         self.engine.eval()
         num_tokens, plan = self.config.train.validation_tokens, self.plan
         evaluation = evaluate(
@@ -298,3 +298,4 @@ class Trainer:
         self.engine.train()
         if self._log:
             self._log.validation(self.step, evaluation)
+        return evaluation
