@@ -143,9 +143,7 @@ def test_an_encoder_cannot_continue():
     ],
 )
 def test_settings_outside_of_their_range_are_refused(fields):
-    with pytest.raises(
-        ConfigError, match=r"not be negative|must be above 0|must be 0 or|less than 2\^64"
-    ):
+    with pytest.raises(ConfigError, match=r"not be negative|must be above 0|must be 0 or|less than 2\^64"):
         Sampling(**fields)
 
 
