@@ -116,6 +116,7 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
         forward = median_ms(lambda: attend(q, k, v))
         forward_extra = extra_bytes(lambda: attend(q, k, v))
     out = attend(q, k, v)
+    assert isinstance(out, Tensor)
     gradients = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
     with clocks() as found:
         backward = median_ms(gradients)
@@ -161,7 +162,7 @@ def beside_torchscale(case: Case, backend: str, checkout: Path) -> dict[str, Any
     ours = partial(dilated_attention, pattern=case.pattern, causal=case.causal, backend=backend)
     theirs = torchscale_attention(checkout, case.pattern, case.heads, case.dim, case.causal)
     result: dict[str, Any] = {"case": asdict(case)}
-    peers = {"ours": ours, "torchscale": theirs}
+    peers: dict[str, Any] = {"ours": ours, "torchscale": theirs}
     rounds: list[dict[str, tuple[float, float]]] = []
     states: dict[str, dict[str, float]] = {}
     for _ in range(3):

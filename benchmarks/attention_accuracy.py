@@ -68,7 +68,7 @@ def _errors(attend: Any, tensors: list[Tensor], pattern: DilatedPattern, causal:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = attend(*leaves)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, _ = oracle(*exact, pattern, causal=causal)
+    expected, _ = oracle(exact[0], exact[1], exact[2], pattern, causal=causal)
     actual = [out, *torch.autograd.grad(out, leaves, dout)]
     wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(actual, wanted, strict=True)]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,14 +60,21 @@ def main() -> None:
     print_table(result, medians, args.rows)
 
 
-def dilated(pattern: DilatedPattern) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def dilated(pattern: DilatedPattern) -> Callable[..., Tensor]:
     """Dilated attention of ``(B, N, H, D)`` tensors."""
-    return lambda q, k, v: dilated_attention(q, k, v, pattern)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = dilated_attention(q, k, v, pattern)
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's attention; its layout is ``(B, H, N, D)``, and the transposes are views."""
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return out.transpose(1, 2)
 
 
@@ -86,7 +94,7 @@ def measure(calls: dict[str, tuple[Callable[..., Tensor], int]], repeats: int) -
     return seconds
 
 
-def print_table(result: dict, medians: dict[str, float], rows: int) -> None:
+def print_table(result: dict[str, Any], medians: dict[str, float], rows: int) -> None:
     print(f"{'call':>16} {'seconds':>9} {'µs a token':>11}")
     for name, value in medians.items():
         print(f"{name:>16} {value:9.3f} {1e6 * value / int(name.split()[1]):11.3f}")

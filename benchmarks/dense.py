@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from longnet_dist import LongNet
-from longnet_dist.attention.stream import LayerCache
+from longnet_dist.attention.decoding import Cache
 from longnet_dist.engine.execution import Execution
 from longnet_dist.engine.rows import RowParts
 from longnet_dist.geometry.documents import Documents
@@ -22,6 +22,7 @@ def make_dense(model: LongNet) -> LongNet:
     """Let all blocks of a causal model of one device attend to all earlier rows; positions must span them."""
     execution = model.execution if isinstance(model.execution, Execution) else Execution()
     for block in model.blocks:
+        assert isinstance(block, Block)
         block.engine = DenseRunner(execution)
     return model
 
@@ -38,7 +39,7 @@ class DenseRunner:
         x: Tensor,
         start: int | None,
         total_rows: int | None,
-        cache: LayerCache | None,
+        cache: Cache | None,
         documents: Documents | None,
     ) -> Tensor:
         """Return the block's output ``(B, n, E)``."""

@@ -50,7 +50,8 @@ def ulysses(group: dist.ProcessGroup, rows: int, heads: int, dim: int, like: Ten
 
     def run() -> Any:
         with _backend(like.device):
-            out = F.scaled_dot_product_attention(*map(heads_apart, leaves), is_causal=True)
+            q, k, v = map(heads_apart, leaves)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return torch.autograd.grad(rows_apart(out), leaves, dout)
 
     yield run
@@ -71,7 +72,7 @@ def ring(group: dist.ProcessGroup, rows: int, heads: int, dim: int, like: Tensor
 
         def run() -> Any:
             with _backend(like.device):
-                out = F.scaled_dot_product_attention(*leaves, is_causal=True)  # context_parallel has replaced it
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # context_parallel has replaced it
                 return torch.autograd.grad(out, leaves, dout)
 
         yield run

@@ -107,6 +107,8 @@ class MasterWeights:
     def take_gradients(self) -> None:
         """Add the gradients of the model to the sums, and leave it none."""
         for weight, master in zip(self._weights, self._masters, strict=True):
+            assert master.grad is not None
+            assert weight.grad is not None
             master.grad += weight.grad
             weight.grad = None
 
@@ -118,6 +120,7 @@ class MasterWeights:
         self._optimizer.step()
         for weight, master in zip(self._weights, self._masters, strict=True):
             weight.copy_(master)
+            assert master.grad is not None
             master.grad.zero_()
 
 

@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
             write(options, layouts, runs, failed)
     for name, values in differences(layouts, runs).items():
         print(f"{name:<38} {values['loss']:9.1e} {values['grad_norm']:9.1e}   from {values['base']}")
-    for name, error in failed.items():
-        print(f"{name:<38} failed: {error}")
+    for name, reason in failed.items():
+        print(f"{name:<38} failed: {reason}")
 
 
 def curves(folder: Path, options: argparse.Namespace, layout: Layout) -> Curves:

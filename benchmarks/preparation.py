@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
                 digests.add(hashlib.sha256(prepared.path.read_bytes()).hexdigest())
         assert len(digests) == 1, "the file must not depend on the number of workers"
     rates = {n: statistics.median(run["megabytes_per_second"] for run in found) for n, found in runs.items()}
-    result = {
+    result: dict[str, Any] = {
         "command": "python benchmarks/preparation.py",
         "options": {name: value for name, value in vars(options).items() if name != "output"},
         "cores": usable_cores(),

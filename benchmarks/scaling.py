@@ -151,7 +151,9 @@ class Benchmark:
                 self._write()
 
     def _peer(self, name: str, rows: int) -> dict[str, Any]:
-        team, like = self.teams[self.ranks], torch.empty(0, device=self.device, dtype=self.dtype)
+        team = self.teams[self.ranks]
+        assert team.group is not None
+        like = torch.empty(0, device=self.device, dtype=self.dtype)
         with ExitStack() as stack:
             peer = PEERS[name](team.group, rows, self.options.heads, self.options.dim, like)
             made: list[Callable[[], Any]] = []

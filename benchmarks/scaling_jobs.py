@@ -75,7 +75,7 @@ class Problem:
     def attend(self, inputs: list[Tensor], group: dist.ProcessGroup | None, overlap: bool = True) -> list[Tensor]:
         """One forward and backward: out, dq, dk, dv."""
         if self.lean:
-            return self._attend_lean(*inputs, group, overlap)
+            return self._attend_lean(inputs[0], inputs[1], inputs[2], group, overlap)
         q, k, v, dout = inputs
         out = dilated_attention(q, k, v, self.pattern, group=group, overlap=overlap, total_rows=self.rows)
         assert isinstance(out, Tensor)
@@ -154,9 +154,9 @@ def hidden_shares(path: Path) -> dict[str, dict[str, float]]:
     if not transfers:
         raise RuntimeError(f"no kernel of NCCL is among the {len(kernels)} of {path}")
     found = {}
-    for kind, spans in transfers.items():
+    for name, spans in transfers.items():
         hidden = covered(spans) + covered(others) - covered(spans + others)
-        found[kind] = {"microseconds": covered(spans), "hidden_share": hidden / covered(spans)}
+        found[name] = {"microseconds": covered(spans), "hidden_share": hidden / covered(spans)}
     return found
 
 

@@ -115,7 +115,7 @@ def compare_versions(folders: list[Path | None], rounds: int, shapes: int, proce
             share = max(1, processes // len(folders))
             wrong = list(threads.map(lambda one: run(one, "errors", cache, shapes, share), folders))
             variants = [*((one, "times") for one in folders), (None, PORTABLE)]
-            list(threads.map(lambda one: run(*one, cache), variants))  # compiles what the rounds measure
+            list(threads.map(lambda one: run(one[0], one[1], cache), variants))  # compiles what the rounds measure
         measured = [[run(folder, part, cache) for folder, part in variants] for _ in range(rounds)]
     for number, (_, part) in enumerate(variants):
         own = [one[number] for one in measured]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 
 def run_distributed(
@@ -28,7 +28,7 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (fn, world_size, folder, args, timeout_seconds)
-        mp.start_processes(_run, arguments, world_size, start_method=start_method)
+        start_processes(_run, arguments, world_size, start_method=start_method)
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world_size)]
 
 

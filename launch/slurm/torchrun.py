@@ -31,7 +31,7 @@ def main() -> int:
     except KeyError as error:
         print(f"error: srun sets {error}, but it is not there; use srun, or torchrun itself", file=sys.stderr)
         return USER_ERROR_STATUS
-    options = parse_args([f"--nnodes={nodes}", f"--node-rank={node}", *sys.argv[1:]])
+    options = parse_args([f"--nnodes={nodes}", f"--node-rank={node}", *sys.argv[1:]])  # type: ignore[no-untyped-call]
     if options.log_dir:
         options.log_dir = os.path.join(options.log_dir, f"node{node}")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_a_gpu_whose_kernels_crash_gives_a_report(monkeypatch: pytest.MonkeyPatc
         "collective": {"sum": 3.0},
     }
     monkeypatch.setattr(facts, "packages", packages)
-    monkeypatch.setattr(facts, "ask", lambda *questions, **_: [dict(answers[words[0]]) for words in questions])
+    monkeypatch.setattr(facts, "ask", lambda *questions, **_: [copy.copy(answers[words[0]]) for words in questions])
     found = facts.collect()
     (device,) = found.devices
     assert device.failure.endswith("LLVM ERROR")

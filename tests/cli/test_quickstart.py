@@ -35,7 +35,8 @@ def test_what_it_says_at_the_end_works(tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr
     ranks = load_config(tmp_path / "runs" / "quickstart" / "config.yaml").parallel
     assert (ranks.data, ranks.sequence) == (1, 2)
-    _, looks, commands = done.stdout.partition("look at\n")[2].partition("next\n")[0], *done.stdout.split("next\n")
+    looks = done.stdout.partition("look at\n")[2].partition("next\n")[0]
+    _, commands = done.stdout.split("next\n")
     for name in ("loss.png", "sample.txt", "metrics.jsonl"):
         line = next(line for line in looks.splitlines() if f"/{name} " in line)
         assert (tmp_path / line.split()[0]).is_file()

@@ -72,7 +72,7 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
     "t.tar.xz": lambda path: make_tar(path, "w:xz"),
     "T.TAR.BZ2": lambda path: make_tar(path, "w:bz2"),
 }
-COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
 def test_folder_is_walked_sorted_without_hidden_and_binary_files(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The formulas agree with counted bytes, for the CPU's kernel and for the buffers of the GPU's kernel."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from tests.estimate.layouts import small_layout
 from tests.estimate.live_bytes import LiveBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODELS = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True})
+MODELS: tuple[dict[str, Any], ...] = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True})
 
 
 class BuffersOfTriton:

@@ -30,7 +30,7 @@ def table_of(rows, head_dim, dtype=torch.float64, device="cpu"):
 
 
 # On a GPU the tests with the real one say more.
-FOLDED = REFERENCE if torch.cuda.is_available() else Matmul(*quack_kernels().FUNCTIONS, folded=True)
+FOLDED = REFERENCE if torch.cuda.is_available() else Matmul(*(*quack_kernels().FUNCTIONS, True))
 
 
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])

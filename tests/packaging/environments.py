@@ -101,11 +101,11 @@ def _link(name: str, site: Path) -> None:
         target = site / file
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(here.locate_file(file), target)
+            os.link(str(here.locate_file(file)), target)
         except FileExistsError:
             continue  # two distributions may share a file of a namespace
         except OSError:  # another disk
-            shutil.copy2(here.locate_file(file), target)
+            shutil.copy2(str(here.locate_file(file)), target)
 
 
 def uv(*arguments: str, given: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:

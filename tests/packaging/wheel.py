@@ -70,7 +70,7 @@ def check_files(wheel: Path) -> None:
 
 def core(environment: Environment, work: Path) -> None:
     """Run what needs no extra, and look at how training is refused."""
-    script = shutil.copy(Path(__file__).with_name("core_alone.py"), work)
+    script = str(shutil.copy(Path(__file__).with_name("core_alone.py"), work))
     print(environment.run("-W", "error", script, str(work / "core"), cwd=work).rpartition("\n")[0].splitlines()[-1])
     place = environment.run("-c", "import longnet_dist; print(longnet_dist.__file__)", cwd=work)
     if str(environment.python.parents[1]) not in place:

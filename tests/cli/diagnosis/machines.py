@@ -83,7 +83,15 @@ def gpu(
 def laptop(**changes: Any) -> Facts:
     """A machine without a GPU, and without the extras that are for GPUs."""
     host = replace(HOST, usable_cores=8, cores=8, memory_bytes=16 * GIB, physical_bytes=16 * GIB)
-    build = {"cuda": None, "hip": None, "gloo": True, "nccl": False, "available": False, "warning": "", "gpus": []}
+    build: dict[str, Any] = {
+        "cuda": None,
+        "hip": None,
+        "gloo": True,
+        "nccl": False,
+        "available": False,
+        "warning": "",
+        "gpus": [],
+    }
     facts = Facts("0.2.0", host, packages(absent=("cuda", "triton")), build, [cpu()], [Collective("gloo", 2)])
     return replace(facts, **changes)
 
