@@ -242,7 +242,7 @@ class AttentionSpec:
 
     @property
     def exchanges(self) -> bool:
-        """Whether a query sees keys of another rank or chunk."""
+        """Say whether a query sees keys of another rank or chunk."""
         return needs_exchange(self.pattern, self.shards, self.documents)
 
     @property

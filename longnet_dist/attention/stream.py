@@ -188,7 +188,7 @@ class LayerCache:
 
     @property
     def complete(self) -> bool:
-        """Whether all rows of the present chunk are already here: in a replay, for all but the last chunk."""
+        """Say whether all rows of the present chunk are here: in a replay, for all but the last chunk."""
         shards = self.stream.shards
         return self.stream.replaying and shards is not None and shards.stop < shards.total_rows
 

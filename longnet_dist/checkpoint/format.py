@@ -54,7 +54,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class Progress(BaseModel):
-    """How far a run has come, the same on every rank.
+    """Say how far a run has come; it is the same on every rank.
 
     Attributes:
         step: training steps done.
@@ -72,7 +72,7 @@ class Progress(BaseModel):
 
 
 class CheckpointState(Progress):
-    """What ``state.json`` holds.
+    """Hold the fields of ``state.json``.
 
     Attributes:
         optimizer: name of the optimizer whose states these are (``train.optimizer``).
@@ -225,7 +225,7 @@ def read_tensors(file: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tens
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of ``step``."""
+    """Return the folder in which a run keeps the checkpoint of ``step``."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 

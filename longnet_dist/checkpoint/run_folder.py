@@ -47,34 +47,42 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
+        """Return the path of the resolved configuration, YAML."""
         return self.path / "config.yaml"
 
     @property
     def tokenizer_file(self) -> Path:
+        """Return the path of the tokenizer's description, JSON."""
         return self.path / "tokenizer.json"
 
     @property
     def metrics_file(self) -> Path:
+        """Return the path of the metrics, a JSON line for each step."""
         return self.path / "metrics.jsonl"
 
     @property
     def validation_file(self) -> Path:
+        """Return the path of the validations, a JSON line for each."""
         return self.path / "validation.jsonl"
 
     @property
     def flight_recorder(self) -> Path:
+        """Return the folder of the last collectives of every rank."""
         return self.path / "flight_recorder"
 
     @property
     def tensorboard(self) -> Path:
+        """Return the folder of TensorBoard's events."""
         return self.path / "tensorboard"
 
     @property
     def curve_file(self) -> Path:
+        """Return the path of the loss curve, a picture."""
         return self.path / "loss.png"
 
     @property
     def sample_file(self) -> Path:
+        """Return the path of the text that the trained model wrote."""
         return self.path / "sample.txt"
 
     def check_writable(self) -> None:
@@ -136,7 +144,7 @@ class ResumePoint:
 
 
 def resume_point(folder: RunFolder, resume: str, model: LongNetConfig) -> ResumePoint:
-    """Where a run goes on, or that it is new. Nothing is written.
+    """Find the checkpoint from which a run goes on, if it is not new. Nothing is written.
 
     With ``auto`` a damaged checkpoint is passed over for the one before.
 

@@ -69,12 +69,12 @@ class Execution:
 
     @property
     def plain(self) -> bool:
-        """Whether the readable modules do all that is asked for."""
+        """Say whether the readable modules do all that is asked for."""
         return self.checkpointing == "none" and self.tile is None and not self.compile
 
     @property
     def saves_qkv(self) -> bool:
-        """Whether a block with this execution saves its queries, keys and values."""
+        """Say whether a block with this execution saves its queries, keys and values."""
         return self.checkpointing == "selective" and self.cache_qkv > 0
 
     def of_blocks(self, layers: int) -> list[Execution]:

@@ -152,7 +152,7 @@ class DilatedPattern:
 
     @property
     def shifted(self) -> bool:
-        """Whether a branch has a shift."""
+        """Say whether a branch has a shift."""
         return any(branch.shift for branch in self.branches)
 
     @property
@@ -300,7 +300,7 @@ class DilatedPattern:
 
 
 def kept_rows(length: int, offset: int, rate: int) -> int:
-    """How many of the positions ``0 … length-1`` are ``offset`` plus a multiple of ``rate``."""
+    """Count the positions ``0 … length-1`` that are ``offset`` plus a multiple of ``rate``."""
     return max(0, -(-(length - offset) // rate))
 
 

@@ -19,7 +19,7 @@ from longnet_dist.model.longnet import LongNetOutput
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts a text.
+    """Say how well a model predicts a text.
 
     Attributes:
         loss: mean cross-entropy of a token, nats.
@@ -124,11 +124,11 @@ def _sums(model: Any, windows: Windows, batch: _Batch, chunk_length: int | None,
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for shards in stream.forward((chunk_length or batch.rows) * joined):
         tokens, labels = windows.local(batch.windows, shards.window(stream.rank))
-        sums += sums_of(model(tokens.to(device), labels.to(device), stream=stream), windows.num_bytes(labels))
+        sums += loss_sums(model(tokens.to(device), labels.to(device), stream=stream), windows.num_bytes(labels))
     return sums
 
 
-def sums_of(output: LongNetOutput, num_bytes: int) -> Tensor:
+def loss_sums(output: LongNetOutput, num_bytes: int) -> Tensor:
     """Return loss sum, number and bytes of the labels of an output: ``(3,)`` float64."""
     assert output.loss_sum is not None
     assert output.num_labels is not None

@@ -20,7 +20,7 @@ MOST_TOKENS = 2**48  # products of positions with rates and strides stay within 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Say how the next token is drawn.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.

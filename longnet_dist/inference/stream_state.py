@@ -18,7 +18,7 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class StreamTask:
-    """What makes two streamed evaluations the same, so that one can go on where the other stopped.
+    """Identify a streamed evaluation: one can resume where an equal one stopped.
 
     Attributes:
         weights: SHA-256 of the model's weights.
@@ -39,7 +39,7 @@ class StreamTask:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a streamed evaluation stands, the same on every rank and for any number of them.
+    """Say how far a streamed evaluation is, the same on every rank and for any number of them.
 
     Attributes:
         row: rows ``[0, row)`` are done.

@@ -19,7 +19,7 @@ from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.prefetch import read_ahead
 from longnet_dist.geometry.window import Shards
-from longnet_dist.inference.evaluation import Evaluation, sums_of
+from longnet_dist.inference.evaluation import Evaluation, loss_sums
 from longnet_dist.inference.stream_state import StreamState, StreamTask, load_stream_state, save_stream_state
 from longnet_dist.model.longnet import LongNet
 
@@ -28,7 +28,7 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class StateFile:
-    """Where a streamed evaluation keeps its state.
+    """Keep the state of a streamed evaluation in a file.
 
     Attributes:
         path: of the file; it is removed at the end.
@@ -85,7 +85,7 @@ def evaluate_stream(
     with torch.no_grad(), _interrupts() as interrupts, bar:
         for shards, (*batch, read_bytes) in read_ahead(read, stream.chunks(chunk_length, state.row)):
             stream.enter(shards)
-            sums = sums_of(model(*(part.to(device, non_blocking=True) for part in batch), stream=stream), read_bytes)
+            sums = loss_sums(model(*(part.to(device, non_blocking=True) for part in batch), stream=stream), read_bytes)
             # This also waits for the chunk, while the next one is read.
             sums = total_over_ranks(torch.cat([sums, sums.new_tensor([len(interrupts)])]))
             loss, labels, num_bytes, stop = sums.tolist()

@@ -169,7 +169,9 @@ class LongNet(nn.Module):
             labels: ``(B, n)`` int64, the id that each row has to predict (shifted by the caller), or -100 for none.
             start: global row of the first one, if the caller wants it checked (on this rank alone): it follows from
                 the group.
-            total_rows: ``N`` of the whole sequence; if not given, every layer spends a small collective on it.
+            total_rows: rows ``N`` of the whole sequence, those of all ranks of the group together; the same on every
+                rank. It decides where segments end and which keys are exchanged. If not given, every layer sums the
+                rows of all ranks by a small collective. With a stream, ``N`` is the stream's.
             stream: the stream whose present chunk the tokens are; its chunks must come in order. While it only records,
                 nothing is returned. Or the texts of which ``tokens (B, 1)`` are the next rows.
             cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`; a stream has its own.

@@ -53,7 +53,7 @@ class Request:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for ids."""
+        """Say whether nobody waits for ids."""
         return self._cancelled
 
 
@@ -75,7 +75,7 @@ class Batcher:
 
     @property
     def open(self) -> bool:
-        """Whether requests are taken."""
+        """Say whether requests are taken."""
         return not self._closed
 
     def submit(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> Request:

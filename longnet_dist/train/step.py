@@ -41,7 +41,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives, the same on every rank.
+    """Hold the results of a step, the same on every rank.
 
     Attributes:
         loss: mean cross-entropy over all labelled rows of all ranks, nats.
@@ -55,7 +55,7 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether loss or gradient was not finite, so that the step changed nothing."""
+        """Say whether loss or gradient was not finite, so that the step changed nothing."""
         return not math.isfinite(self.grad_norm)
 
 

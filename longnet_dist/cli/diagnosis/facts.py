@@ -75,7 +75,7 @@ class Check:
 
     @property
     def right(self) -> bool:
-        """Whether the result is within the rounding of its dtype."""
+        """Say whether the result is within the rounding of its dtype."""
         return not self.failure and self.error is not None and self.error <= self.allowed
 
 
@@ -109,7 +109,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """Say whether it is a GPU."""
         return self.capability is not None
 
     @property

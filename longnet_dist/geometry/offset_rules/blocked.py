@@ -11,9 +11,11 @@ class Blocked(OffsetRule):
 
     @staticmethod
     def offsets(rate: int, heads: int) -> tuple[int, ...]:
+        """Return ``h // ceil(H / r)`` for each head ``h``."""
         block = -(-heads // rate)
         return tuple(head // block for head in range(heads))
 
     @staticmethod
     def head_block(rate: int, heads: int) -> int:
+        """Return ``ceil(H / r)``."""
         return -(-heads // rate)

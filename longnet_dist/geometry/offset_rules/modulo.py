@@ -13,8 +13,10 @@ class Modulo(OffsetRule):
 
     @staticmethod
     def offsets(rate: int, heads: int) -> tuple[int, ...]:
+        """Return ``h mod r`` for each head ``h``."""
         return tuple(head % rate for head in range(heads))
 
     @staticmethod
     def head_block(rate: int, heads: int) -> int:
+        """Return 1: neighbouring heads have neighbouring offsets."""
         return 1

@@ -16,4 +16,5 @@ class Rope(PositionEncoding):
 
     @staticmethod
     def turns(head_dim: int, settings: PositionSettings) -> tuple[int, ...]:
+        """Return ``θ^(-2i/D)`` radians for each pair ``i``, in units of ``2^-64`` turns."""
         return turns_of_wavelengths(settings.theta, head_dim)

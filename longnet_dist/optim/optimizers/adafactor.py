@@ -26,12 +26,14 @@ class Adafactor(OptimizerRule):
 
     @staticmethod
     def states(role: Role, shape: Shape) -> dict[str, Shape]:
+        """Return one factor for rows and one for columns of a matrix, ``variance`` of a vector."""
         if len(shape) < 2:
             return {"variance": shape}
         return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
     @staticmethod
     def build(parameters: list[ParameterOf], train: OptimizerSettings) -> torch.optim.Optimizer:
+        """Make torch's Adafactor with its own defaults."""
         import torch
 
         return torch.optim.Adafactor(decay_groups(parameters, train), lr=train.learning_rate)

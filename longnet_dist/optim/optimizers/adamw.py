@@ -26,10 +26,12 @@ class AdamW(OptimizerRule):
 
     @staticmethod
     def states(role: Role, shape: Shape) -> dict[str, Shape]:
+        """Return both moments, which have the shape of the parameter."""
         return {"exp_avg": shape, "exp_avg_sq": shape}
 
     @staticmethod
     def build(parameters: list[ParameterOf], train: OptimizerSettings) -> torch.optim.Optimizer:
+        """Make torch's AdamW, fused on a GPU."""
         import torch
 
         return torch.optim.AdamW(

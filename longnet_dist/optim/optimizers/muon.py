@@ -28,10 +28,12 @@ class Muon(OptimizerRule):
 
     @staticmethod
     def states(role: Role, shape: Shape) -> dict[str, Shape]:
+        """Return the momentum of a matrix, or AdamW's two moments."""
         return {"momentum_buffer": shape} if role == "matrix" else {"exp_avg": shape, "exp_avg_sq": shape}
 
     @staticmethod
     def build(parameters: list[ParameterOf], train: OptimizerSettings) -> torch.optim.Optimizer:
+        """Make the optimizer of both; ``shards`` is empty as long as parameters are whole."""
         from longnet_dist.optim.orthogonal_momentum import MuonWithAdamW
 
         matrices = [parameter.tensor for parameter in parameters if parameter.role == "matrix"]

@@ -24,8 +24,10 @@ class JsonlLogger(Logger):
         self._files = {kind: file.open("a", encoding="utf-8", buffering=1) for kind, file in files.items()}
 
     def log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
+        """Append a line to the file of the kind."""
         self._files[kind].write(json.dumps({"step": step, **fields}) + "\n")
 
     def close(self) -> None:
+        """Close both files."""
         for file in self._files.values():
             file.close()

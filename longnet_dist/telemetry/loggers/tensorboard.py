@@ -24,9 +24,11 @@ class TensorBoardLogger(Logger):
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=last_step + 1)
 
     def log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
+        """Write each field as a scalar ``kind/field`` at the step."""
         for name, value in fields.items():
             if value is not None:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
+        """Write what is buffered and close the file."""
         self._board.close()

@@ -27,8 +27,10 @@ class TrackioLogger(Logger):
         self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow", **quiet)
 
     def log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
+        """Record the fields as ``kind/field`` at the step."""
         known = {f"{kind}/{name}": value for name, value in fields.items() if value is not None}
         self._run.log(known, step=step)
 
     def close(self) -> None:
+        """End trackio's run."""
         self._run.finish()  # type: ignore[no-untyped-call]

@@ -33,8 +33,10 @@ class WandbLogger(Logger):
         self._run.define_metric("*", step_metric="step")
 
     def log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
+        """Record the fields as ``kind/field`` at the step."""
         known = {f"{kind}/{name}": value for name, value in fields.items() if value is not None}
         self._run.log({**known, "step": step})
 
     def close(self) -> None:
+        """End the run of Weights & Biases."""
         self._run.finish()

@@ -35,10 +35,12 @@ class FlashBackend(Backend):
 
     @staticmethod
     def rank(device_type: str) -> int | None:
+        """Return 20 on a GPU, behind the kernels of our own."""
         return 20 if device_type == "cuda" else None
 
     @staticmethod
     def obstacle(device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
+        """Say what is missing: a GPU, half precision, or determinism."""
         if device.type != "cuda":
             return f"runs on a GPU, but the tensors are on {device}"
         if dtype not in (torch.bfloat16, torch.float16):
@@ -47,6 +49,7 @@ class FlashBackend(Backend):
 
     @staticmethod
     def kernel() -> Kernel:
+        """Make the kernel with flash-attn 4 where it is installed, else with torch's FlashAttention-2."""
         return FlashKernel(find_engine())
 
 
@@ -75,6 +78,7 @@ class FlashAttention4:
     """Call flash-attn 4 (CuTe DSL; Hopper and Blackwell) through the functions beneath its autograd Function."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Return ``(out, lse)`` as :meth:`Engine.forward`."""
         flash_forward, _ = private_interfaces.flash_4()  # compiles at import: only where it is used
         out, lse, *_ = flash_forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
         return out, lse
@@ -91,6 +95,7 @@ class FlashAttention4:
         scale: float,
         deterministic: bool,
     ) -> tuple[Tensor, ...]:
+        """Return ``(dq, dk, dv)`` as :meth:`Engine.backward`."""
         _, flash_backward = private_interfaces.flash_4()
         return tuple(
             flash_backward(
@@ -103,6 +108,7 @@ class TorchFlash:
     """Call FlashAttention-2 as torch carries it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Return ``(out, lse)`` as :meth:`Engine.forward`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         flash_forward, _ = private_interfaces.gpu_flash()
         out, lse, *_ = flash_forward(q, k, v, 0.0, causal, scale=scale)
@@ -120,6 +126,7 @@ class TorchFlash:
         scale: float,
         deterministic: bool,
     ) -> tuple[Tensor, ...]:
+        """Return ``(dq, dk, dv)`` as :meth:`Engine.backward`."""
         queries, keys = q.shape[1], k.shape[1]
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off

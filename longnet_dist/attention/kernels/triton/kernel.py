@@ -85,6 +85,7 @@ class TritonKernel:
         return wide_dtype(dtype), dtype
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge the keys of the piece into the running ``(out, lse)``: see :meth:`Kernel.forward`."""
         for launch in _forward(call, *map(Geometry.of, (q, k, v, out, lse))):
             launch(q, k, v, out, out, lse)
 
@@ -110,6 +111,7 @@ class TritonKernel:
         return (statistics,)
 
     def backward(self, call: Call, given: BackwardInputs, sums: Gradients) -> None:
+        """Add the piece's part of dQ, dK and dV: see :meth:`Kernel.backward`."""
         tensors = (given.dout, given.q, given.k, given.v, *given.statistics, *sums)
         for launch in _backward(call, *map(Geometry.of, tensors)):
             launch(*tensors)

@@ -44,13 +44,13 @@ class Geometry(NamedTuple):
         return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
     def behind(self, row: int) -> Geometry:
-        """Of ``x[:, row:]``."""
+        """Return the geometry of ``x[:, row:]``."""
         aligned = self.aligned and row * self.stride[1] * self.dtype.itemsize % 16 == 0
         return self._replace(shape=(self.shape[0], self.shape[1] - row, *self.shape[2:]), aligned=aligned)
 
 
 class View(NamedTuple):
-    """How the copy engine sees a buffer: a ``kind`` of tensor descriptor and its arguments behind the buffer."""
+    """Say how the copy engine sees a buffer: a ``kind`` of tensor descriptor and its arguments."""
 
     kind: Any
     arguments: tuple[Any, ...]
@@ -99,7 +99,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Problem:
-    """What the kernels are told about a call on queries of geometry ``q`` and keys of geometry ``k``.
+    """Tell the kernels about a call on queries of geometry ``q`` and keys of geometry ``k``.
 
     ``first_row`` is the row of the window's buffers with which those that the kernel sees begin.
     """
@@ -123,7 +123,7 @@ class Problem:
 
     @property
     def wide(self) -> bool:
-        """Whether the inputs are float32."""
+        """Say whether the inputs are float32."""
         return self.q.dtype == torch.float32
 
     @property
@@ -133,12 +133,12 @@ class Problem:
 
     @property
     def causal(self) -> bool:
-        """Whether a mask divides keys that a query sees from others."""
+        """Say whether a mask divides keys that a query sees from others."""
         return self.call.causal and not self.piece.half
 
     @property
     def head_rule(self) -> int | tuple[int, ...]:
-        """What gives a head its offset: the ``b`` of ``(h // b) % r``, or a table of the offsets of all heads."""
+        """Return what gives a head its offset: the ``b`` of ``(h // b) % r``, or a table of all offsets."""
         return self.call.offsets if self.call.head_block is None else self.call.head_block
 
     @property
@@ -179,7 +179,7 @@ class Problem:
 
     @property
     def fits(self) -> bool:
-        """Whether all rows of the piece stand in ``rows // r`` whole rows of the view ``(rows / r, r, ...)``.
+        """Say whether all rows of the piece lie in ``rows // r`` whole rows of the view ``(rows / r, r, ...)``.
 
         A last row that is not whole would let the copy engine read behind the buffer.
         """
@@ -204,7 +204,7 @@ class Problem:
         yield rest._behind(self.q.shape[1] % piece.dilation_rate)
 
     def first_rows(self, sides: str) -> tuple[int, ...]:
-        """Where the kernels see buffers begin."""
+        """Return the rows at which the kernels see buffers begin."""
         row = {"q": self.first_row, "k": 0 if self.piece.compact else self.first_row}
         return tuple(row[side] for side in sides)
 
@@ -255,7 +255,7 @@ class Problem:
         return None if self.piece.table is None else _device_table(self.piece.table, self.q.device)
 
     def constants(self, described: bool) -> dict[str, Any]:
-        """What the portable kernels are compiled for, but their tiles."""
+        """Return what the portable kernels are compiled for, but their tiles."""
         return {
             "D": self.dim,
             "BLOCK_D": self.block_dim,
@@ -267,7 +267,7 @@ class Problem:
         }
 
     def describable(self, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
-        """Whether the copy engine can see all these buffers as ``(B, rows / r, r, H, D)``."""
+        """Say whether the copy engine can see all these buffers as ``(B, rows / r, r, H, D)``."""
         rates = [self.piece.dilation_rate] * len(queries) + [self.key_rate] * len(keys)
         return self.fits and all(_describable(x, rate) for x, rate in zip((*queries, *keys), rates, strict=True))
 
