@@ -119,6 +119,12 @@ def attention(capability: int, dim: int) -> None:
         statistics = kernel.start_backward(dout, out, lse, dq, None, lse)
         statistics = kernel.start_backward(dout, out, lse, dq)
         kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
+    if dim == 64:  # a table of segments, and heads of a larger model: the portable kernels on any GPU
+        pattern = DilatedPattern([4096], [2], shift=[1024])
+        piece = replace(dense_pieces(pattern, 0, ROWS, ROWS, True)[0], overlap_rates=(2,))
+        call = Call(piece, (1, 0), True, 0.1, head_block=1, heads_before=1)
+        kernel.forward(call, q, k, v, out, lse)
+        kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
     if capability < 90:
         return
     # Keys of a segment that other ranks share, as the exchange leaves them, with gradients in float32; grouped heads;

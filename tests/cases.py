@@ -5,11 +5,17 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Shards
+
+
+def seeds(default: int, all_of_them: int) -> list:
+    """Seeds of random cases, of which those from ``default`` on run with the marker ``long`` alone."""
+    return [*range(default), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(default, all_of_them))]
 
 
 @dataclass(frozen=True)

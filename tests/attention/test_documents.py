@@ -13,14 +13,27 @@ from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.attention.stream import Stream
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.window import Shards
 from tests.attention.test_sink import gradients, with_sink
 from tests.attention.test_stream import usable
+from tests.cases import seeds
 from tests.distributed import run_distributed
 
 BACKENDS = ("reference", "sdpa")
 
 
-def random_edges(rng, rows):
+def random_edges(rng, rows, lengths):
+    """Edges anywhere; around documents of one row; at the edges of segments; or of one document, longer than most."""
+    kind = rng.choice(["anywhere", "anywhere", "one row", "segments", "long"])
+    if kind == "one row":
+        first = rng.randrange(rows)
+        return sorted({rng.randint(0, first), *range(first, min(first + rng.randint(1, 5), rows) + 1), rows})
+    if kind == "segments":
+        width = rng.choice(lengths)
+        first = rng.randrange(min(width, rows))
+        return [*range(first, rows, width), rows] if rng.random() < 0.5 else sorted({0, min(width, rows), rows})
+    if kind == "long":
+        return [rng.randrange(1 + rows // 8), rows]
     return sorted(rng.sample(range(rows + 1), rng.randint(2, min(rows + 1, 8))))
 
 
@@ -28,8 +41,8 @@ def packed_case(seed, ranks=1):
     """A random case with a sink, and edges: one list, or one for each item."""
     case, sink, dlse = with_sink(seed, ranks)
     rng, batch, rows = random.Random(seed), case.q.shape[0], case.q.shape[1]
-    edges = [random_edges(rng, rows) for _ in range(batch)] if seed % 3 == 0 else random_edges(rng, rows)
-    return case, sink if seed % 2 else None, dlse, edges
+    lists = [random_edges(rng, rows, case.pattern.segment_lengths) for _ in range(batch if seed % 3 == 0 else 1)]
+    return case, sink if seed % 2 else None, dlse, lists if seed % 3 == 0 else lists[0]
 
 
 def alone(inputs, edges, pattern, causal):
@@ -74,7 +87,7 @@ def assert_same(actual, expected, **tolerance):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", seeds(60, 300))
 def test_a_document_gives_what_it_gives_alone(backend, seed):
     case, sink, dlse, edges = packed_case(seed)
     inputs = leaves(case, sink)
@@ -84,8 +97,8 @@ def test_a_document_gives_what_it_gives_alone(backend, seed):
     assert_same(actual, wanted(case, sink, dlse, edges, case.causal))
 
 
-def check_ranks(num_cases):
-    for seed in range(num_cases):
+def check_ranks(first, stop):
+    for seed in range(first, stop):
         ranks, rank = dist.get_world_size(), dist.get_rank()
         case, sink, dlse, edges = packed_case(seed, ranks)
         rows = slice(*case.shards.window(rank))
@@ -105,15 +118,19 @@ def check_ranks(num_cases):
     return True
 
 
+DEFAULT, LONG = pytest.param(0, 12), pytest.param(12, 60, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("first", "stop"), [DEFAULT, LONG])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_over_ranks(ranks):
-    assert all(run_distributed(check_ranks, ranks, 30))
+def test_over_ranks(ranks, first, stop):
+    assert all(run_distributed(check_ranks, ranks, first, stop))
 
 
-def check_streams(num_cases):
+def check_streams(first, stop):
     ranks, rank = dist.get_world_size(), dist.get_rank()
     group = dist.group.WORLD if ranks > 1 else None
-    for seed in range(num_cases):
+    for seed in range(first, stop):
         case, _, dlse, edges = packed_case(3 * seed + 1, ranks)  # one list for all items
         rng, rows = random.Random(seed), case.shards.total_rows
         expected = wanted(case, None, dlse, edges, True)
@@ -135,16 +152,46 @@ def check_streams(num_cases):
     return True
 
 
+@pytest.mark.parametrize(("first", "stop"), [DEFAULT, LONG])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_in_a_stream(ranks):
-    assert all(run_distributed(check_streams, ranks, 30))
+def test_in_a_stream(ranks, first, stop):
+    assert all(run_distributed(check_streams, ranks, first, stop))
+
+
+@pytest.mark.parametrize("seed", seeds(12, 60))
+def test_in_chunks_of_any_lengths(seed):
+    """Forward, with a sink: each chunk has a length of its own."""
+    case, sink, dlse, edges = packed_case(3 * seed + 1)
+    rng, rows = random.Random(seed), case.shards.total_rows
+    out, lse, *_ = wanted(case, sink, dlse, edges, True)
+    stream, start = Stream(case.pattern, rows, 1, cu_seqlens=edges), 0
+    while start < rows:
+        stop = rng.randint(start + 1, min(rows, start + 1 + rows // 3))
+        window = slice(start, stop)
+        shards = stream.enter(Shards(rows, stop - start, 1, start, stop))
+        own = None if sink is None else sink if sink.dim() == 1 else sink[..., window, :]
+        options = {"sink": own, "return_lse": True, "backend": BACKENDS[seed % 2]}
+        local = [x[:, window] for x in (case.q, case.k, case.v)]
+        found = dilated_attention(*local, case.pattern, cache=stream.layers[0], **options)
+        assert_same(found, [out[:, window], lse[:, window]])
+        start = shards.stop
 
 
 # The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 1.25 and later warn of.
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("edges", [[0, 5, 6, 40, 57, 90], [3, 33, 65, 81], [[0, 90], [2, 31, 64]]], ids=str)
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("edges", "causal", "deterministic"),
+    [
+        ([0, 5, 6, 40, 57, 90], True, False),
+        ([[0, 90], [2, 31, 64]], False, True),
+        *(
+            pytest.param(edges, causal, not causal, marks=pytest.mark.long)
+            for edges in ([3, 33, 65, 81], [[0, 90], [2, 31, 64]], [0, 5, 6, 40, 57, 90])
+            for causal in (True, False)
+        ),
+    ],
+    ids=str,
+)
 def test_the_triton_kernels_take_documents(edges, causal, deterministic):
     """With merged overlaps, longer and shorter than every segment; in the interpreter or on a GPU."""
     pytest.importorskip("triton")
@@ -160,6 +207,21 @@ def test_the_triton_kernels_take_documents(edges, causal, deterministic):
     actual = [out, *torch.autograd.grad(out, inputs, dout)]
     wide = [expected, *torch.autograd.grad(expected, exact, dout.double())]
     assert_same([x.double() for x in actual], wide, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@pytest.mark.parametrize("seed", seeds(2, 20))
+def test_the_triton_kernels_take_random_documents(seed):
+    pytest.importorskip("triton")
+    case, sink, dlse, edges = packed_case(seed)
+    exact = leaves(case, sink)
+    out, lse = alone(exact, edges, case.pattern, case.causal)
+    expected = [out, lse, *gradients(out, lse, exact, case.dout, dlse)]
+    inputs = [x.detach().float().requires_grad_() for x in exact]
+    options = {"causal": case.causal, "backend": "triton", "return_lse": True, "cu_seqlens": edges}
+    out, lse = dilated_attention(*inputs[:3], case.pattern, sink=inputs[3] if inputs[3:] else None, **options)
+    actual = [out, lse, *gradients(out, lse, inputs, case.dout.float(), dlse.float())]
+    assert_same([x.double() for x in actual], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
