@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from longnet_dist.cli.program.parser import CommandParser, positive
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from longnet_dist.config.schema import Config
     from longnet_dist.estimate.devices import Device
     from longnet_dist.estimate.remedies import Found
+    from longnet_dist.estimate.run_estimate import Estimate
 
 SUMMARY = "predict the memory, time and longest sequence of a training run"
 DEFAULT_DEVICE = "h100"
-GPUS_OF_A_MACHINE = 8
+MOST_RANKS = 1024
 EXAMPLES = """\
 CONFIG is a YAML file or the name of a packaged configuration: {names}.
 
@@ -40,16 +42,37 @@ def main(arguments: Sequence[str]) -> None:
         ConfigError: a mistake in the command line or the configuration.
     """
     options = parser().parse_intermixed_args(arguments)
+    plan = _estimate(options)
 
+    from longnet_dist.estimate.remedies import fastest
+    from longnet_dist.estimate.table import fastest_lines, remedy_lines, scaling_lines, table
+
+    found = fastest(plan) if options.optimize else []
+    scaled = [plan.on_ranks(1 << power) for power in range(MOST_RANKS.bit_length())] if options.scaling else []
+    if options.json:
+        values = plan.to_json()
+        values |= {"optimized": _plain(found)} if options.optimize else {}
+        values |= {"scaling": [{"ranks": p.layout.num_ranks, **_numbers(p)} for p in scaled]} if options.scaling else {}
+        print(json.dumps(values))
+        return
+    print(table(plan))
+    if options.optimize:
+        print(f"\n{fastest_lines(found)}")
+    elif not plan.fits():
+        print(remedy_lines(plan))
+    if scaled:
+        print(f"\n{scaling_lines(scaled)}")
+
+
+def _estimate(options: argparse.Namespace) -> Estimate:
+    """Return the estimate of the run and the machines that the command line names."""
     import torch
 
     from longnet_dist.attention.kernels.planning import planned_device
     from longnet_dist.config.loading import load_config
     from longnet_dist.config.packaged import find_config
     from longnet_dist.estimate.layout import RunLayout
-    from longnet_dist.estimate.remedies import fastest
     from longnet_dist.estimate.run_estimate import Estimate
-    from longnet_dist.estimate.table import fastest_lines, remedy_lines, table
     from longnet_dist.machine import host_memory_bytes
 
     config = load_config(find_config(options.config), options.settings)
@@ -57,21 +80,21 @@ def main(arguments: Sequence[str]) -> None:
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
     if here and device.type == "cuda":
         device = planned_device(torch.device("cuda", 0), layout)
-    local_ranks = min(layout.num_ranks, GPUS_OF_A_MACHINE)
-    plan = Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
-    found = fastest(plan) if options.optimize else []
-    if options.json:
-        print(json.dumps(plan.to_json() | ({"optimized": _plain(found)} if options.optimize else {})))
-    elif options.optimize:
-        print(f"{table(plan)}\n\n{fastest_lines(found)}")
-    else:
-        print(table(plan) + (f"\n{remedy_lines(plan)}" if not plan.fits() else ""))
+    gpus_per_host = options.gpus_per_host or device.gpus_per_host
+    fabric = device.fabric if options.fabric is None else 1e9 * options.fabric
+    device = replace(device, gpus_per_host=gpus_per_host, fabric=fabric)
+    local_ranks = min(layout.num_ranks, gpus_per_host)
+    return Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
 
 
 def _plain(found: Found) -> list[dict[str, Any]]:
     """Return plain values of what a search found."""
+    return [{"settings": words} | _numbers(estimate) for words, estimate in found]
+
+
+def _numbers(estimate: Estimate) -> dict[str, Any]:
     keys = ("peak_gpu_bytes", "peak_host_bytes", "step_seconds", "tokens_per_second", "mfu")
-    return [{"settings": words} | {key: getattr(estimate, key) for key in keys} for words, estimate in found]
+    return {key: getattr(estimate, key) for key in keys}
 
 
 def _device(name: str | None) -> tuple[Device, bool]:
@@ -93,6 +116,13 @@ def _ranks(config: Config) -> int:
     return (data if isinstance(data, int) else 1) * (sequence if isinstance(sequence, int) else 1)
 
 
+def _rate(word: str) -> float:
+    value = float(word)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {word}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet plan``."""
     from longnet_dist.config.packaged import run_names
@@ -106,5 +136,11 @@ def parser() -> argparse.ArgumentParser:
     names = ", ".join(device.name for device in GPUS)
     result.add_argument("--device", metavar="NAME", help=f"cpu or one of {names} (default: this machine's, else h100)")
     result.add_argument("--optimize", action="store_true", help="search the memory options for the fastest that fits")
+    result.add_argument(
+        "--scaling", action="store_true", help=f"plan 1 to {MOST_RANKS} ranks, with as many tokens each"
+    )
+    result.add_argument("--gpus-per-host", type=positive, metavar="n", help="GPUs of a machine (default 8)")
+    fabric = "from a GPU to other machines, one way (default: of the device's usual machine)"
+    result.add_argument("--fabric", type=_rate, metavar="GB/s", help=fabric)
     result.add_argument("--json", action="store_true", help="print a JSON object")
     return result

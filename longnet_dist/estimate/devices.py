@@ -35,6 +35,8 @@ class Rates:
         host_link: share of the link to the host in copies of pinned memory: 50 of 64 GB/s.
         step_seconds: seconds of a step that do not depend on its size: launches, host work, reading data.
         collective_seconds: latency of one exchange, seconds; NCCL on two H200: 41–102 µs up to 4 MiB for each rank.
+        fabric_seconds: what another host adds to that latency, seconds; an assumption.
+        network: share of the peak of links and adapters that collectives reach; an assumption.
         fragmentation: memory that the allocator reserves beyond the allocated bytes, as a share of them.
         context_bytes: memory of CUDA, NCCL and compiled kernels outside of torch's allocator, bytes.
     """
@@ -48,6 +50,8 @@ class Rates:
     host_link: float = 0.78
     step_seconds: float = 0.02
     collective_seconds: float = 80e-6
+    fabric_seconds: float = 20e-6
+    network: float = 0.8
     fragmentation: float = 0.01
     context_bytes: int = int(0.905 * GIB)
 
@@ -72,6 +76,8 @@ class Device:
         bandwidth: memory bandwidth, bytes/s.
         link: bandwidth to the other GPUs of the host, bytes/s in one direction.
         host_link: bandwidth to host memory, bytes/s in one direction.
+        fabric: bandwidth of the GPU's adapter to other hosts, bytes/s in one direction.
+        gpus_per_host: GPUs of a machine.
         rates: measured shares of these peaks.
     """
 
@@ -83,6 +89,8 @@ class Device:
     bandwidth: float = 1e12
     link: float = 32e9
     host_link: float = 32e9
+    fabric: float = 12.5e9
+    gpus_per_host: int = 8
     rates: Rates = Rates()
 
     def with_kernels(self, forward: str, backward: str, head_dim: int) -> Device:
@@ -124,7 +132,10 @@ def _gpu(
     fp32: float,
 ) -> Device:
     memory = int(gib * GIB)
-    return Device(name, pattern, memory, peak_tflops, fp32, tb_s * 1e12, link_gb_s * 1e9, pcie_gb_s * 1e9)
+    # Machines with NVLink of 400 GB/s and more have an adapter of 400 Gbit/s for each GPU, those before them 200. For
+    # cards on PCIe 100 Gbit/s is an assumption.
+    fabric = 50e9 if link_gb_s >= 400 else 25e9 if link_gb_s >= 300 else 12.5e9
+    return Device(name, pattern, memory, peak_tflops, fp32, tb_s * 1e12, link_gb_s * 1e9, pcie_gb_s * 1e9, fabric)
 
 
 # Sources: NVIDIA's data sheets (H100, H200, A100, L40S, L4, A10, A40, RTX A6000; DGX B200) and white papers (GA102,
@@ -191,4 +202,4 @@ def device_of(device: torch.device) -> Device:
 def this_machine() -> Device:
     """Return the CPU of this machine, with its cores and its memory."""
     tflops = usable_cores() * CPU_CORE_TFLOPS
-    return Device("cpu", None, host_memory_bytes(), tflops, tflops, 20e9, 10e9, 10e9, CPU_RATES)
+    return Device("cpu", None, host_memory_bytes(), tflops, tflops, 20e9, 10e9, 10e9, rates=CPU_RATES)

@@ -124,6 +124,22 @@ class Estimate:
         except (ConfigError, ShapeError):
             return None
 
+    def on_ranks(self, sequence_ranks: int) -> Estimate:
+        """Estimate the run with other sequence ranks, each with as many tokens of a sequence as now.
+
+        Raises:
+            ConfigError: the ranks and the sequence do not fit together.
+        """
+        config, mesh = self.layout.config, self.layout.mesh
+        length = -(-config.data.sequence_length // mesh.sequence) * sequence_ranks
+        settings = {"data__sequence_length": length, "parallel__sequence": sequence_ranks, "parallel__data": mesh.data}
+        if config.train.chunk_length is not None and config.train.chunk_length < config.data.sequence_length:
+            settings["train__chunk_length"] = -(-config.train.chunk_length // mesh.sequence) * sequence_ranks
+        ranks = mesh.data * sequence_ranks
+        layout = RunLayout.of(_changed(config, settings), ranks, self.device.type)
+        local_ranks = min(ranks, self.device.gpus_per_host)
+        return Estimate.of(layout, self.device, local_ranks, self.host_limit)
+
     @cached_property
     def longest_sequence(self) -> int:
         """Return the longest sequence that fits, in tokens, to a thousandth and up to ``LONGEST``; 0 if none fits."""

@@ -13,6 +13,7 @@ from longnet_dist.estimate.model_cost import (
     num_parameters,
     pattern_flops,
 )
+from longnet_dist.estimate.network import Network
 from longnet_dist.estimate.traffic import exchange_of
 from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.numerics import block_dim
@@ -62,7 +63,7 @@ def step_seconds(layout: RunLayout, device: Device) -> dict[str, float]:
     }
     computing = sum(seconds.values())
     seconds["offload"] = _offload_seconds(layout, device, computing)
-    seconds["exchange"] = _exchange_seconds(layout, device)
+    seconds["exchange"] = _exchange_seconds(layout, device, seconds["attention"])
     seconds["update"] = _update_seconds(layout, device)
     seconds["fixed"] = rates.step_seconds
     return seconds
@@ -139,21 +140,39 @@ def _offload_seconds(layout: RunLayout, device: Device, computing: float) -> flo
     return max(0.0, moved / (device.host_link * device.rates.host_link) - FORWARD_SHARE * computing)
 
 
-def _exchange_seconds(layout: RunLayout, device: Device) -> float:
-    """Return the time of the exchanges: their latency, and their bytes unless they overlap with the computation."""
-    exchange = exchange_of(layout)
-    exposed = 0.0 if layout.config.parallel.overlap else exchange.bytes / device.link
-    latency = exchange.collectives * device.rates.collective_seconds
-    return layout.config.model.layers * layout.passes * (exposed + latency)
+def _exchange_seconds(layout: RunLayout, device: Device, attention: float) -> float:
+    """Return the time of the exchanges beyond the computation that they overlap with.
+
+    Args:
+        layout: how the run is split over ranks.
+        device: the device of each rank.
+        attention: seconds of the attention of a step, of which a layer's part runs during its exchange.
+    """
+    network, calls = Network.of(device), layout.config.model.layers * layout.passes
+    exchange = exchange_of(layout, device.gpus_per_host)
+    if not exchange.collectives:
+        return 0.0
+    forward, ranks = layout.itemsize / (layout.itemsize + WIDE), layout.mesh.sequence
+    far = exchange.bytes * exchange.distant / max(1, exchange.foreign)
+    exposed = 0.0
+    for share, computing in ((forward, FORWARD_SHARE), (1 - forward, 1 - FORWARD_SHARE)):
+        seconds = network.exchange_seconds(share * (exchange.bytes - far), share * far, ranks)
+        latency = network.exchange_seconds(0, 0, ranks)
+        hidden = computing * attention / calls if layout.config.parallel.overlap else 0.0
+        exposed += latency + max(0.0, seconds - latency - hidden)
+    return calls * exposed
 
 
 def _update_seconds(layout: RunLayout, device: Device) -> float:
-    """Return the time to reduce the gradients, update with AdamW, and gather the new weights."""
+    """Return the time to reduce the gradients, update them, and gather the new weights."""
     number, ranks, stage = num_parameters(layout.config.model), layout.num_ranks, layout.config.deepspeed.zero_stage
     shard = number / ranks if stage else number
     memory = (shard * UPDATE_BYTES + number * (WIDE + layout.itemsize)) / (device.bandwidth * device.rates.bandwidth)
     gathers = 2 * layout.passes if stage == 3 else 1
-    travel = number * (2 * WIDE + gathers * layout.itemsize) * (ranks - 1) / ranks / device.link
+    network = Network.of(device)
+    travel = network.ring_seconds(number * 2 * WIDE, ranks) + gathers * network.ring_seconds(
+        number * layout.itemsize, ranks
+    )
     if not layout.config.deepspeed.offload_optimizer:
         return memory + travel
     copies = shard * (WIDE + layout.itemsize) / (device.host_link * device.rates.host_link)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.devices import GIB
@@ -54,6 +54,24 @@ def fastest_lines(found: Found) -> str:
     lines += [
         f"  {words or 'as configured'}: {_memory(other)}{_seconds(other)}{_speed(other)}" for words, other in found
     ]
+    return "\n".join(lines)
+
+
+def scaling_lines(estimates: Sequence[Estimate]) -> str:
+    """Return a table of a run on more and more ranks: time of a step, tokens a second, memory, exchange."""
+    head = (
+        f"{'ranks':>7}{'tokens a sequence':>20}{'s a step':>11}{'tokens/s':>15}{'a rank':>9}{'GiB':>9}{'MiB sent':>10}"
+    )
+    lines = ["each rank has as many tokens as configured", head]
+    first = estimates[0].tokens_per_second / estimates[0].layout.num_ranks
+    for estimate in estimates:
+        ranks, speed = estimate.layout.num_ranks, estimate.tokens_per_second
+        share = f"{speed / ranks / first:.1%}" if first else "-"
+        seconds = "-" if estimate.step_seconds is None else f"{estimate.step_seconds:.3f}"
+        sent = exchange_of(estimate.layout, estimate.device.gpus_per_host).bytes / 2**20
+        size = _gib(estimate.memory.device_bytes + estimate.overhead_bytes)
+        length = estimate.layout.config.data.sequence_length
+        lines.append(f"{ranks:>7}{length:>20,}{seconds:>11}{speed:>15,.0f}{share:>9}{size:>9}{sent:>10,.1f}")
     return "\n".join(lines)
 
 

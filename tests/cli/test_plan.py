@@ -43,3 +43,15 @@ def test_the_search_for_the_fastest_settings():
     applied = json.loads(run("paper", "--device", "h100", "--json", *first["settings"].split()).stdout)
     assert applied["step_seconds"] == first["step_seconds"]
     assert applied["fits"]
+
+
+def test_a_table_of_more_and_more_ranks():
+    words = ("paper", "data.sequence_length=65536", "train.micro_batch_size=1", "--device", "h100", "--scaling")
+    printed = run(*words, "--json", "--fabric", "25", "--gpus-per-host", "4")
+    assert printed.returncode == 0, printed.stderr
+    scaling = json.loads(printed.stdout)["scaling"]
+    assert [row["ranks"] for row in scaling] == [2**power for power in range(11)]
+    speeds = [row["tokens_per_second"] / row["ranks"] for row in scaling]
+    assert speeds == sorted(speeds, reverse=True)
+    assert "1024" in run(*words).stdout
+    assert run("paper", "--fabric", "0").returncode == 2
