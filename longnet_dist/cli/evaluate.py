@@ -50,8 +50,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
     """Evaluate on this rank."""
+    from longnet_dist.data.token_file import TokenFile
     from longnet_dist.inference.runs import evaluate_run, evaluate_run_streamed
 
+    if options.verify and launch.local_rank == 0:
+        TokenFile.open(options.data, verify=True)
     run, data, num_tokens = options.run, options.data, options.tokens
     if options.stream:
         split: SplitName = options.split or "all"
@@ -94,5 +97,8 @@ def parser() -> argparse.ArgumentParser:
         "--split", choices=("validation", "train", "all"), help="of the token file (default validation; --stream: all)"
     )
     result.add_argument("--processes", type=positive, metavar="n", help="processes to start (default 1)")
+    result.add_argument(
+        "--verify", action="store_true", help="read the whole token file first and compare its checksums"
+    )
     result.add_argument("--json", action="store_true", help="print a JSON object with one entry for each context")
     return result

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str]) -> None:
 
     require_extra("serve", "longnet serve")
 
+    import torch
+
+    from longnet_dist.data.tokenizers import ids_with_text
     from longnet_dist.inference.decoder import Decoder
     from longnet_dist.inference.runs import load_trained
     from longnet_dist.serving.app import application
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.serving.server import run
 
     model, tokenizer = load_trained(options.run)
-    batcher = Batcher(Decoder(model, options.texts, options.max_tokens))
+    allowed = torch.from_numpy(ids_with_text(tokenizer, model.config.vocab_size))
+    batcher = Batcher(Decoder(model, options.texts, options.max_tokens, allowed=allowed))
     run(application(batcher, tokenizer, options.name or options.run.resolve().name), options.host, options.port)
 
 

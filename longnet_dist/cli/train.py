@@ -67,7 +67,7 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
             f"one of {', '.join(run_names())}"
         )
     processes = Processes(["train", *arguments], options.processes, starts=not as_rank)
-    train(config, words, processes)
+    train(config, words, processes, verify=options.verify)
 
 
 def train(
@@ -75,6 +75,7 @@ def train(
     overrides: Sequence[str],
     processes: Processes,
     conclude: Callable[[Config], None] = lambda config: None,
+    verify: bool = False,
 ) -> None:
     """Train on the ranks of a launcher, or on those that are started here.
 
@@ -83,6 +84,7 @@ def train(
         overrides: ``key=value`` words.
         processes: how ranks are started.
         conclude: is called on rank 0 when training is done.
+        verify: compare the checksums of the token file before the first step, on one rank of each machine.
 
     Raises:
         LongNetError: a package of the extra ``train`` is absent; a mistake in the configuration, the data or a
@@ -100,8 +102,11 @@ def train(
     from longnet_dist.cli.program.ranks import run_on_ranks
 
     def work(launch: LaunchEnvironment) -> None:
+        from longnet_dist.data.token_file import TokenFile
         from longnet_dist.train.loop import run_training
 
+        if verify and config.data.path is not None and launch.local_rank == 0:
+            TokenFile.open(config.data.path, verify=True)  # that of the default corpus always is
         if not run_training(config, launch):
             raise SystemExit(REQUEUE_STATUS)
         if launch.rank == 0:
@@ -132,5 +137,8 @@ def parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the newest checkpoint: train.resume=auto, the default"
     )
     result.add_processes()
+    result.add_argument(
+        "--verify", action="store_true", help="read the whole token file first and compare its checksums"
+    )
     result.add_argument("--keys", action="store_true", help="list every key, with its default and what it means")
     return result

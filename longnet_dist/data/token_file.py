@@ -16,7 +16,9 @@ A separator is the last token of the document before it.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import weakref
 from bisect import bisect_right
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
@@ -142,6 +144,11 @@ class TokenFile:
     def __init__(self, path: Path, header: Header, offset: int) -> None:
         self.path = path
         self.header = header
+        self._offset = offset
+        # The open file is the one that is mapped, whatever happens to its name.
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._stamp = _stamp(self._descriptor)
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(
             path, dtype=header.dtype, mode="r", offset=offset, shape=(header.num_tokens,)
         )
@@ -187,6 +194,53 @@ class TokenFile:
         """
         split = self._split(name)
         return split.first, split.last
+
+    def check_size(self) -> None:
+        """Check that the file is as long as it was, before the map is read: behind its end a read kills the process.
+
+        Raises:
+            DataError: the file was truncated.
+        """
+        expected, actual = self._offset + self.header.data_bytes, os.fstat(self._descriptor).st_size
+        if actual < expected:
+            raise self._changed(f"it was truncated from {expected} to {actual} bytes")
+
+    def check_unchanged(self) -> None:
+        """Check that the mapped file is what was opened, and that its name still leads to the same content.
+
+        Where only its time of change is another one, its checksums are compared, which reads the whole file.
+
+        Raises:
+            DataError: the file was truncated or overwritten, or another file took its place.
+        """
+        self.check_size()
+        stamp = _stamp(self._descriptor)
+        if stamp != self._stamp:
+            with open(os.dup(self._descriptor), "rb") as stream:
+                stream.seek(0)
+                self._check_same_header(stream)
+                try:
+                    _check_tokens(self.path, self.header, stream)
+                except DataError as error:
+                    raise self._changed("its tokens were overwritten") from error
+            self._stamp = stamp
+        if self.path.exists() and not os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
+            with self.path.open("rb") as stream:
+                self._check_same_header(stream)
+
+    def _check_same_header(self, stream: BinaryIO) -> None:
+        try:
+            header, _ = _read_header(self.path, stream)
+        except DataError as error:
+            raise self._changed("it is no whole token file any more") from error
+        if header != self.header:
+            raise self._changed("another token file took its place")
+
+    def _changed(self, what: str) -> DataError:
+        return DataError(
+            f"the token file {self.path} has changed since it was opened: {what}; give the old file back, and go on "
+            "from a checkpoint that was written before"
+        )
 
     def require_edges(self) -> None:
         """Check that the file has the edges of its documents.
@@ -246,6 +300,12 @@ class TokenFile:
         if name not in splits:
             raise DataError(f"a token file has the splits train, validation and all, not {name!r}")
         return splits[name]
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    """Return size and time of change of an open file."""
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_header(path: Path, stream: BinaryIO) -> tuple[Header, int]:

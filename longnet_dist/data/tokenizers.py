@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from longnet_dist.errors import DataError
+from longnet_dist.errors import ConfigError, DataError
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -117,7 +117,14 @@ class HuggingFaceTokenizer:
     def encode(self, text: bytes) -> Ids:
         """Return the ids of ``text``, (num_tokens,) uint32."""
         # The "fast" call does not compute character offsets and takes half the time; it exists for batches only.
-        [encoding] = self._backend.encode_batch_fast([text.decode("utf-8", errors="replace")], add_special_tokens=False)
+        try:
+            [encoding] = self._backend.encode_batch_fast(
+                [text.decode("utf-8", errors="replace")], add_special_tokens=False
+            )
+        except Exception as error:  # such as a text with an unknown word, without a token for those
+            raise DataError(
+                f"the tokenizer {self.name} cannot encode a text: {error}; use another tokenizer"
+            ) from error
         return np.array(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
@@ -257,6 +264,47 @@ def tokenizer_from_json(fields: dict[str, Any]) -> Tokenizer:
         f"a tokenizer's kind must be bytes, huggingface or tiktoken, with its fields, not {fields.get('kind')!r} with "
         f"{sorted(fields)}; prepare the token file again"
     )
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: bytes, vocab_size: int) -> list[int]:
+    """Return the ids of a prompt for a model.
+
+    Args:
+        tokenizer: that of the model.
+        prompt: the text.
+        vocab_size: vocabulary size of the model.
+
+    Raises:
+        ConfigError: the prompt is empty.
+        DataError: the prompt has no token, or one that the model does not have.
+    """
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one character")
+    ids: list[int] = [int(number) for number in tokenizer.encode(prompt)]
+    shown = repr(prompt[:40].decode("utf-8", errors="replace"))
+    if not ids:
+        raise DataError(f"the prompt {shown} has no token of the tokenizer {tokenizer.name}; give another prompt")
+    if max(ids) >= vocab_size:
+        raise DataError(
+            f"the prompt {shown} has the token id {max(ids)} of the tokenizer {tokenizer.name}, but the model's "
+            f"vocabulary ends at {vocab_size - 1}; give another prompt, or train with model.vocab_size="
+            f"{tokenizer.vocab_size}"
+        )
+    return ids
+
+
+def ids_with_text(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.bool_]:
+    """Say of each id of a model's vocabulary whether it stands for a text, (vocab_size,).
+
+    Raises:
+        DataError: none does.
+    """
+    found = np.zeros(vocab_size, bool)
+    known = tokenizer.token_bytes()[:vocab_size] > 0
+    found[: len(known)] = known
+    if not found.any():
+        raise DataError(f"no id below {vocab_size} of the tokenizer {tokenizer.name} stands for a text; use another")
+    return found
 
 
 def split_at_lines(chunks: Iterable[bytes], limit: int = PIECE_BYTES) -> Iterator[bytes]:

@@ -231,6 +231,7 @@ class Windows:
 
     def _tokens(self, first: int, last: int) -> Integers:
         """Read tokens ``[first, last)`` of the file."""
+        self.token_file.check_size()
         read = self.token_file.tokens[first:last].astype(np.int64)
         if self._vocab_size is not None and read.max(initial=0) >= self._vocab_size:
             raise DataError(

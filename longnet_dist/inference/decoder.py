@@ -21,6 +21,7 @@ class Decoder:
         texts: number of places, each of which holds a text.
         max_rows: the most tokens that a text can have.
         chunk_length: tokens of a prompt that are computed at once.
+        allowed: ``(V,)`` bool, the ids that may follow; the logits of all others are ``-inf``. None: all.
 
     Attributes:
         device: of the model.
@@ -29,10 +30,18 @@ class Decoder:
         ConfigError: a bidirectional model, or positions that cannot span ``max_rows``.
     """
 
-    def __init__(self, model: LongNet, texts: int, max_rows: int, chunk_length: int = CHUNK_LENGTH) -> None:
+    def __init__(
+        self,
+        model: LongNet,
+        texts: int,
+        max_rows: int,
+        chunk_length: int = CHUNK_LENGTH,
+        allowed: Tensor | None = None,
+    ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
         self.device = model.embedding.weight.device
+        self._refused = None if allowed is None else ~allowed.to(self.device)
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
 
     @property
@@ -78,7 +87,7 @@ class Decoder:
         """Pass the next token of every text, and return its logits ``(texts, V)``."""
         logits: Tensor = self._model(self._ids, stream=self._cache).logits[:, 0]
         self._cache.advance()
-        return logits
+        return logits if self._refused is None else logits.masked_fill(self._refused, -torch.inf)
 
     def clear(self, place: int) -> None:
         """Free a place, whose logits mean nothing until another text is loaded."""

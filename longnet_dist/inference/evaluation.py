@@ -84,7 +84,7 @@ def evaluate(
             if not given.
 
     Raises:
-        DataError: the text has fewer rows than sequence ranks.
+        DataError: the text has fewer rows than sequence ranks, or the token file changes meanwhile.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -97,6 +97,7 @@ def evaluate(
                     sums += found
     # Each sequence rank adds its own rows, so the sum over the world counts every row once.
     loss_sum, num_labels, num_bytes = total_over_ranks(sums).tolist()
+    windows.token_file.check_unchanged()
     return Evaluation.of(loss_sum, int(num_labels), int(num_bytes))
 
 

@@ -68,6 +68,7 @@ def generate(
     *,
     samples: int = 1,
     chunk_length: int = CHUNK_LENGTH,
+    allowed: Tensor | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``num_tokens`` times the next id of every text that continues one of the ``prompts``.
 
@@ -82,6 +83,7 @@ def generate(
         sampling: how to draw.
         samples: texts that continue each prompt; they stand next to each other in what is yielded.
         chunk_length: rows of a prompt that are computed at once.
+        allowed: ``(V,)`` bool, the ids that may be drawn; None: all.
 
     Raises:
         ConfigError: a bidirectional model, no prompt or an empty one, fewer than one sample, an impossible number of
@@ -93,7 +95,7 @@ def generate(
         raise ConfigError(f"the number of tokens to add must be from 0 to 2^48, not {num_tokens}")
     if not prompts:
         raise ConfigError("the prompt is empty; give at least one character")
-    return _generate(model, prompts, num_tokens, sampling, samples, chunk_length)
+    return _generate(model, prompts, num_tokens, sampling, samples, chunk_length, allowed)
 
 
 @torch.no_grad()
@@ -104,11 +106,12 @@ def _generate(
     sampling: Sampling,
     samples: int,
     chunk_length: int,
+    allowed: Tensor | None,
 ) -> Iterator[list[int]]:
     """Yield as :func:`generate` does, for arguments that it has checked."""
     if not num_tokens:
         return
-    decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length)
+    decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length, allowed)
     for number, prompt in enumerate(prompts):
         decoder.load(prompt, range(samples * number, samples * (number + 1)))
     generator = sampling.generator(next(model.parameters()).device)

@@ -22,7 +22,7 @@ from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
 from longnet_dist.data.token_file import SplitName, TokenFile
-from longnet_dist.data.tokenizers import Tokenizer
+from longnet_dist.data.tokenizers import Tokenizer, encode_prompt, ids_with_text
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.inference.evaluation import Evaluation, evaluate
@@ -178,13 +178,15 @@ def continue_text(
         LongNetError: no such run, or one that cannot continue a text.
     """
     model, tokenizer = load_trained(path)
-    ids = [int(token) for token in tokenizer.encode(prompt.encode() if isinstance(prompt, str) else prompt)]
-    begin = tokenizer.decode(ids).decode("utf-8", errors="replace") if ids else ""
+    vocab_size = model.config.vocab_size
+    ids = encode_prompt(tokenizer, prompt.encode() if isinstance(prompt, str) else prompt, vocab_size)
+    allowed = torch.from_numpy(ids_with_text(tokenizer, vocab_size))
+    begin = tokenizer.decode(ids).decode("utf-8", errors="replace")
     streams = [TextStream(tokenizer, ids, stop) for _ in range(samples)]
     pieces = [[begin] for _ in streams]
     if show:
         show(begin)
-    steps = generate(model, [ids], num_tokens, sampling, samples=samples)
+    steps = generate(model, [ids], num_tokens, sampling, samples=samples, allowed=allowed)
     for step in tqdm(steps, total=num_tokens, unit="token", disable=True if show else None, leave=False):
         for stream, text, new in zip(streams, pieces, step, strict=True):
             text.append(stream.push(new))

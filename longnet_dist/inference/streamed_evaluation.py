@@ -95,10 +95,12 @@ def evaluate_stream(
             bar.set_postfix_str(f"loss {state.loss_sum / max(1, state.num_labels):.4f}", refresh=False)
             bar.update(shards.stop - shards.start)
             if is_first and (stop or time.monotonic() - saved_at > file.save_seconds):
+                windows.token_file.check_unchanged()
                 save_stream_state(file.path, file.task, replace(state, carried=stream.carried()))
                 saved_at = time.monotonic()
             if stop:
                 raise KeyboardInterrupt
+    windows.token_file.check_unchanged()
     if is_first:
         file.path.unlink(missing_ok=True)
     return Evaluation.of(state.loss_sum, state.num_labels, state.num_bytes)

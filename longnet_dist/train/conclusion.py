@@ -34,7 +34,7 @@ def conclude(plan: RunSetup, step: int, bytes_per_token: float, release: Callabl
     for validation in read_jsonl(folder.validation_file)[-1:]:
         print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
     print(f"loss curve: {folder.curve_file}")
-    if _wants_sample(plan):
+    if plan.writes_sample:
         release()
         _write_sample(plan, step)
 
@@ -59,13 +59,8 @@ def say_complete(plan: RunSetup) -> None:
             print(f"loss curve: {folder.curve_file}")
     except LongNetError as error:
         print(f"its settings and loss curve could not be looked at: {error}")
-    if _wants_sample(plan) and not folder.sample_file.exists():
+    if plan.writes_sample and not folder.sample_file.exists():
         _write_sample(plan, train.steps)
-
-
-def _wants_sample(plan: RunSetup) -> bool:
-    config = plan.config
-    return bool(config.train.sample_tokens and config.train.checkpoint_every and config.model.causal)
 
 
 def _write_sample(plan: RunSetup, step: int) -> None:

@@ -138,6 +138,7 @@ class Trainer:
                 if self.validation and (last or (metrics.step % train.validate_every == 0 and not stop)):
                     self._validate(self.validation)
                 if train.checkpoint_every and (last or stop or metrics.step % train.checkpoint_every == 0):
+                    self.token_file.check_unchanged()
                     writer.save(self.engine, self.progress, last=last or stop)
                 writer.check()
                 if stop:

@@ -18,6 +18,7 @@ from longnet_dist.config.schema import Config, TrainConfig
 from longnet_dist.data.batches import Batches, Windows, objective
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
+from longnet_dist.data.tokenizers import encode_prompt
 from longnet_dist.errors import CheckpointError, ConfigError, LongNetError
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.model.longnet import positions_of
@@ -70,7 +71,15 @@ class RunSetup(RunLayout):
             if config.train.validate_every:
                 plan.validation_data(token_file)
             plan.changes(token_file)
+            if plan.writes_sample:
+                encode_prompt(token_file.tokenizer, config.train.sample_prompt.encode(), config.model.vocab_size)
         return plan
+
+    @property
+    def writes_sample(self) -> bool:
+        """Say whether the trained model writes a sample at the end."""
+        train = self.config.train
+        return bool(train.sample_tokens and train.checkpoint_every and self.config.model.causal)
 
     @property
     def is_complete(self) -> bool:

@@ -151,3 +151,14 @@ def test_a_model_that_computes_whole_sequences_alone_cannot_continue():
     model = LongNet(named_model("tiny", attention="sparse")).eval()
     with pytest.raises(ConfigError, match="whole sequences on one device, one document each, but was given the next"):
         continued(model, [1], 2, GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=9.0, top_k=0), Sampling(top_k=300)])
+def test_only_allowed_ids_are_drawn(sampling):
+    torch.manual_seed(0)
+    model = LongNet(named_model("tiny", vocab_size=300)).eval()
+    allowed = torch.zeros(300, dtype=torch.bool)
+    allowed[[3, 77, 299]] = True
+    drawn = {token for step in generate(model, [[1, 2]], 20, sampling, samples=2, allowed=allowed) for token in step}
+    assert drawn <= {3, 77, 299}
+    assert not {token for step in generate(model, [[1, 2]], 20, sampling, samples=2) for token in step} <= {3, 77, 299}
