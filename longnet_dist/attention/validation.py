@@ -69,7 +69,7 @@ def agree_on_shards(
 
     With a group, one all-gather of a few integers lets every rank see what the others were given. So a fault on one
     rank is raised on all, also where ``total_rows`` is known: a rank that raised alone would leave the others waiting
-    for it. Only the chunk of a stream takes no all-gather, because every rank knows its rows.
+    for it. The chunk of a stream is compared like a whole sequence, although every rank knows its rows.
 
     Args:
         q, k, v, pattern, causal, group, total_rows, cache: as in :func:`~longnet_dist.dilated_attention`.
@@ -84,11 +84,10 @@ def agree_on_shards(
     """
     alone = group is None or dist.get_world_size(group) == 1
     fault: LongNetError | None = refusal or packed.fault
-    if fault is not None and (alone or cache is not None):
+    if fault is not None and alone:
         raise fault
     if cache is not None:
-        check_sink(sink, q)
-        return _chunk_of(cache, q, k, v, pattern, causal)
+        return _agree_on_chunk(q, k, v, pattern, causal, group, cache, merges, fault, sink, packed)
     if group is None or alone:
         check_inputs(q, k, v, short=True)
         check_sink(sink, q)
@@ -100,6 +99,34 @@ def agree_on_shards(
     counts = _compare_ranks(q, k, v, pattern, causal, merges, total_rows, group, fault, sink, packed.digest)
     check_end(packed.last_row, sum(counts))
     return Shards(sum(counts), counts[0], len(counts)), dist.get_rank(group)
+
+
+def _agree_on_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    causal: bool,
+    group: dist.ProcessGroup | None,
+    cache: LayerCache,
+    merges: bool,
+    fault: LongNetError | None,
+    sink: Tensor | None,
+    packed: PackedBatch,
+) -> tuple[Shards, int]:
+    """Return what :func:`_chunk_of` does; a fault on one rank is raised on all ranks of the group."""
+    try:
+        check_sink(sink, q)
+        found = _chunk_of(cache, q, k, v, pattern, causal)
+    except ShapeError as error:
+        fault = fault or error
+    if group is not None and dist.get_world_size(group) > 1:
+        shards = cache.stream.shards
+        chunk = _NO_CHUNK if shards is None else shards.start
+        _compare_ranks(q, k, v, pattern, causal, merges, None, group, fault, sink, packed.digest, chunk)
+    if fault is not None:
+        raise fault
+    return found
 
 
 def _chunk_of(
@@ -130,10 +157,11 @@ def _check_total(total_rows: int | None, rows: int) -> None:
 
 _FACTS = (
     *("rows", "batch", "heads", "kv_heads", "head_dim", "dtype"),
-    *("pattern", "first_head", "total_heads", "causal", "backend", "total_rows", "sink", "documents"),
+    *("pattern", "first_head", "total_heads", "causal", "backend", "total_rows", "sink", "documents", "chunk"),
 )
 """What ranks tell each other, one integer each; all but the rows must be equal on all ranks."""
 _REFUSED = -1
+_NO_CHUNK = -1
 
 
 def _compare_ranks(
@@ -148,6 +176,7 @@ def _compare_ranks(
     refusal: LongNetError | None,
     sink: Tensor | None,
     documents: int,
+    chunk: int = _NO_CHUNK,
 ) -> list[int]:
     """Return the rows of every rank; raise on all ranks if one rank's inputs are wrong or differ from the others'."""
     fault: LongNetError | None = refusal
@@ -155,7 +184,7 @@ def _compare_ranks(
     try:
         check_inputs(q, k, v)
         check_sink(sink, q)
-        facts = facts if fault else _facts(q, k, pattern, causal, merges, total_rows, sink, documents)
+        facts = facts if fault else [*_facts(q, k, pattern, causal, merges, total_rows, sink, documents), chunk]
     except ShapeError as error:
         fault = error
     table = _gather_facts(facts, q.device, group)
@@ -167,8 +196,8 @@ def _compare_ranks(
             what = "was refused" if _REFUSED in (row[0], table[0][0]) else f"differs from rank 0 in {', '.join(names)}"
             raise ShapeError(
                 f"all ranks of the sequence group must pass the same batch, heads, head_dim, dtype, pattern, "
-                f"first_head, total_heads, causal, total_rows, kind of sink and documents and have the same backend, "
-                f"but rank {rank} {what}: "
+                f"first_head, total_heads, causal, total_rows, kind of sink, documents and chunk of a stream, and "
+                f"have the same backend, but rank {rank} {what}: "
                 f"{row} against {table[0]}"
             )
     counts = [row[0] for row in table]

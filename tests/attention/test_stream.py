@@ -82,6 +82,49 @@ def test_chunks_must_follow_each_other():
     stream.enter(second)
 
 
+def errors_of_one_rank():
+    """What each rank raises if the last one alone makes a mistake in a chunk; then a chunk without one."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    pattern, x = DilatedPattern([4, 16], [1, 2]), torch.ones(1, 4, 2, 4)
+    raised = []
+
+    def chunk(stream, x, **options):
+        return dilated_attention(x, x, x, pattern, group=group, cache=stream.layers[0], **options)
+
+    def mistakes(stream):
+        yield lambda: chunk(stream, x[:, :3])
+        yield lambda: chunk(stream, x, causal=False)
+        yield lambda: chunk(stream, x[..., :1, :].contiguous())
+        yield lambda: chunk(stream, x, backend="flash")
+        other = Stream(pattern, 32, 1, num_ranks=2, rank=rank)
+        yield lambda: chunk(other, x)
+        other.shards = other.chunks(8)[1]
+        yield lambda: chunk(other, x)
+
+    stream = Stream(pattern, 32, 1, num_ranks=2, rank=rank)
+    stream.enter(stream.chunks(8)[0])
+    for mistake in mistakes(stream):
+        try:
+            mistake() if rank == 1 else chunk(stream, x)
+        except (ShapeError, ConfigError) as error:
+            raised.append(str(error))
+    return raised, chunk(stream, x).shape
+
+
+def test_a_mistake_of_one_rank_in_a_chunk_is_raised_on_all():
+    """None waits for the other: each time both raise, and then go on."""
+    (first, shape), (last, _) = run_distributed(errors_of_one_rank, 2, timeout_seconds=20.0)
+    assert shape == (1, 4, 2, 4)
+    assert len(first) == len(last) == 6
+    assert "4 rows on this rank, but 3" in last[0]
+    assert "causal" in last[1]
+    assert all("rank 1 was refused" in message for message in (first[0], first[1], first[3], first[4]))
+    assert all("differs from rank 0 in heads" in message for message in (first[2], last[2]))
+    assert "runs on a GPU" in last[3]
+    assert "enter a chunk first" in last[4]
+    assert all("differs from rank 0 in chunk" in message for message in (first[5], last[5]))
+
+
 def test_only_a_recorded_stream_can_be_replayed():
     stream = Stream(DilatedPattern([8], [1]), 16, 1)
     with pytest.raises(ConfigError, match="recorded"):
