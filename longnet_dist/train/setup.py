@@ -33,11 +33,13 @@ class RunSetup(RunLayout):
         folder: of the run.
         resume: the checkpoint to go on from, if any.
         init: the weights that a new run begins with, if any.
+        token_file: of ``data.path``, opened once; None if the default corpus has still to be made.
     """
 
     folder: RunFolder
     resume: ResumePoint
     init: InitialWeights | None
+    token_file: TokenFile | None = None
 
     @classmethod
     def make(cls, config: Config, world_size: int, device_type: str) -> RunSetup:
@@ -64,9 +66,9 @@ class RunSetup(RunLayout):
         _check_end(config.train, folder, resume)
         begins = config.train.init is not None and resume.checkpoint is None
         init = InitialWeights.find(config.train.init, config.model) if config.train.init and begins else None
-        plan = cls(**vars(layout), folder=folder, resume=resume, init=init)
-        if config.data.path is not None:
-            token_file = TokenFile.open(config.data.path)
+        token_file = None if config.data.path is None else TokenFile.open(config.data.path)
+        plan = cls(**vars(layout), folder=folder, resume=resume, init=init, token_file=token_file)
+        if token_file is not None:
             plan.training_data(token_file)
             if config.train.validate_every:
                 plan.validation_data(token_file)
@@ -125,9 +127,13 @@ class RunSetup(RunLayout):
         return state.tokens // self.config.data.sequence_length if state.samples is None else state.samples
 
     def open_token_file(self) -> TokenFile:
-        """The token file; that of the default corpus is made by rank 0 if need be. Every rank must call."""
-        if self.config.data.path is not None:
-            return TokenFile.open(self.config.data.path)
+        """Return the token file; that of the default corpus is made by rank 0 if need be. Every rank must call.
+
+        Raises:
+            LongNetError: the default corpus cannot be made; on all ranks.
+        """
+        if self.token_file is not None:
+            return self.token_file
         made: list[Path | LongNetError | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -141,7 +147,7 @@ class RunSetup(RunLayout):
         return TokenFile.open(made[0])
 
     def training_data(self, token_file: TokenFile) -> Batches:
-        """The training split in shuffled batches of the whole world."""
+        """Return the training split in shuffled batches of the whole world."""
         config = self.config
         length, batch_size, seed = config.data.sequence_length, config.train.batch_size, config.train.seed
         options = objective(config.model) | {"documents": config.data.documents, "packing": config.data.packing}
@@ -149,13 +155,13 @@ class RunSetup(RunLayout):
         return Batches(token_file, "train", length, batch_size, seed, **options, sample_offset=offset)
 
     def validation_data(self, token_file: TokenFile) -> Windows:
-        """The validation split in windows of the training length."""
+        """Return the validation split in windows of the training length."""
         config = self.config
         length, documents = config.data.sequence_length, config.data.documents
         return Windows(token_file, "validation", length, **objective(config.model), documents=documents)
 
     def resolved(self, token_file: TokenFile) -> dict[str, Any]:
-        """The configuration as nested values, with what was ``auto`` or left out filled in."""
+        """Return the configuration as nested values, with what was ``auto`` or left out filled in."""
         values = self.config.model_dump(mode="json")
         values["data"]["path"] = str(token_file.path.resolve())
         values["train"] |= {"precision": self.precision, "micro_batch_size": self.micro_batch_size}

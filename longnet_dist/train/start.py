@@ -16,7 +16,6 @@ from longnet_dist.checkpoint.lock import Lock, read_owner
 from longnet_dist.comm.agreement import agreed, settle
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.schema import Config
-from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import check_fits
@@ -58,9 +57,7 @@ class Start:
         facts |= {"the device": self.device.type, "the number of ranks": str(plan.num_ranks)}
         facts["the checkpoint to go on from"] = f"step {state.step} ({digest_of(state.sha256)})" if state else "none"
         facts["train.init's weights"] = init.sha256 if init else "none"
-        if plan.config.data.path is not None:
-            return facts | plan.identity(TokenFile.open(plan.config.data.path)).facts()
-        return facts
+        return facts if plan.token_file is None else facts | plan.identity(plan.token_file).facts()
 
 
 @contextmanager

@@ -1,11 +1,17 @@
 import pytest
+import torch.distributed as dist
 
 from longnet_dist.attention import functional
 from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.checkpoint.run_folder import ResumePoint
+from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.comm.mesh import MeshShape
+from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import CheckpointError, ConfigError, DataError, ShapeError
+from longnet_dist.train.deepspeed_engine import prepare_deepspeed
+from longnet_dist.train.loop import Trainer
 from longnet_dist.train.setup import RunSetup
+from longnet_dist.train.start import Start
 from tests.distributed import run_distributed
 from tests.train.runs import import_deepspeed, make_trainer, run, tiny_config
 
@@ -143,3 +149,21 @@ def _attentions_of_a_run(config, chosen):
     trainer.run()
     blocks = trainer.engine.module.blocks
     return [(block.self_attn.backend, block.self_attn.deterministic) for block in blocks], chosen
+
+
+def test_a_run_opens_its_token_file_once(tmp_path, corpus, monkeypatch):
+    opened, really = [], TokenFile.open.__func__
+    noted = classmethod(lambda cls, path, **how: opened.append(path) or really(cls, path, **how))
+    monkeypatch.setattr(TokenFile, "open", noted)
+    import_deepspeed()
+    config = tiny_config(tmp_path / "run", corpus, "train.steps=1", "train.validate_every=1")
+    assert run_distributed(_files_opened, 2, config, opened) == [[corpus], [corpus]]
+
+
+def _files_opened(config, opened):
+    launch = LaunchEnvironment(dist.get_rank(), 2, dist.get_rank(), 2)
+    start = Start(config, launch)
+    start.facts()
+    prepare_deepspeed(launch, start.device)
+    Trainer(start.plan, start.device).run()
+    return opened
