@@ -25,6 +25,7 @@ LAYERS = [
     "model",
     "engine",
     "interop",
+    "hf",
     "checkpoint",
     "inference",
     "telemetry",

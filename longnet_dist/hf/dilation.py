@@ -1,0 +1,105 @@
+"""How a Hugging Face model or configuration gets its pattern, and keeps it in config.json."""
+
+from __future__ import annotations
+
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.hf.interface import dilated_forward, dilated_mask
+from longnet_dist.hf.pattern_field import FIELD, NAME, pattern_of
+
+Dilated = TypeVar("Dilated")
+_SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_softcap")
+
+
+def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
+    """Give a Hugging Face model, or a configuration, dilated attention in all layers; return it.
+
+    ::
+
+        model = dilate(AutoModelForCausalLM.from_pretrained("model"), DilatedPattern.geometric(2048, 262144))
+
+    The pattern and the implementation are saved in config.json. Loading such a model needs ``import longnet_dist.hf``;
+    without it transformers raises an error.
+
+    Args:
+        model_or_config: of a decoder or an encoder, such as Llama, Qwen3, Mistral, gpt-oss, BERT, ModernBERT.
+        pattern: the branches.
+
+    Raises:
+        ConfigError: the model has sliding windows, soft caps, or cross-attention.
+    """
+    model = model_or_config if not isinstance(model_or_config, PreTrainedConfig) else None
+    config = model_or_config if model is None else getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(
+            f"dilate takes a model or configuration of transformers, not {type(model_or_config).__name__}"
+        )
+    if not isinstance(pattern, DilatedPattern):
+        raise ConfigError(f"the pattern must be a DilatedPattern, not {type(pattern).__name__}")
+    text = config.get_text_config()
+    _check(text)
+    setattr(text, FIELD, _fields(pattern))
+    if isinstance(model, PreTrainedModel) or hasattr(model, "set_attn_implementation"):
+        key = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
+        model.set_attn_implementation(NAME if key is None else {key: NAME})  # type: ignore[union-attr]
+    else:
+        text._attn_implementation = NAME
+    return model_or_config
+
+
+def register() -> None:
+    """Register attention and mask, and let configurations write the name of the implementation; once."""
+    AttentionInterface.register(NAME, dilated_forward)
+    AttentionMaskInterface.register(NAME, dilated_mask)
+    _write_implementation()
+
+
+@lru_cache(maxsize=1)
+def _write_implementation() -> None:
+    # transformers leaves the implementation out of config.json, so that a saved model would come back dense. It reads
+    # the key attn_implementation, and refuses a name that is not registered.
+    original = PreTrainedConfig.to_dict
+
+    @wraps(original)
+    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        fields: dict[str, Any] = original(self)
+        if self._attn_implementation == NAME and hasattr(self, FIELD):
+            fields["attn_implementation"] = NAME
+        return fields
+
+    PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]
+
+
+def _fields(pattern: DilatedPattern) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "segment_lengths": list(pattern.segment_lengths),
+        "dilation_rates": list(pattern.dilation_rates),
+        "head_offsets": pattern.head_offsets,
+    }
+    if shift := getattr(pattern, "shift", None):
+        fields["shift"] = list(shift)
+    return fields
+
+
+def _check(config: PreTrainedConfig) -> None:
+    types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if types - {"full_attention"} or (window is not None and not types):
+        found = ", ".join(sorted(types - {"full_attention"})) or f"sliding_window={window}"
+        raise ConfigError(
+            f"dilated attention takes the place of full attention, but the model has windows or other layers "
+            f"({found}); use a configuration in which every layer has full attention"
+        )
+    for name in _SOFT_CAPS:
+        if getattr(config, name, None) is not None:
+            raise ConfigError(f"dilated attention has no soft cap, but {name}={getattr(config, name)}")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ConfigError("dilated attention has no cross-attention, but the model is an encoder-decoder")
+
+
+__all__ = ["dilate", "pattern_of", "register"]

@@ -1,0 +1,28 @@
+"""The pattern of a Hugging Face configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longnet_dist.errors import ConfigError
+from longnet_dist.geometry.pattern import DilatedPattern
+
+NAME = "dilated"
+"""Under which attention and mask are registered."""
+FIELD = "dilated_pattern"
+"""Of a configuration: the arguments of DilatedPattern."""
+
+
+def pattern_of(config: Any) -> DilatedPattern:
+    """Return the pattern that :func:`longnet_dist.hf.dilate` has given to a configuration.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    fields = getattr(config, FIELD, None)
+    if not isinstance(fields, dict):
+        raise ConfigError(
+            f"attn_implementation={NAME!r} needs a pattern, but the configuration has none; call "
+            f"longnet_dist.hf.dilate(model, pattern)"
+        )
+    return DilatedPattern(**fields)

@@ -1,0 +1,212 @@
+"""Hugging Face models with dilated attention: dense where the pattern is dense, and what they compute alone."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+    import longnet_dist.hf as hf
+
+from longnet_dist import DilatedPattern
+from longnet_dist.errors import ConfigError, ShapeError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
+DENSE, SPARSE = DilatedPattern([64], [1]), DilatedPattern([8, 32], [1, 4])
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODELS = {
+    "llama": lambda t, **f: t.LlamaForCausalLM(t.LlamaConfig(**{**SIZES, **GROUPED, **IDS, **f})),
+    "qwen3": lambda t, **f: t.Qwen3ForCausalLM(t.Qwen3Config(**{**SIZES, **GROUPED, **f})),
+    "mistral": lambda t, **f: t.MistralForCausalLM(
+        t.MistralConfig(**{**SIZES, "num_key_value_heads": 2, "sliding_window": None, **f})
+    ),
+    "bert": lambda t, **f: t.BertForMaskedLM(t.BertConfig(**{**SIZES, **f})),
+    "modernbert": lambda t, **f: t.ModernBertForMaskedLM(
+        t.ModernBertConfig(
+            **{**SIZES, **IDS, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1, **f}
+        )
+    ),
+    "gpt_oss": lambda t, **f: t.GptOssForCausalLM(
+        t.GptOssConfig(
+            **{**SIZES, **GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1, **f},
+            layer_types=["full_attention"] * 2,
+        )
+    ),
+}
+IDS_40 = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def make(name, **fields):
+    torch.manual_seed(0)
+    return MODELS[name](transformers, **fields).eval()
+
+
+def padding(start, stop):
+    mask = torch.zeros(2, 40, dtype=torch.int64)
+    mask[0] = 1
+    mask[1, start:stop] = 1
+    return mask
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dense_pattern_is_full_attention_and_padding_takes_no_part(name, tmp_path):
+    model = make(name)
+    model.set_attn_implementation("eager" if name == "gpt_oss" else "sdpa")
+    masks = [None, padding(0, 25), padding(13, 40)]
+    expected = [model(IDS_40, attention_mask=mask).logits for mask in masks]
+    assert hf.dilate(model, DENSE) is model
+    for mask, logits in zip(masks, expected, strict=True):
+        kept = torch.ones(2, 40, dtype=torch.bool) if mask is None else mask.bool()
+        torch.testing.assert_close(model(IDS_40, attention_mask=mask).logits[kept], logits[kept], atol=1e-5, rtol=0)
+    hf.dilate(model, SPARSE)
+    alone = model(IDS_40[1:, :25]).logits
+    torch.testing.assert_close(model(IDS_40, attention_mask=masks[1]).logits[1, :25], alone[0], atol=1e-5, rtol=0)
+    assert (alone - expected[0][1:, :25]).abs().max() > 1e-3
+    # Twice through config.json.
+    logits = model(IDS_40).logits
+    for folder in ("once", "twice"):
+        model.save_pretrained(tmp_path / folder)
+        model = type(model).from_pretrained(tmp_path / folder).eval()
+        assert hf.pattern_of(model.config) == SPARSE
+        assert torch.equal(model(IDS_40).logits, logits)
+
+
+def test_loading_without_the_package_is_an_error(tmp_path):
+    model = hf.dilate(make("llama"), SPARSE)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["attn_implementation"] == "dilated"
+    registered = transformers.AttentionInterface._global_mapping.pop("dilated")
+    try:
+        with pytest.raises(ValueError, match="dilated"):
+            transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    finally:
+        transformers.AttentionInterface.register("dilated", registered)
+    fields.pop("dilated_pattern")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"call longnet_dist.hf.dilate\(model, pattern\)"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)(IDS_40)
+
+
+def test_a_configuration_is_dilated_too():
+    config = hf.dilate(transformers.LlamaConfig(**SIZES), SPARSE)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    torch.manual_seed(0)
+    other = hf.dilate(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval(), SPARSE)
+    assert torch.equal(model(IDS_40).logits, other(IDS_40).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_documents_are_those_alone_and_train(name):
+    model = hf.dilate(make(name), SPARSE)
+    documents = [IDS_40[:1, :17], IDS_40[1:, :40], IDS_40[:1, 20:25]]
+    packed, edges = torch.cat(documents, 1), [0, 17, 57, 62]
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
+    cu = torch.tensor(edges, dtype=torch.int32)
+    alone = torch.cat([model(document).logits for document in documents], 1)
+    torch.testing.assert_close(model(packed, position_ids=positions).logits, alone, atol=1e-5, rtol=0)
+    with_edges = model(packed, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu).logits
+    torch.testing.assert_close(with_edges, alone, atol=1e-5, rtol=0)
+    grads = []
+    model.gradient_checkpointing_enable()
+    for logits in (lambda: model.train()(packed, position_ids=positions).logits, lambda: alone):
+        model.zero_grad()
+        logits().square().mean().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_generation_with_a_cache_is_that_without(name):
+    model = hf.dilate(make(name, eos_token_id=None), SPARSE)
+    mask = padding(13, 40)
+    for options in ({}, {"num_beams": 3}, {"do_sample": True}):
+        found = []
+        for cached in (True, False):
+            torch.manual_seed(5)
+            found.append(
+                model.generate(
+                    IDS_40, attention_mask=mask, max_new_tokens=12, use_cache=cached, pad_token_id=0, **options
+                )
+            )
+        assert torch.equal(*found), options
+    alone = model.generate(IDS_40[1:, 13:], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    both = model.generate(IDS_40, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(both[1, 40:], alone[0, 27:])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_compiled_model_has_one_graph(name):
+    model = hf.dilate(make(name), SPARSE)
+    module = model.model.layers[0].self_attn
+    x = torch.randn(2, 40, 32, requires_grad=True)
+    places = model.model.rotary_emb(x, torch.arange(40)[None])
+
+    def run(x, mask):
+        return module(x, position_embeddings=places, attention_mask=mask)[0]
+
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        for mask in (None, padding(13, 40).bool()):
+            x.grad = None
+            module.zero_grad()
+            out = function(x, mask)
+            out.square().sum().backward()
+            found.append((out.detach(), x.grad.clone(), [p.grad.clone() for p in module.parameters()]))
+    torch.testing.assert_close(found[:2], found[2:], atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_and_adapters():
+    peft = pytest.importorskip("peft")
+    model = hf.dilate(make("llama"), SPARSE)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(IDS_40).logits
+    torch.testing.assert_close(rounded.float(), model(IDS_40).logits, atol=0.05, rtol=0.05)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    tuned(IDS_40, labels=IDS_40).loss.backward()
+    assert all(parameter.grad is not None for parameter in tuned.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: make("mistral", sliding_window=16), "sliding_window=16"),
+        (lambda: make("modernbert", global_attn_every_n_layers=2), "sliding_attention"),
+        (lambda: make("bert", add_cross_attention=True, is_decoder=True), "no cross-attention"),
+        (lambda: transformers.Gemma2Config(**SIZES), "soft cap|windows"),
+        (lambda: torch.nn.Linear(2, 2), "takes a model or configuration"),
+    ],
+)
+def test_models_that_are_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        hf.dilate(build(), SPARSE)
+
+
+def test_calls_that_are_refused():
+    with pytest.raises(ConfigError, match="must be a DilatedPattern"):
+        hf.dilate(make("llama"), [8])
+    model = hf.dilate(make("llama", attention_dropout=0.1), SPARSE)
+    with pytest.raises(ConfigError, match="attention_dropout"):
+        model.train()(IDS_40)
+    model.eval()
+    with pytest.raises(ShapeError, match="not 4 dimensions"):
+        model(IDS_40, attention_mask=torch.zeros(2, 1, 40, 40))
+    gap = torch.ones(2, 40, dtype=torch.int64)
+    gap[1, 7] = 0
+    with pytest.raises(ShapeError, match="item 1 has 39 tokens between 0 and 39"):
+        model(IDS_40, attention_mask=gap)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ConfigError, match="use a DynamicCache"):
+        model(IDS_40, cache=cache)
+    model.config.num_key_value_heads = 4
+    with pytest.raises(ConfigError, match="do not split heads over ranks"):
+        model(IDS_40)
