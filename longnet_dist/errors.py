@@ -39,6 +39,11 @@ class CheckpointError(LongNetError, ValueError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+def is_missing_compiler(error: BaseException) -> bool:
+    """Say whether torch or Triton found no compiler for C or C++, by their messages."""
+    return any(message in str(error) for message in ("No working C++ compiler found", "Failed to find C compiler"))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, by name and message, since torch's CPU allocator raises a plain RuntimeError."""
     messages = ("DefaultCPUAllocator", "Storage size calculation overflowed", "numel: integer multiplication overflow")

@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from longnet_dist.errors import ConfigError
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may run on; where the system cannot say, all of them."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process may use, at least 1; where the system cannot say, all of them.
+
+    Its control groups may leave it the time of fewer cores than it may run on.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [folder / "cpu.max" for folder in _groups("cpu")]  # version 2: quota and period, us
+    words = [words for file in quotas if len(words := _words(file)) == 2]
+    for folder in _groups("cpu"):  # version 1
+        words.append(_words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"))
+    shares = [int(pair[0]) / int(pair[1]) for pair in words if len(pair) == 2 and all(map(str.isdecimal, pair))]
+    return max(1, int(min([cores, *shares])))
+
+
+def user_threads(environ: Mapping[str, str]) -> int | None:
+    """Return the number of threads that the user asks for with ``OMP_NUM_THREADS``, None if there is none.
+
+    torchrun sets it to 1 for all its ranks where the user does not, so a 1 of its ranks counts as not set.
+
+    Args:
+        environ: the environment variables.
+    """
+    text = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number for each level of nesting
+    number = int(text) if text.isascii() and text.isdecimal() else 0
+    return None if number == 0 or (number == 1 and "TORCHELASTIC_RUN_ID" in environ) else number
 
 
 def host_memory_bytes() -> int:
-    """Return the bytes of this machine's memory, or what its control group leaves of them.
+    """Return the bytes of this machine's memory, or what its control groups leave of them.
 
     Raises:
         ConfigError: the system does not say, as Windows.
@@ -30,8 +52,35 @@ def host_memory_bytes() -> int:
             "--device h100"
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
-    return memory if text == "max" else min(memory, int(text))
+    names = ("memory.max", "memory.limit_in_bytes")  # of version 2 and 1; without a limit "max" and a huge number
+    words = [_words(folder / name) for folder in _groups("memory") for name in names]
+    return min([memory, *(int(limit[0]) for limit in words if limit and limit[0].isdecimal())])
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups of this process, inner ones first, for both versions.
+
+    In a container the path may be that of the host, of which only the last folder above it is there.
+    """
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        lines = []
+    yield CGROUPS  # version 2 in a container
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        for mount in {CGROUPS / controllers, CGROUPS / controller} if controllers else {CGROUPS, CGROUPS / "unified"}:
+            inner = PurePosixPath(path.lstrip("/"))
+            yield from (mount / part for part in (inner, *inner.parents))
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text().split()
+    except OSError:
+        return []
 
 
 def peak_resident_bytes() -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -36,11 +35,12 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.cli.diagnosis.facts import collect
     from longnet_dist.cli.diagnosis.findings import findings
     from longnet_dist.cli.diagnosis.text import report
+    from longnet_dist.telemetry.json_lines import json_text
 
     facts = collect()
     found = findings(facts)
     if options.json:
-        print(json.dumps({**facts.to_json(), "findings": [asdict(finding) for finding in found]}))
+        print(json_text({**facts.to_json(), "findings": [asdict(finding) for finding in found]}))
     else:
         print(report(facts, found))
     if any(finding.fault for finding in found):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +51,7 @@ def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
     """Evaluate on this rank."""
     from longnet_dist.data.token_file import TokenFile
     from longnet_dist.inference.runs import evaluate_run, evaluate_run_streamed
+    from longnet_dist.telemetry.json_lines import json_text
 
     if options.verify and launch.local_rank == 0:
         TokenFile.open(options.data, verify=True)
@@ -65,7 +65,7 @@ def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
         num_tokens = 262144 if num_tokens is None else num_tokens
         results = evaluate_run(run, data, options.context, num_tokens, options.split or "validation", launch)
     if launch.rank == 0:
-        print(json.dumps({n: asdict(result) for n, result in results.items()}) if options.json else _table(results))
+        print(json_text({n: asdict(result) for n, result in results.items()}) if options.json else _table(results))
 
 
 def _table(results: dict[int, Evaluation]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -46,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from longnet_dist.estimate.remedies import fastest
     from longnet_dist.estimate.table import fastest_lines, remedy_lines, scaling_lines, table
+    from longnet_dist.telemetry.json_lines import json_text
 
     found = fastest(plan) if options.optimize else []
     scaled = [plan.on_ranks(1 << power) for power in range(MOST_RANKS.bit_length())] if options.scaling else []
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         values = plan.to_json()
         values |= {"optimized": _plain(found)} if options.optimize else {}
         values |= {"scaling": [{"ranks": p.layout.num_ranks, **_numbers(p)} for p in scaled]} if options.scaling else {}
-        print(json.dumps(values))
+        print(json_text(values))
         return
     print(table(plan))
     if options.optimize:

@@ -30,7 +30,8 @@ examples:
   mpirun -n 16 longnet train paper
 
 Under torchrun, srun, mpirun or deepspeed the process joins the ranks that these have started.
-On SIGTERM or SIGUSR1 the ranks finish their step, write a checkpoint and exit with status 75; the same command goes on.
+On SIGTERM, SIGUSR1, SIGHUP or Ctrl-C the ranks finish their step, write a checkpoint and exit with status 75; the same
+command goes on. A second Ctrl-C ends them at once.
 A mistake or a fault that a person must look at ends with one message and status 2; a rank that another one's death or
 silence ends exits with status 69, and the same command goes on.
 """

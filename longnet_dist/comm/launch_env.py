@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.machine import usable_cores
 from longnet_dist.private_interfaces import abort_process_group
+from longnet_dist.machine import usable_cores, user_threads
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # mpirun sets the number of ranks: Open MPI under the first name, Hydra (MPICH, Intel MPI) under the second. SLURM's
@@ -99,8 +100,11 @@ class LaunchEnvironment:
         return torch.device("cuda", self.local_rank)
 
     def share_cores(self) -> None:
-        """Limit torch's threads to this rank's share of the cores; by default each rank would use all of them."""
-        torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
+        """Limit torch's threads to this rank's share of the cores, unless the user sets ``OMP_NUM_THREADS``.
+
+        By default each rank would use all cores.
+        """
+        torch.set_num_threads(user_threads(os.environ) or max(1, usable_cores() // self.local_world_size))
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""A scheduler asks a run to stop, to take the machine back or at its time limit, by a signal."""
+"""A scheduler or a person asks a run to stop, by a signal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Windows has no SIGUSR1.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# Windows has neither SIGUSR1 nor SIGHUP.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Record ``STOP_SIGNALS`` instead of ending at once; yield a function that says whether one came.
 
-    Schedulers and launchers often send several, so a second signal does not end the process either. If one came, later
-    ones are ignored even after the context, since the process is about to end. Only the main thread may enter.
+    Schedulers and launchers often send several, so a second signal does not end the process either; only a second
+    Ctrl-C does. If one came, later ones are ignored even after the context, since the process is about to end. A signal
+    that is ignored already, as SIGHUP under nohup, stays so. Only the main thread may enter.
+
+    Raises:
+        KeyboardInterrupt: at a second Ctrl-C.
     """
     came: list[int] = []
-    old = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_SIGNALS}
+
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, note) for number in heeded}
     try:
         yield lambda: bool(came)
     finally:

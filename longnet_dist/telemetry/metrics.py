@@ -80,7 +80,8 @@ class MetricsLog:
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
         """Record the result of one validation, after ``step``."""
-        self._log("validation", step, asdict(evaluation))
+        fields = asdict(evaluation)
+        self._log("validation", step, {name: value if math.isfinite(value) else None for name, value in fields.items()})
 
     def _log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
         for logger in self._loggers:
@@ -95,10 +96,10 @@ def draw_loss_curve(folder: RunFolder, bytes_per_token: float) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    steps = [line for line in read_jsonl(folder.metrics_file) if line["loss"] is not None]
+    steps = [line for line in read_jsonl(folder.metrics_file) if line.get("loss") is not None]
     bits = 1 / (math.log(2) * bytes_per_token)
     axes.plot([line["step"] for line in steps], [line["loss"] * bits for line in steps], lw=1, label="training")
-    if validations := read_jsonl(folder.validation_file):
+    if validations := [line for line in read_jsonl(folder.validation_file) if line.get("bits_per_byte") is not None]:
         points = [line["step"] for line in validations], [line["bits_per_byte"] for line in validations]
         axes.plot(*points, "o-", ms=4, lw=1.5, label=f"validation (last {points[1][-1]:.3f})")
     axes.set(xlabel="step", ylabel="bits per byte", title=folder.path.name)

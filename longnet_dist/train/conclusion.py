@@ -32,7 +32,9 @@ def conclude(plan: RunSetup, step: int, bytes_per_token: float, release: Callabl
         return
     draw_loss_curve(folder, bytes_per_token)
     for validation in read_jsonl(folder.validation_file)[-1:]:
-        print(f"validation: {validation['bits_per_byte']:.3f} bits per byte after {validation['step']} steps")
+        bits = validation.get("bits_per_byte")
+        shown = "no finite number of" if bits is None else f"{bits:.3f}"
+        print(f"validation: {shown} bits per byte after {validation['step']} steps")
     print(f"loss curve: {folder.curve_file}")
     if plan.writes_sample:
         release()

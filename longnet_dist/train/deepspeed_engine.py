@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import logging
 import math
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +65,36 @@ def _refuse_destructive(installed: str) -> None:
             f"DeepSpeed {installed} makes every weight NaN after one gradient that is not finite; install 0.19.8 or "
             f"newer: {install_command('train')}"
         )
+
+
+def unread_keys(extra: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key of ``deepspeed.extra`` that no configuration of the installed DeepSpeed reads.
+
+    DeepSpeed itself ignores such keys. Its known ones are the strings in the files that read its configuration.
+    """
+    if not extra:
+        return []
+    import deepspeed
+
+    root = Path(deepspeed.__file__).parent
+    sources = [file for name in ("config", "constants") for file in root.rglob(f"*{name}*.py")]
+    known = {word for file in sources for word in re.findall(r"[\"']?(\w+)[\"']?", file.read_text(encoding="utf-8"))}
+    return [
+        f"deepspeed.extra.{key} is read by nothing in DeepSpeed {version('deepspeed')}"
+        + "".join(
+            f"; the nearest key is {near}"
+            for near in difflib.get_close_matches(key.rpartition(".")[2], sorted(known), n=1)
+        )
+        for key in _keys(extra)
+        if key.rpartition(".")[2] not in known
+    ]
+
+
+def _keys(extra: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in extra.items():
+        yield prefix + name
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def build_engine(

@@ -25,6 +25,7 @@ from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.flight_recorder import record_collectives, write_collectives
 from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh
+from longnet_dist.config.notes import notes
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
@@ -44,7 +45,7 @@ from longnet_dist.telemetry.throughput import Speed, Throughput
 from longnet_dist.train.allocator import prepare_allocator
 from longnet_dist.train.batch_prefetch import StepsAhead, pinned
 from longnet_dist.train.conclusion import conclude, say_complete
-from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release
+from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release, unread_keys
 from longnet_dist.train.setup import RunSetup
 from longnet_dist.train.start import Start, own_folder
 from longnet_dist.train.step import MicroBatch, ReadRows, StepResult, train_step
@@ -54,7 +55,7 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """Train as configured. Every rank of the launch must call.
 
     Returns:
-        True after the last step, False if the run was asked to stop (SIGTERM, SIGUSR1) and has left a checkpoint.
+        True after the last step, False if the run was asked to stop (SIGTERM, Ctrl-C and the like) and left a checkpoint.
 
     Raises:
         LongNetError: a package of the extra ``train`` is absent; a mistake in configuration, data or checkpoint, on
@@ -160,6 +161,9 @@ class Trainer:
         if self.is_first and self.changes:
             where = self.plan.resume.checkpoint or "train.init"
             print("\n  ".join([f"going on from {where} with", *self.changes]))
+        if self.is_first:
+            for line in [*notes(self.config), *unread_keys(self.config.deepspeed.extra)]:
+                print(f"note: {line}")
 
     def _open_folder(self, stack: ExitStack) -> MetricsLog:
         """Put the run's folder in order and write what describes the run, once a step has been done."""

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from longnet_dist.checkpoint.run_folder import RunFolder
-from longnet_dist.errors import CheckpointError
 from longnet_dist.inference.evaluation import Evaluation
-from longnet_dist.telemetry.json_lines import read_jsonl
+from longnet_dist.telemetry.json_lines import json_text, read_jsonl
 from longnet_dist.telemetry.loggers import usable_loggers
 from longnet_dist.telemetry.metrics import MetricsLog, StepMetrics, draw_loss_curve
 
@@ -69,10 +68,26 @@ def test_a_line_cut_short_by_a_crash_is_left_out(folder):
     assert read_jsonl(folder.metrics_file) == [{"step": 1}]
 
 
-def test_a_damaged_line_is_an_error(folder):
-    folder.metrics_file.write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_jsonl(folder.metrics_file)
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1', b"\0" * 9, b"\xff\xfe", b"[1]", b"{}", b"", b"[" * 9999, b'{"step": "x"}']
+)
+def test_a_damaged_line_is_a_message(folder, capsys, line):
+    folder.metrics_file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 2, "loss": 1.0}\n')
+    assert [record["step"] for record in read_jsonl(folder.metrics_file)] == [1, 2]
+    assert "metrics.jsonl has 1 damaged lines, the first in line 2" in capsys.readouterr().err
+    write(folder, 2, [3])
+    assert [record["step"] for record in read_jsonl(folder.metrics_file)] == [1, 2, 3]
+    draw_loss_curve(folder, bytes_per_token=1.0)
+
+
+def test_json_has_no_numbers_that_are_not_finite(folder):
+    with MetricsLog(folder, 0, DEFAULT) as log:
+        log.validation(1, Evaluation(math.nan, 10, math.inf, -math.inf))
+    (record,) = read_jsonl(folder.validation_file)
+    assert (record["loss"], record["perplexity"], record["bits_per_byte"]) == (None, None, None)
+    draw_loss_curve(folder, bytes_per_token=1.0)
+    values = {"a": [math.nan, (1.5, math.inf)], "b": {"c": -math.inf}, "d": "NaN"}
+    assert json.loads(json_text(values)) == {"a": [None, [1.5, None]], "b": {"c": None}, "d": "NaN"}
 
 
 def test_no_file_has_no_lines(folder):

@@ -13,7 +13,7 @@ from longnet_dist.config.schema import TrainConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.train import deepspeed_engine
-from longnet_dist.train.deepspeed_engine import build_optimizer, prepare_deepspeed
+from longnet_dist.train.deepspeed_engine import build_optimizer, prepare_deepspeed, unread_keys
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
 
@@ -85,3 +85,25 @@ def move_weights_and_view_again(config):
 def test_parameters_follow_weights_that_move(tmp_path, corpus):
     config = tiny_config(tmp_path / "run", corpus, "deepspeed.zero_stage=2")
     assert all(run_distributed(move_weights_and_view_again, 2, config))
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("comms_logger.verbos", "verbose"),
+        ("gradient_clippping", "gradient_clipping"),
+        ("wall_clock_brekdown", "wall_clock_breakdown"),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_read_is_said(key, near):
+    section, _, name = key.rpartition(".")
+    (line,) = unread_keys(
+        {"wall_clock_breakdown": True, "comms_logger": {}} | ({section: {name: 1}} if section else {name: 1})
+    )
+    assert line.startswith(f"deepspeed.extra.{key} is read by nothing in DeepSpeed ")
+    assert line.endswith(f"the nearest key is {near}")
+
+
+def test_no_key_needs_no_deepspeed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert unread_keys({}) == []

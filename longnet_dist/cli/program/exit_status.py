@@ -14,6 +14,7 @@ from longnet_dist.errors import (
     USER_ERROR_STATUS,
     LongNetError,
     LostRankError,
+    is_missing_compiler,
     is_out_of_memory,
 )
 
@@ -26,7 +27,8 @@ def run_cli(main: Callable[[], None]) -> None:
     An ``OSError`` that comes this far is one of the disk or the machine: no space, no permission, no such device. A
     missing package of others ends with the line that installs it. Any other exception is a fault of this package and
     keeps its traceback. An interrupt (Ctrl-C) exits with 130. Where the reader of the output ends first, as
-    ``head`` does, the status is 141 and there is no message. Memory that is not there ends with status 2.
+    ``head`` does, the status is 141 and there is no message. Memory or a compiler that is not there ends with
+    status 2.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -46,6 +48,12 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
         sys.exit(USER_ERROR_STATUS)
     except (MemoryError, RuntimeError) as error:
+        if is_missing_compiler(error):
+            sys.stderr.write(
+                "error: compiled and Triton kernels need a compiler for C and C++, and there is none; install one (gcc "
+                "and g++), name it in CC and CXX, or on a CPU use train.compile=false\n"
+            )
+            sys.exit(USER_ERROR_STATUS)
         if not is_out_of_memory(error):
             raise
         sys.stderr.write(f"error: out of memory: {(str(error) or 'none is left').splitlines()[0]}; ask for less\n")

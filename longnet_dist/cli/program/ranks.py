@@ -19,9 +19,14 @@ import torch
 from longnet_dist.cli.program.processes import Processes, python_options
 from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
 from longnet_dist.errors import ConfigError
+from longnet_dist.machine import usable_cores
+from longnet_dist.resilience.stop_signals import STOP_SIGNALS
 
 KILLED = 128  # plus the number of the signal, as shells count
 PROC = Path("/proc")
+INTERRUPTS_OF_RANKS = 2  # the first asks a rank to stop, the second ends it
+
+_interrupts: list[int] = []  # that came to this process while it waits for ranks
 
 
 def run_on_ranks(
@@ -70,7 +75,7 @@ def _num_ranks(processes: Processes) -> int:
 def start_ranks(command: Sequence[str], num_ranks: int) -> int:
     """Run ``longnet`` with these words on ranks of this machine, by torch's launcher, and wait for them.
 
-    SIGTERM and SIGUSR1 are handed on to the ranks, which write a checkpoint; so their status comes through.
+    Requests to stop are handed on to the ranks, which write a checkpoint; so their status comes through.
 
     Returns:
         The exit status of the first rank that failed, or 0.
@@ -92,13 +97,13 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> int:
             *command,
         ]
     )
-    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    options.signals_to_handle = "SIGQUIT"
     _quiet_launcher()
     # Else torch's launcher takes 1 and says so in a banner.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    for name in ("SIGTERM", "SIGUSR1"):  # the latter is no signal of Windows
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _hand_on)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_ranks)))
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _hand_on)
     return exit_status(options)
 
 
@@ -132,8 +137,14 @@ def _quiet_launcher() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def _hand_on(number: int, _frame: FrameType | None) -> None:
-    """Send a signal to the ranks, which torch's launcher keeps in sessions of their own."""
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to the ranks, which torch's launcher keeps in sessions of their own.
+
+    At the third Ctrl-C the launcher ends, and kills ranks that do not react.
+    """
+    _interrupts.extend([number] * (number == signal.SIGINT))
+    if len(_interrupts) > INTERRUPTS_OF_RANKS:
+        signal.default_int_handler(number, frame)
     for process in _children():
         with suppress(ProcessLookupError):
             os.kill(process, number)

@@ -74,6 +74,16 @@ def test_memory_that_is_not_there_is_one_line(error: Exception, capsys: pytest.C
         run_cli(raising(RuntimeError("something else")))
 
 
+@pytest.mark.parametrize(
+    "message", ["InvalidCxxCompiler: No working C++ compiler found in CXX", "Failed to find C compiler. Please"]
+)
+def test_a_compiler_that_is_not_there_is_one_line(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_cli(raising(RuntimeError(message)))
+    assert ended.value.code == 2
+    assert "train.compile=false" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_that_cannot_show_a_text_ends_no_command(encoding: str) -> None:
     code = "from longnet_dist.cli.program.exit_status import run_cli; run_cli(lambda: print('\\u4eca \\udce9'))"

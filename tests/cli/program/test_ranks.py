@@ -208,7 +208,8 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
     program = (
         "import os, time\n"
         "open(f\"ready{os.environ['RANK']}\", 'w').close()\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open(f\"ended{os.environ['RANK']}\", 'w').close()"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open(f\"ended{os.environ['RANK']}\", 'w').close()\n"
+        "    raise SystemExit(130)"
     )
     done = run_launcher(tmp_path, program, signal=signal.SIGINT)
     assert done.returncode == 130, done.stderr
