@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.private_interfaces import abort_process_group
 from longnet_dist.machine import usable_cores, user_threads
+from longnet_dist.private_interfaces import abort_process_group
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # mpirun sets the number of ranks: Open MPI under the first name, Hydra (MPICH, Intel MPI) under the second. SLURM's

@@ -79,15 +79,14 @@ def unread_keys(extra: Mapping[str, Any]) -> list[str]:
     root = Path(deepspeed.__file__).parent
     sources = [file for name in ("config", "constants") for file in root.rglob(f"*{name}*.py")]
     known = {word for file in sources for word in re.findall(r"[\"']?(\w+)[\"']?", file.read_text(encoding="utf-8"))}
-    return [
-        f"deepspeed.extra.{key} is read by nothing in DeepSpeed {version('deepspeed')}"
-        + "".join(
-            f"; the nearest key is {near}"
-            for near in difflib.get_close_matches(key.rpartition(".")[2], sorted(known), n=1)
-        )
-        for key in _keys(extra)
-        if key.rpartition(".")[2] not in known
-    ]
+    lines = []
+    for key in _keys(extra):
+        name = key.rpartition(".")[2]
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; the nearest key is {near[0]}" if near else ""
+            lines.append(f"deepspeed.extra.{key} is read by nothing in DeepSpeed {version('deepspeed')}{hint}")
+    return lines
 
 
 def _keys(extra: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

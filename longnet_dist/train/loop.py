@@ -55,7 +55,7 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """Train as configured. Every rank of the launch must call.
 
     Returns:
-        True after the last step, False if the run was asked to stop (SIGTERM, Ctrl-C and the like) and left a checkpoint.
+        True after the last step, False if the run was asked to stop by a signal and left a checkpoint.
 
     Raises:
         LongNetError: a package of the extra ``train`` is absent; a mistake in configuration, data or checkpoint, on
