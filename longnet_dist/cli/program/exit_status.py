@@ -30,9 +30,7 @@ def run_cli(main: Callable[[], None]) -> None:
     ``head`` does, the status is 141 and there is no message. Memory or a compiler that is not there ends with
     status 2.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
+    _show_anything()
     try:
         main()
         sys.stdout.flush()
@@ -48,15 +46,10 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
         sys.exit(USER_ERROR_STATUS)
     except (MemoryError, RuntimeError) as error:
-        if is_missing_compiler(error):
-            sys.stderr.write(
-                "error: compiled and Triton kernels need a compiler for C and C++, and there is none; install one (gcc "
-                "and g++), name it in CC and CXX, or on a CPU use train.compile=false\n"
-            )
-            sys.exit(USER_ERROR_STATUS)
-        if not is_out_of_memory(error):
+        message = _lacking(error)
+        if not message:
             raise
-        sys.stderr.write(f"error: out of memory: {(str(error) or 'none is left').splitlines()[0]}; ask for less\n")
+        sys.stderr.write(f"error: {message}\n")
         sys.exit(USER_ERROR_STATUS)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -70,3 +63,22 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED_STATUS)
+
+
+def _lacking(error: Exception) -> str:
+    """Return what to tell of an error if the machine lacks memory or a compiler, else an empty string."""
+    if is_out_of_memory(error):
+        return f"out of memory: {(str(error) or 'none is left').splitlines()[0]}; ask for less"
+    if is_missing_compiler(error):
+        return (
+            "compiled and Triton kernels need a compiler for C and C++, and there is none; install one (gcc and g++), "
+            "name it in CC and CXX, or on a CPU use train.compile=false"
+        )
+    return ""
+
+
+def _show_anything() -> None:
+    """Let the terminal show what it has no characters for as escapes, instead of an error that ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
