@@ -44,7 +44,9 @@ def check_sink(sink: Tensor | None, q: Tensor) -> None:
 
 def join_sink(out: Tensor, lse: Tensor, sink: Tensor, padding: Sequence[slice] = ()) -> None:
     """Let ``sink`` join the softmax of ``out (B, n, H, D)`` and ``lse (B, n, H)``, in place; not in ``padding``."""
+    # LSE' = ln(e^LSE + e^σ) with the sink's score σ.
     merged = torch.logaddexp(lse, sink.detach().to(lse.dtype))
+    # O' = e^(LSE - LSE') O: the keys keep this share of the softmax, and the sink's value is 0.
     # Where neither a key nor a sink is, both are -inf and their difference is NaN; the output is 0 there.
     share = (lse - merged).exp_().nan_to_num_(nan=0.0)
     out.mul_(share.unsqueeze(-1))
@@ -61,6 +63,7 @@ def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Ten
     Where there is no key, the log-sum-exp is ``-inf`` and has no gradient.
     """
     tiles = zip(torch.split(dout, _TILE_ROWS, 1), torch.split(out, _TILE_ROWS, 1), strict=True)
+    # rowsum(dO ∘ O), in the wide dtype from the narrow factors.
     delta = torch.cat([(x.to(lse.dtype) * y.to(lse.dtype)).sum(-1) for x, y in tiles], 1)
     return delta if dlse is None else delta - dlse.masked_fill(lse == -torch.inf, 0.0)
 
@@ -71,6 +74,7 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     The sink is a key of score σ and value 0. Its :math:`P = e^{σ - \mathrm{LSE}'}` and :math:`dO\,V^\top = 0`, so
     :math:`dσ = P (0 - \mathrm{delta})`.
     """
+    # P = e^(σ - LSE') of each row, then dσ = -P delta, summed over the rows that share a sink.
     weight = (sink.to(lse.dtype) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # padding, or no sink and no key
     return (-weight * delta).sum_to_size(sink.shape).to(sink.dtype)
 

@@ -209,12 +209,14 @@ def _zeros(weights: Weights) -> dict[str, Tensor]:
 
 def _of_weights(sums: Weights, weights: Weights) -> list[Tensor]:
     """Return the gradients of ``weights`` from the sums of those of ``fold_norms(weights)``."""
+    # dW', db'  ⇒  dW, dγ, dβ of the norm before; see norm_folding. Sums are wide, gradients in the weights' dtype.
     gradients = unfold_gradients(sums, weights)
     return [gradients[name].to(weight.dtype) for name, weight in weights.items()]
 
 
 def _stacked(weights: Weights) -> dict[str, Tensor]:
     """Return ``weights`` with the three projections stacked into one linear layer."""
+    # [q, k, v] = u [W_q; W_k; W_v]ᵀ + [b_q; b_k; b_v]
     kinds = "weight", "bias"
     layers = {STACKED + kind: torch.cat([weights[f"{name}.{kind}"] for name in PROJECTIONS]) for kind in kinds}
     return layers | {name: weight for name, weight in weights.items() if not name.startswith(PROJECTIONS)}
@@ -222,6 +224,7 @@ def _stacked(weights: Weights) -> dict[str, Tensor]:
 
 def _unstacked(sums: Weights, weights: Weights) -> dict[str, Tensor]:
     """Split the sums for ``_stacked(weights)`` into sums by the names of ``weights``."""
+    # d[W_q; W_k; W_v] = [dW_q; dW_k; dW_v], rows in the order of the outputs; the biases likewise.
     lengths = [len(weights[f"{name}.bias"]) for name in PROJECTIONS]
     found = {name: part for name, part in sums.items() if not name.startswith(STACKED)}
     for kind in ("weight", "bias"):

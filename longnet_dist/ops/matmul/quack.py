@@ -55,6 +55,7 @@ def _with_norm(acc, scale, shift, sums, bias):
     return {"D": acc * scale + shift * sums + bias}
 
 
+# The same on the residual path: y = x + (x̂ wᵀ + b), with c = x.
 @gemm_epilogue(ops=_NORM)
 def _with_norm_and_sum(acc, c, scale, shift, sums, bias):
     return {"D": acc * scale + shift * sums + bias + c}
@@ -106,6 +107,7 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
     wide = x.float()
     mean = wide.mean(-1, keepdim=True)  # μ
     scale = torch.rsqrt((wide - mean).square().mean(-1) + eps)  # 1/σ
+    # x̂ = (x - μ)/σ = scale·x + shift  ⇒  shift = -μ/σ.
     return x, scale, -mean.squeeze(-1) * scale
 
 
