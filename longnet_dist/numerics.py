@@ -20,7 +20,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_dim(dim: int) -> int:
-    """The power of two that the kernels of a GPU pad a head dim to."""
+    """Return the power of two to which the kernels of a GPU pad a head dim."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -31,5 +31,5 @@ def processors(device: torch.device) -> int:
 
 @bounded_cache(maxsize=64)
 def log_once(message: str) -> None:
-    """A warning, the first time that it is given."""
+    """Log a warning, the first time that it is given."""
     _log.warning(message)

@@ -21,7 +21,7 @@ Registered = TypeVar("Registered")
 
 
 class Registry(Generic[Entry]):
-    """The implementations of one kind, by name.
+    """Hold the implementations of one kind, by name.
 
     Args:
         kind: of what is registered, as messages call it.

@@ -50,7 +50,7 @@ NAME = re.compile("step_[0-9]+")
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not what was written: torn by a crash, or changed since."""
+    """Refuse a checkpoint that is not what was written: torn by a crash, or changed since."""
 
 
 class Progress(BaseModel):
@@ -162,7 +162,15 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the checkpoint's weights into a model that is not sharded."""
+    """Put the checkpoint's weights into a model that is not sharded.
+
+    Args:
+        folder: of the checkpoint.
+        model: with the parameters of the checkpoint by name and shape; float32 is rounded to their dtype.
+
+    Raises:
+        CheckpointError: other names or shapes.
+    """
     parameters = dict(model.named_parameters())
     tensors = read_tensors(folder / f"{WEIGHTS}.safetensors", {name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
@@ -204,7 +212,7 @@ def restore(engine: Any, folder: Path, optimizer_steps: int, optimizer: str = AD
 
 
 def read_tensors(file: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must have these names and shapes.
+    """Return the tensors of a safetensors file, on the CPU, which must have these names and shapes.
 
     Raises:
         CheckpointError: another kind of file (a pickle, say, which is not read), or other tensors.
@@ -258,7 +266,7 @@ def step_of(folder: Path) -> int:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` is, or the newest of the run whose folder it is.
+    """Return the checkpoint that ``path`` is, or the newest of the run whose folder it is.
 
     Raises:
         CheckpointError: there is none.
@@ -271,7 +279,7 @@ def newest_checkpoint(path: Path) -> Path:
 
 
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

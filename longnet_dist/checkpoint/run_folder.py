@@ -106,7 +106,7 @@ class RunFolder:
         write_text(self.tokenizer_file, json.dumps(tokenizer.to_json(), ensure_ascii=False))
 
     def config(self) -> Config:
-        """The configuration of the run.
+        """Return the configuration of the run.
 
         Raises:
             ConfigError: this is no run's folder, or its file is damaged.
@@ -116,7 +116,7 @@ class RunFolder:
         return parse_config(read_yaml(self.config_file))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run.
+        """Return the tokenizer of the run.
 
         Raises:
             CheckpointError: its file is missing or damaged.
@@ -130,7 +130,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from.
+    """Hold the checkpoint that a run goes on from.
 
     Attributes:
         checkpoint: its folder, None for a new run.

@@ -47,7 +47,7 @@ Snapshot = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, on rank 0 and by default beside the training that goes on.
+    """Write the checkpoints of a run, on rank 0 and by default beside the training that goes on.
 
     A checkpoint is copied to the memory of rank 0 at once (12 bytes a parameter) and from there written by a thread. At
     most one is being written: the next waits for it, and so does leaving the context.
@@ -141,7 +141,7 @@ class CheckpointWriter:
 
 
 def take_snapshot(engine: Any, has_optimizer_states: bool = True, optimizer: str = ADAMW) -> Snapshot:
-    """The whole training state in the memory of rank 0, where nothing changes it. Every rank must call.
+    """Copy the whole training state into the memory of rank 0, where nothing changes it. Every rank must call.
 
     Each tensor is gathered on all ranks in turn; ranks other than 0 keep none.
 

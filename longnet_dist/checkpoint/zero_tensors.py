@@ -30,13 +30,22 @@ def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) 
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole shape of a parameter; ZeRO stage 3 leaves an empty tensor in its place."""
+    """Return the whole shape of a parameter; ZeRO stage 3 leaves an empty tensor in its place."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def set_full_tensor(engine: Any, parameter: nn.Parameter, value: Tensor, state: str | None = None) -> None:
-    """The opposite of :func:`full_tensor`: every rank takes its shard from the whole ``value``."""
+    """Let every rank take its shard from the whole ``value``: the opposite of :func:`full_tensor`.
+
+    Every rank must call, for the same parameters in the same order; optimizer states must exist.
+
+    Args:
+        engine: DeepSpeed's.
+        parameter: of its model.
+        value: float32, of the whole shape, the same on every rank.
+        state: a name of ``OptimizerRule.states``; None for the master weight.
+    """
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,

@@ -49,7 +49,7 @@ class Branch:
 
 @dataclass(frozen=True, init=False)
 class DilatedPattern:
-    r"""The branches of dilated attention; immutable and hashable.
+    r"""Hold the branches of dilated attention; immutable and hashable.
 
     A branch cuts the sequence into segments :math:`[s w, \min((s+1) w, N))`. In a segment, head ``h`` keeps the rows
     whose position is :math:`\mathrm{offset}(h) \bmod r`, and the kept rows attend to each other. The branches are
@@ -132,7 +132,7 @@ class DilatedPattern:
 
     @classmethod
     def paper(cls) -> DilatedPattern:
-        """The paper's language-model setting (section 4.1): w = 2048 … 32768, r = 1, 2, 4, 6, 12."""
+        """Return the paper's language-model setting (section 4.1): w = 2048 … 32768, r = 1, 2, 4, 6, 12."""
         return cls([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
 
     @property
@@ -157,7 +157,7 @@ class DilatedPattern:
 
     @property
     def common_start(self) -> int | None:
-        """The first row at which the grids of all branches begin, modulo the least common multiple of all ``w``.
+        """Return the first row at which the grids of all branches begin, modulo the least common multiple of all ``w``.
 
         It is None where there is no such row.
         """
@@ -215,7 +215,7 @@ class DilatedPattern:
 
     @property
     def of_model(self) -> DilatedPattern:
-        """The pattern of all heads of the model."""
+        """Return the pattern of all heads of the model."""
         return self if self.total_heads is None else copy.copy(self)._set(first_head=0, total_heads=None)
 
     def __iter__(self) -> Iterator[Branch]:
@@ -234,7 +234,7 @@ class DilatedPattern:
 
     @property
     def offset_rule(self) -> type[OffsetRule]:
-        """The rule that gives heads their offsets."""
+        """Return the rule that gives heads their offsets."""
         return OFFSET_RULES[self.head_offsets]
 
     def offsets(self, branch: Branch, heads: int) -> tuple[int, ...]:

@@ -236,7 +236,7 @@ class _Run:
         return cls(folder, config, checkpoint, read_state(checkpoint, config.model))
 
     def with_model(self, changes: Mapping[str, Any]) -> _Run:
-        """The run with other fields of its model's configuration."""
+        """Return the run with other fields of its model's configuration."""
         if not changes:
             return self
         values = self.config.model_dump()
@@ -244,7 +244,7 @@ class _Run:
         return replace(self, config=parse_config(values))
 
     def windows(self, data: Path, split: SplitName, length: int) -> Windows:
-        """A text of the run's tokenizer, cut into windows."""
+        """Return a text of the run's tokenizer, cut into windows."""
         token_file = TokenFile.open(data)
         tokenizer = self.folder.tokenizer()
         if token_file.tokenizer.to_json() != tokenizer.to_json():
@@ -256,7 +256,7 @@ class _Run:
         return Windows(token_file, split, length, **objective(self.config.model), documents=documents)
 
     def model(self, group: dist.ProcessGroup | None, device: torch.device, execution: Execution = _PLAIN) -> LongNet:
-        """The trained model, in evaluation mode and the precision of its training."""
+        """Return the trained model, in evaluation mode and the precision of its training."""
         overlap = self.config.parallel.overlap
         model = LongNet(self.config.model, group=group, overlap=overlap, execution=execution)
         load_weights(self.checkpoint, model)
@@ -267,7 +267,7 @@ class _Run:
     def model_on(
         self, launch: LaunchEnvironment, execution: Execution = _PLAIN
     ) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
-        """The model on all ranks of a launch, which share every sequence."""
+        """Return the model on all ranks of a launch, which share every sequence."""
         device = launch.device()
         launch.share_cores()
         timeout = timedelta(minutes=self.config.parallel.timeout_minutes)

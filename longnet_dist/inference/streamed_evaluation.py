@@ -43,7 +43,7 @@ class StateFile:
     save_seconds: float = SAVE_SECONDS
 
     def load(self) -> StreamState:
-        """The state to begin with."""
+        """Return the state to begin with."""
         if self.resume and self.path.exists():
             return load_stream_state(self.path, self.task)
         return StreamState(0, 0.0, 0, [])

@@ -27,7 +27,7 @@ from longnet_dist.telemetry.loggers import usable_loggers
 
 @dataclass(frozen=True)
 class RunSetup(RunLayout):
-    """A checked configuration and what follows from it, the same on every rank.
+    """Hold a checked configuration and what follows from it, the same on every rank.
 
     Attributes:
         folder: of the run.

@@ -25,7 +25,7 @@ ReadRows = Callable[[tuple[int, int]], Rows]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of a micro-batch that this rank may ask for.
+    """Hold the rows of a micro-batch that this rank may ask for.
 
     Attributes:
         read: reads rows ``[start, stop)``.

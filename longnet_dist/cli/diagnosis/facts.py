@@ -114,7 +114,7 @@ class Device:
 
     @property
     def major(self) -> int | None:
-        """The generation of a GPU: 9 is Hopper."""
+        """Return the generation of a GPU: 9 is Hopper."""
         return self.capability[0] if self.capability else None
 
 

@@ -128,7 +128,7 @@ class Problem:
 
     @property
     def limit(self) -> float:
-        """The largest sum of a softmax whose maximum was kept, and 1 over the smallest."""
+        """Return the largest sum of a softmax whose maximum was kept, and 1 over the smallest."""
         return 2.0**15 if self.q.dtype == torch.float16 else 2.0**100
 
     @property
@@ -143,7 +143,7 @@ class Problem:
 
     @property
     def heads_before(self) -> int | None:
-        """The ``c`` of ``((h + c) // b) % r``; None for 0, which the kernels are compiled without."""
+        """Return the ``c`` of ``((h + c) // b) % r``; None for 0, which the kernels are compiled without."""
         return self.call.heads_before or None
 
     @property
@@ -153,7 +153,7 @@ class Problem:
 
     @cached_property
     def queries(self) -> int:
-        """The most queries that a (segment, head) of the piece has."""
+        """Return the most queries that a (segment, head) of the piece has."""
         piece = self.piece
         if piece.table is not None:
             longest = max(0, int(_before_and_behind(piece, piece.table)[piece.half > 0].max()))
@@ -163,7 +163,7 @@ class Problem:
 
     @cached_property
     def keys(self) -> int:
-        """The most keys that a (segment, head) of the piece has."""
+        """Return the most keys that a (segment, head) of the piece has."""
         piece = self.piece
         if piece.table is not None:
             rows = max(0, int(_before_and_behind(piece, piece.table)[piece.half <= 0].max()))
@@ -174,7 +174,7 @@ class Problem:
 
     @property
     def key_rate(self) -> int:
-        """Rows from one key to the next in their buffer."""
+        """Return the rows from one key to the next in their buffer."""
         return 1 if self.piece.compact else self.piece.dilation_rate
 
     @property
@@ -188,7 +188,7 @@ class Problem:
         return max(piece.query_stop, 0 if piece.compact else piece.key_stop) - piece.window_start <= whole
 
     def parts(self) -> Iterator[Problem]:
-        """The problem, in parts that the copy engine can see: all but the last segment, and that with other buffers.
+        """Yield parts that the copy engine can see: all but the last segment, and that with other buffers.
 
         If the last row of the view is not whole, one that begins with the first row that makes it so takes its place.
         """
@@ -209,7 +209,7 @@ class Problem:
         return tuple(row[side] for side in sides)
 
     def seen(self, buffers: tuple[Geometry, ...], sides: str) -> tuple[Geometry, ...]:
-        """The buffers from there on."""
+        """Return the buffers from there on."""
         return tuple(x.behind(row) for x, row in zip(buffers, self.first_rows(sides), strict=True))
 
     def _with(self, piece: Piece) -> Problem:

@@ -21,7 +21,7 @@ UNSPECIALIZED = (
 
 @triton.jit
 def numbered(kv_head, heads_before):
-    """The number of a key/value head by which the offset rule knows it."""
+    """Return the number of a key/value head by which the offset rule knows it."""
     if heads_before is not None:
         kv_head += heads_before
     return kv_head
@@ -126,7 +126,7 @@ def load_tile(
     source, strides, batch, head, rows, first, stop,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``first … first+ROWS-1`` of ``rows_of`` as a ``(ROWS, BLOCK_D)`` tile; columns from ``D`` on are 0.
+    """Load rows ``first … first+ROWS-1`` of ``rows_of`` as a ``(ROWS, BLOCK_D)`` tile; columns from ``D`` on are 0.
 
     Rows from ``stop`` on hold 0 or, through a descriptor, rows of the next segment.
     """
