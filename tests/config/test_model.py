@@ -48,7 +48,7 @@ def test_encoder_has_a_mask_id_and_rope():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "huge"}, "one of tiny, paper.*not 'huge'"),
+        ({"name": "huge"}, "one of paper, tiny, 125m, .*, 2.7b, not 'huge'"),
         ({"name": "tiny", "haeds": 2}, "no field 'haeds'; the nearest is 'heads'"),
         ({"dim": 64}, "needs 'layers'"),
         ({"name": "tiny", "layers": 0}, "layers=0: Input should be greater than 0"),
