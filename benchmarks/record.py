@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from longnet_dist.machine import cpu_name
+
 
 def environment() -> dict[str, str | int]:
     """Hardware, versions, commit and date."""
@@ -24,7 +26,7 @@ def environment() -> dict[str, str | int]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
@@ -70,12 +72,3 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
     return answer.stdout.strip() or "unknown"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

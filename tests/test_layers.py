@@ -31,6 +31,7 @@ LAYERS = [
     "telemetry",
     "resilience",
     "train",
+    "experiments",
     "serving",
     "cli",
     "__main__",

@@ -34,7 +34,7 @@ def load_config(path: Path | Traversable, overrides: Sequence[str] = ()) -> Conf
     values = read_yaml(path)
     given: set[str] = set()
     for word in overrides:
-        key = _override(values, word)
+        key = set_override(values, word)
         if key in given:
             raise ConfigError(f"every key may be given once, but {key} is given twice on the command line")
         given.add(key)
@@ -116,8 +116,12 @@ _UniqueKeyLoader.add_implicit_resolver(
 )
 
 
-def _override(values: dict[str, Any], word: str) -> str:
-    """Put ``a.b=value`` into nested values; return ``a.b``."""
+def set_override(values: dict[str, Any], word: str) -> str:
+    """Put ``a.b=value`` into nested values; return ``a.b``.
+
+    Raises:
+        ConfigError: the word is no setting, its value no YAML, or ``a`` is no section.
+    """
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"a setting must read section.key=value, not {word!r}")

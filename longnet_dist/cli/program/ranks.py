@@ -55,14 +55,14 @@ def run_on_ranks(
                 "leave --processes out"
             )
         return work(launch)
-    num_ranks = _num_ranks(processes)
+    num_ranks = num_ranks_of(processes)
     if num_ranks == 1:
         return work(LaunchEnvironment())
     check(num_ranks)
     raise SystemExit(start_ranks(processes.command, num_ranks))
 
 
-def _num_ranks(processes: Processes) -> int:
+def num_ranks_of(processes: Processes) -> int:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if processes.asked and 0 < num_gpus < processes.asked:
         raise ConfigError(

@@ -1,0 +1,105 @@
+"""Every experiment runs at its smoke size: trainings, measurements, table, picture, and nothing twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longnet_dist.comm.launch_env import LaunchEnvironment
+from longnet_dist.errors import ConfigError
+from longnet_dist.experiments import experiment_names
+from longnet_dist.experiments.kinds import KINDS
+from longnet_dist.experiments.plan import Experiment, runs_of
+from longnet_dist.experiments.runner import is_finished, run_all
+from tests.experiments import forked
+from tests.train.runs import write_corpus
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    write_corpus(folder / "text.tokens")
+    return folder
+
+
+def run_smoke(name, output):
+    experiment = Experiment.read(name, smoke=True)
+    runs = list(runs_of(experiment, (), output, data=output / "text.tokens", vocab_size=256))
+    run_all(runs, forked.train, LaunchEnvironment())
+    return experiment, runs
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_an_experiment_runs_and_is_not_run_again(output, name):
+    experiment, runs = run_smoke(name, output)
+    folder = experiment.folder(output)
+    document = json.loads((folder / f"{name}.json").read_text())
+    assert [record["run"] for record in document["records"]] == [run.name for run in runs]
+    assert (document["smoke"], document["title"]) == (True, experiment.title)
+    page = (folder / f"{name}.md").read_text()
+    assert page.startswith(f"# {experiment.title}\n")
+    assert f"longnet experiment {name} --smoke" in page
+    cells = [line.count("|") for line in page.splitlines() if line.startswith("|")]
+    assert len(set(cells)) == 1
+    assert len(cells) >= 2 + len(experiment.runs)
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert str(Path.home()) not in (folder / f"{name}.json").read_text()
+    run_all(runs, forked.never, LaunchEnvironment())
+    changed = next(runs_of(experiment, (), output, overrides=["model.heads=1"], vocab_size=256))
+    with pytest.raises(ConfigError, match="is the result of other config"):
+        is_finished(changed)
+
+
+def test_measures_are_those_of_their_runs(output):
+    """Runs of the test above are not made again."""
+    found = {}
+    for name in ("context", "adapt", "prompt", "retrieval", "distance"):
+        run_smoke(name, output)
+        document = json.loads((output / f"{name}-smoke" / f"{name}.json").read_text())
+        found[name] = {record["run"]: record for record in document["records"]}
+    full = found["context"]["full-2k"]
+    assert full["tokens"] == 2 * 2 * 128
+    assert full["attention"] == "full"
+    assert set(full["measured"]["points"][0]["contexts"]) == {"128", "256"}
+    assert full["data"]["tokens"] > 1000
+    points = found["adapt"]["dilated"]["measured"]["points"]
+    assert [point["tokens"] for point in points] == [0, 64, 128]
+    last_of_full = found["adapt"]["full"]["measured"]["points"][-1]["contexts"]["64"]["loss"]
+    losses = [point["contexts"]["64"]["loss"] for point in points]
+    assert losses[0] != last_of_full  # the same weights, dilated
+    assert losses[0] == pytest.approx(last_of_full, abs=0.5)
+    assert len(set(losses)) == 3
+    positions = found["prompt"]["dilated-32k"]["measured"]["positions"]
+    assert [part[:2] for part in positions] == [[0, 32], [32, 64], [64, 128]]
+    window = found["retrieval"]["window"]["measured"]["results"]
+    assert {result["length"] for result in window} == {256}
+    assert len(found["retrieval"]["dilated"]["measured"]["results"]) == 2 * 2 * 2
+    assert found["distance"]["paper"]["measured"]["points"][0]["worst"] == 1
+
+
+def test_full_sizes_are_valid_configurations(tmp_path):
+    """Each run's model, batch and checkpoints fit; those of text get the ids of a BPE."""
+    for name in experiment_names():
+        experiment = Experiment.read(name)
+        assert KINDS[experiment.kind]
+        for run in runs_of(experiment, (), tmp_path, vocab_size=None if name == "retrieval" else 16384):
+            if not KINDS[experiment.kind].trains:
+                continue
+            config = run.config()
+            step = config.train.batch_size * config.data.sequence_length
+            assert step >= 2**18 or name == "retrieval"
+            assert all(tokens % step == 0 for tokens in run.settings.get("checkpoints", ()))
+            assert all(
+                tokens // step % config.train.checkpoint_every == 0 for tokens in run.settings.get("checkpoints", ())
+            )
+
+
+def test_mistakes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no experiment 'contxt': use one of .*; the nearest is context"):
+        Experiment.read("contxt")
+    experiment = Experiment.read("context", smoke=True)
+    with pytest.raises(ConfigError, match="has no run 'dense'; it has full-2k"):
+        list(runs_of(experiment, ("dense",), tmp_path))
+    bad = experiment.model_copy(update={"settings": {"contexts": [64], "tokns": 3}})
+    with pytest.raises(ConfigError, match=r"tokens: Field required; tokns: Extra inputs"):
+        KINDS["perplexity"].table(bad, [{"run": "a", "settings": bad.settings}])
