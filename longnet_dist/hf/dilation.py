@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -53,13 +53,12 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
 
 
 def register() -> None:
-    """Register attention and mask, and let configurations write the name of the implementation; once."""
+    """Register attention and mask, and let configurations write the name of the implementation."""
     AttentionInterface.register(NAME, dilated_forward)
     AttentionMaskInterface.register(NAME, dilated_mask)
     _write_implementation()
 
 
-@lru_cache(maxsize=1)
 def _write_implementation() -> None:
     # transformers leaves the implementation out of config.json, so that a saved model would come back dense. It reads
     # the key attn_implementation, and refuses a name that is not registered.
