@@ -1,4 +1,4 @@
-"""The only file that uses private interfaces of torch, DeepSpeed and flash-attn, each behind a function.
+"""The only file that uses private interfaces of other packages, each behind a function.
 
 A release of theirs may change such an interface without notice. ``INTERFACES`` lists all with the reason why a public
 one does not do, and ``tests/test_private_interfaces.py`` looks for each with the versions that are installed. The
@@ -62,6 +62,9 @@ INTERFACES = {
     ),
     f"{_INTERFACE_OF_FLASH_4}:_flash_attn_bwd": Interface(
         "the gradient takes the merged output and log-sum-exp", ("softmax_scale", "causal", "deterministic")
+    ),
+    "transformers:PreTrainedConfig._attn_implementation": Interface(
+        "transformers has a public way to set the attention of a model, but not of a configuration"
     ),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._update_model_bit16_weights": Interface(
         "DeepSpeed makes views anew for every parameter after each update", ("group_index",)
@@ -236,3 +239,14 @@ def replace_view_updates(zero_optimizer: Any, make: Callable[[Callable[[int], No
         make: given DeepSpeed's own function of a group's number, returns the one to use.
     """
     zero_optimizer._update_model_bit16_weights = make(zero_optimizer._update_model_bit16_weights)
+
+
+def attention_of(config: Any) -> str | None:
+    """Return the name of the attention that a configuration of transformers asks for."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let a configuration of transformers ask for an attention by its registered name."""
+    config._attn_implementation = name

@@ -11,8 +11,10 @@ from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.hf.interface import dilated_forward, dilated_mask
 from longnet_dist.hf.pattern_field import FIELD, NAME, pattern_of
+from longnet_dist.private_interfaces import attention_of, set_attention
 
 Dilated = TypeVar("Dilated")
+_PATCHED = "writes_dilated_attention"
 _SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_softcap")
 
 
@@ -48,7 +50,7 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
         key = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
         model.set_attn_implementation(NAME if key is None else {key: NAME})  # type: ignore[union-attr]
     else:
-        text._attn_implementation = NAME
+        set_attention(text, NAME)
     return model_or_config
 
 
@@ -63,14 +65,17 @@ def _write_implementation() -> None:
     # transformers leaves the implementation out of config.json, so that a saved model would come back dense. It reads
     # the key attn_implementation, and refuses a name that is not registered.
     original = PreTrainedConfig.to_dict
+    if hasattr(original, _PATCHED):
+        return
 
     @wraps(original)
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
         fields: dict[str, Any] = original(self)
-        if self._attn_implementation == NAME and hasattr(self, FIELD):
+        if attention_of(self) == NAME and hasattr(self, FIELD):
             fields["attn_implementation"] = NAME
         return fields
 
+    setattr(to_dict, _PATCHED, True)
     PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]
 
 
