@@ -487,7 +487,7 @@ class _DilatedAttention(torch.autograd.Function):
     """Compute dilated attention; save q, k, v, out, lse, and the gathered keys and values of shared segments.
 
     The latter are ``2·D·Hkv·Σ w/r`` numbers, whatever ``N`` is. So they are kept and not gathered again: see
-    ARCHITECTURE.md, "The exchange".
+    docs/internals.md, "The exchange".
     """
 
     @staticmethod

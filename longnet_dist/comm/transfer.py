@@ -2,7 +2,7 @@
 
 A segment is shared when it crosses the edge of a rank's slice, or of a chunk of a stream. The exchange has three
 layers: a plan of integers (``geometry.exchange_plan``), the buffers and asynchronous transfers here, and the autograd
-Function that uses both (``attention.functional``). See ARCHITECTURE.md, "The exchange".
+Function that uses both (``attention.functional``). See docs/internals.md, "The exchange".
 """
 
 from __future__ import annotations

@@ -17,7 +17,21 @@ from longnet_dist.geometry.attention_kinds import ATTENTION_KINDS, AttentionSett
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
 from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 
-MODEL_NAMES = ("tiny", "paper", "125m", "350m", "760m", "1.3b", "2.7b")
+
+def _size_of(name: str) -> float:
+    """Return the parameters that a name like ``1.3b`` says; 0 for other names."""
+    digits, unit = name[:-1], {"m": 1e6, "b": 1e9}.get(name[-1:])
+    return float(digits) * unit if unit and digits.replace(".", "", 1).isdigit() else 0.0
+
+
+_FILES = (file.name for file in (files("longnet_dist.config") / "models").iterdir())
+MODEL_NAMES = tuple(
+    sorted(
+        (name.removesuffix(".yaml") for name in _FILES if name.endswith(".yaml")),
+        key=lambda name: (_size_of(name), name),
+    )
+)
+"""The named sizes, each a file in ``config/models``; the smallest first."""
 
 
 class LongNetConfig(BaseModel):

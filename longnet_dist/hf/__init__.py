@@ -10,8 +10,9 @@ from longnet_dist.extras import require_extra
 
 require_extra("hf", "longnet_dist.hf")
 
+from longnet_dist.hf.compact_cache import CompactCache  # noqa: E402
 from longnet_dist.hf.dilation import dilate, pattern_of, register  # noqa: E402
 
 register()
 
-__all__ = ["dilate", "pattern_of"]
+__all__ = ["CompactCache", "dilate", "pattern_of"]

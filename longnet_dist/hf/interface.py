@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.hf.compact_cache import layer_of
 from longnet_dist.hf.operator import attend_documents
 from longnet_dist.hf.pattern_field import pattern_of
 
@@ -82,7 +83,11 @@ def dilated_forward(
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     _check(module, query, key, attention_mask, dropout, causal, others)
+    layer = layer_of(key)
     query, key, value = _of_one_dtype(query, key, value)
+    sink = None if s_aux is None else s_aux.float()
+    if layer is not None:
+        return layer.attend(query, key, value, scaling, sink, attention_mask), None
     out = attend_documents(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -90,7 +95,7 @@ def dilated_forward(
         pattern_of(module.config),
         causal=causal,
         scale=scaling,
-        sink=None if s_aux is None else s_aux.float(),
+        sink=sink,
         mask=attention_mask,
         position_ids=position_ids if position_ids is not None and position_ids.dim() == 2 else None,
         cu_seqlens=cu_seq_lens_k,

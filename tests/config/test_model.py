@@ -48,7 +48,7 @@ def test_encoder_has_a_mask_id_and_rope():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "huge"}, "one of tiny, paper.*not 'huge'"),
+        ({"name": "huge"}, "one of paper, tiny, 125m, .*, 2.7b, not 'huge'"),
         ({"name": "tiny", "haeds": 2}, "no field 'haeds'; the nearest is 'heads'"),
         ({"dim": 64}, "needs 'layers'"),
         ({"name": "tiny", "layers": 0}, "layers=0: Input should be greater than 0"),
@@ -85,6 +85,10 @@ def test_the_attention_of_layers_is_chosen_by_name():
     assert counts == {pattern: patterns.count(pattern) for pattern in patterns}
     assert counts[patterns[0]] == 3
     assert named_model("tiny", attention="full").pattern_counts == {patterns[0]: 2}
+    deep = named_model("tiny", layers=9, dilation_rates=[1, 2, 3], layer_offsets=True, layer_shift=True)
+    own = [deep.layer_pattern(layer) for layer in range(9)]
+    assert deep.pattern_counts == {pattern: own.count(pattern) for pattern in own}
+    assert [pattern.shift for pattern in own[:2]] == [(0, 0, 0), (40, 168, 168)]  # 512 / 3 rounded down to 168
     assert repr(named_model("tiny", attention="window", window=7).pattern) == "WindowPattern(7)"
     assert named_model("tiny", full_layers=[0, 1]).pattern_counts == {patterns[0]: 2}
 

@@ -12,6 +12,7 @@ from longnet_dist.cli.program.dispatch import command_names
 from longnet_dist.config.loading import known_keys, load_config
 from longnet_dist.config.packaged import find_config, run_names
 from longnet_dist.config.schema import Config
+from longnet_dist.serving.protocol import CompletionRequest
 from tests.docs.pages import ROOT
 
 TAKES_SETTINGS = {"train": "words", "quickstart": "settings", "plan": "settings"}
@@ -52,11 +53,19 @@ def check_command(words: list[str]) -> None:
         check_extras(rest)
     elif name == "docker":
         check_docker(*rest)
+    elif name == "curl":
+        check_completion(rest)
     elif name == "docker/build_offline.sh":
         assert (ROOT / name).is_file()
         assert set(rest) <= {"cpu", "gpu"}
     else:
         assert words == [".", ".venv/bin/activate"], f"no check knows the command {shlex.join(words)}"
+
+
+def check_completion(words: list[str]) -> None:
+    """A request to longnet serve: its address, and a body that the server takes."""
+    assert words[0] == "localhost:8000/v1/completions", words
+    CompletionRequest.model_validate_json(words[words.index("-d") + 1])
 
 
 def check_longnet(command: str, *words: str) -> None:

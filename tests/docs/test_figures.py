@@ -219,19 +219,21 @@ def test_every_row_of_benchmarks_is_checked_short_and_has_command_and_result() -
 
 def test_the_cost_of_memory_settings_is_that_of_the_result_file() -> None:
     names = {
-        "`activation_checkpointing=selective feed_forward_tile=65536`": "selective",
-        "`activation_checkpointing=none`": "none",
-        "`activation_checkpointing=full`": "full",
-        "`cache_qkv=12`": "12 projections",
-        "`offload_activations=true`": "host",
-        "`offload_activations=true cache_qkv=12 offload_qkv=6`": "host, 12 projections, 6 there",
-        "`feed_forward_tile=null`": "no tiles",
-        "`compile=false`": "not compiled",
+        "`train.activation_checkpointing=selective train.feed_forward_tile=65536`": "selective",
+        "`train.activation_checkpointing=none`": "none",
+        "`train.activation_checkpointing=full`": "full",
+        "`train.cache_qkv=12`": "12 projections",
+        "`train.offload_activations=true`": "host",
+        "`train.offload_activations=true train.cache_qkv=12 train.offload_qkv=6`": "host, 12 projections, 6 there",
+        "`train.feed_forward_tile=null`": "no tiles",
+        "`train.compile=false`": "not compiled",
         "`deepspeed.offload_optimizer=true`": "optimizer on the host",
         "`model.vocab_size=100277`": "100,277 ids",
         "`model.vocab_size=100277`, all logits at once": "100,277 ids, logits whole",
     }
-    rows = [cells for cells in table_rows(MEMORY) if cells[0] in names]
+    rows = [
+        cells for cells in table_rows(MEMORY) if cells[0] in names and (cells[1] == "out of memory" or len(cells) > 2)
+    ]
     assert [cells[0] for cells in rows] == list(names)
     first = step("training_h100", "gains", "selective", 2**18)["median_seconds"]
     for setting, *cells in rows:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -125,23 +126,39 @@ def test_packed_documents_are_those_alone_and_train(name):
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pattern", [SPARSE, DilatedPattern([8, 32], [1, 4], "blocked", shift=[3, 10])])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_generation_with_a_cache_is_that_without(name):
-    model = hf.dilate(make(name, eos_token_id=None), SPARSE)
+def test_generation_with_a_cache_is_that_without(name, pattern):
+    model = hf.dilate(make(name, eos_token_id=None), pattern)
     mask = padding(13, 40)
     for options in ({}, {"num_beams": 3}, {"do_sample": True}):
         found = []
-        for cached in (True, False):
+        for cache in (hf.CompactCache(model.config), transformers.DynamicCache(config=model.config), None):
             torch.manual_seed(5)
+            cached = {"use_cache": False} if cache is None else {"cache": cache}
             found.append(
-                model.generate(
-                    IDS_40, attention_mask=mask, max_new_tokens=12, use_cache=cached, pad_token_id=0, **options
-                )
+                model.generate(IDS_40, attention_mask=mask, max_new_tokens=24, pad_token_id=0, **cached, **options)
             )
-        assert torch.equal(*found), options
-    alone = model.generate(IDS_40[1:, 13:], max_new_tokens=12, do_sample=False, pad_token_id=0)
-    both = model.generate(IDS_40, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert torch.equal(both[1, 40:], alone[0, 27:])
+            if isinstance(cache, hf.CompactCache):
+                assert {layer.keys.shape[2] for layer in cache.layers} == {8 + 8}
+        assert torch.equal(found[0], found[2]), options
+        assert torch.equal(found[1], found[2]), options
+
+
+def test_logits_with_a_compact_cache_are_those_of_the_whole_text():
+    model = hf.dilate(make("llama"), SPARSE)
+    mask, cache = padding(13, 40), hf.CompactCache(model.config)
+    parts = []
+    edges = [0, 20, 21, 22, 29, 40]  # a prompt, tokens, and several at once
+    for start, stop in pairwise(edges):
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
+        part = model(IDS_40[:, start:stop], attention_mask=mask[:, :stop], position_ids=places, cache=cache)
+        parts.append(part.logits)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = model(IDS_40, attention_mask=mask, position_ids=places).logits
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="cannot take tokens back"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])

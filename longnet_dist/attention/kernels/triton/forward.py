@@ -115,8 +115,7 @@ def forward_kernel(
     tile = tiles - 1 - program % tiles  # causal: the longest first, so that no long one is left for the end
     segment = first_segment + (program // tiles) % segments
     batch_head = program // tiles // segments
-    batch, head = batch_head // heads, batch_head % heads
-    kv_head, number, factor = head // group, numbered(head // group, heads_before), scale * LOG2_E
+    batch, head, number = batch_head // heads, batch_head % heads, numbered(batch_head % heads // group, heads_before)
     row, first, last, begin_key, keys = locate(
         segment, number, head_block, w, r, window_start, query_start, query_stop, key_stop, half, table
     )
@@ -130,6 +129,7 @@ def forward_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :] < D
     lse_pointers = row_pointers(lse, lse_strides, batch, head, row, r, index)
     query = load_tile(q, q_strides, batch, head, rows, first, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
+    factor, kv_head = scale * LOG2_E, head // group
     query_columns, key_columns = 0, 0
     if OVERLAPS:
         query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, True, query.dtype)

@@ -35,18 +35,19 @@ def locate(segment, number, head_block, w, r, window_start, query_start, query_s
     with ``-half`` the other way round. ``number`` is :func:`numbered`, ``head_block`` is ``Problem.head_rule``.
     """
     offset = _offset(number, head_block, r)
-    split = tl.abs(half)
     if table is not None:  # of every segment: the first row, the end, and the rows that it lacks at its start
         start = tl.load(table + 3 * segment) + offset
         stop = tl.load(table + 3 * segment + 1)
-        split -= tl.load(table + 3 * segment + 2)
     else:
         start = segment.to(tl.int64) * w + offset
         stop = start + (w - offset)
     first = _count(query_start - start, w, r)
     last = _count(tl.minimum(query_stop, stop) - start, w, r)
     keys = _count(tl.minimum(key_stop, stop) - start, w, r)
-    middle = _count(start * 0 + split - offset, w, r)
+    if table is not None:
+        middle = _count(tl.abs(half) - tl.load(table + 3 * segment + 2) - offset, w, r)
+    else:
+        middle = _count(start * 0 + tl.abs(half) - offset, w, r)
     first_key = tl.where(half < 0, tl.minimum(keys, middle), 0)
     first = tl.where(half > 0, tl.maximum(first, middle), first)
     last = tl.where(half < 0, tl.minimum(last, middle), last)
