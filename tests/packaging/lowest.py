@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from tests.packaging.environments import ROOT, Environment, closure, index_answers, told, torch_release, uv
 
-EXTRAS = ("train", "tokenizers", "mpi", "hf", "test")
+EXTRAS = ("train", "tokenizers", "data", "mpi", "hf", "test")
 # Steps that are not finite change nothing (DeepSpeed); kernels in Triton's interpreter (numpy); checkpoints
 # (safetensors, pydantic); configurations (PyYAML, pydantic); tokenizers; curves (matplotlib, TensorBoard).
 TESTS = (
