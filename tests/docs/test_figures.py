@@ -157,7 +157,6 @@ def other_figures() -> dict[str, str]:
     alone, of_four = (p for p in result("document_plans")["points"] if p["documents"] == 1000)
     prepared = result("preparation")
     rates, speedup = prepared["median_megabytes_per_second"], prepared["speedup_by_cpu_seconds"]["2"]
-    load = statistics.median(run["load_average_before"] for runs in prepared["runs"].values() for run in runs)
     megabytes = result("checkpoints")["checkpoint_bytes"] / 2**20
     return {
         "1, 2 and 4 sequence ranks": f"relative difference {short(max(v['loss'] for v in cpu.values()))} in loss, "
@@ -172,8 +171,7 @@ def other_figures() -> dict[str, str]:
         "decoding at token": f"{decode[0]:.1f}, {decode[1]:.1f} and {decode[2]:.1f} ms a token",
         f"a checkpoint of {megabytes:.0f} MiB": f"costs {lost['asynchronous']:.1f} s of training; "
         f"{lost['synchronous']:.1f} s if waited for",
-        "`longnet prepare` with a BPE": f"{rates['1']:.1f} and {rates['2']:.1f} MB/s on two cores shared by others (load "
-        f"{load:.0f}); by CPU time 2 workers do {speedup:.1f} × the work of one process",
+        "`longnet prepare` with a BPE": f"{rates['1']:.1f} and {rates['2']:.1f} MB/s; {speedup:.1f} × by CPU time",
         "planning 1,000 packed": f"{alone['first_layer_ms']:.1f} ms of CPU time, {alone['later_layer_ms']:.1f} ms in "
         f"later layers; {of_four['first_layer_ms']:.1f} ms on one of four ranks",
         "setting up a rank's exchange": f"{max(p['seconds'] for p in plans):.2f} s at most, once; "
