@@ -313,8 +313,8 @@ def parse_state(folder: Path) -> CheckpointState:
 def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig) -> None:
     ours = model.model_dump(mode="json")
     # A checkpoint of an older version lacks the fields that came later, whose defaults change nothing.
-    fields = type(model).model_fields
-    saved = {name: fields[name].get_default() for name in ours.keys() - saved.keys()} | saved
+    defaults = {name: type(model).model_fields[name].get_default() for name in ours.keys() - saved.keys()}
+    saved = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | saved
     for field in sorted((saved.keys() | ours.keys()) - MODEL_FIELDS_FREE_TO_CHANGE):
         if saved.get(field) != ours.get(field):
             raise CheckpointError(

@@ -40,15 +40,18 @@ def main(arguments: Sequence[str]) -> None:
         LongNetError: a mistake in the command line, or what ends any training or evaluation.
         SystemExit: with status 75 after a request to stop.
     """
+    options = parser().parse_intermixed_args(arguments)
+
     import os
 
+    from longnet_dist.cli.program.ranks import num_ranks_of
     from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
     from longnet_dist.data.token_file import TokenFile
     from longnet_dist.errors import ConfigError
     from longnet_dist.experiments.plan import Experiment, runs_of
+    from longnet_dist.experiments.runner import run_all
     from longnet_dist.extras import require_extra
 
-    options = parser().parse_intermixed_args(arguments)
     experiment = Experiment.read(options.name, options.smoke)
     require_extra("train", "an experiment")
     if launcher := launcher_of(os.environ):
@@ -59,9 +62,6 @@ def main(arguments: Sequence[str]) -> None:
     vocab_size = TokenFile.open(options.data).tokenizer.vocab_size if options.data else None
     given = {"overrides": options.settings, "data": options.data, "vocab_size": vocab_size}
     runs = list(runs_of(experiment, options.runs, options.output, **given))
-
-    from longnet_dist.cli.program.ranks import num_ranks_of
-    from longnet_dist.experiments.runner import run_all
 
     num_ranks = num_ranks_of(Processes([], options.processes, each_gpu=False))
     run_all(runs, lambda run: _train(run, num_ranks), LaunchEnvironment())

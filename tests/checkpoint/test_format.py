@@ -163,6 +163,16 @@ def test_another_model_is_named_by_its_first_field(trained, checkpoint, field, v
         read_state(checkpoint, other)
 
 
+def test_fields_that_came_later_count_at_their_defaults(trained, checkpoint):
+    fields = json.loads((checkpoint / "state.json").read_text())
+    for name in ("attention", "window", "full_layers"):
+        del fields["model"][name]
+    (checkpoint / "state.json").write_text(json.dumps(fields | {"digest": None}))
+    assert read_state(checkpoint, trained.model).step == 1
+    with pytest.raises(CheckpointError, match=r"model\.attention is 'dilated' there and 'full' here"):
+        read_state(checkpoint, trained.model.model_copy(update={"attention": "full"}))
+
+
 def test_memory_settings_may_change(trained, checkpoint):
     read_state(checkpoint, trained.model.model_copy(update={"loss_chunk": 7}))
 
