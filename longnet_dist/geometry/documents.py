@@ -46,7 +46,7 @@ class Documents:
     @classmethod
     def whole(cls, rows: int) -> Documents:
         """Return one document of ``rows`` rows."""
-        return cls((0,), (rows,))
+        return cls.of_edges((0, rows))
 
     def covers(self, start: int, stop: int) -> bool:
         """Return whether no row of ``[start, stop)`` is padding."""

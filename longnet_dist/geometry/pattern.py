@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -104,7 +105,18 @@ class DilatedPattern:
             total_heads=None,
         )
 
+    def __hash__(self) -> int:
+        # Every call looks its plans up by its pattern.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Integers alone hash alike in all processes, between which patterns travel.
+        branches = ((x.segment_length, x.dilation_rate, x.shift) for x in self.branches)
+        return hash((*branches, self.turn, self.first_head, self.total_heads or 0))
+
     def _set(self, **fields: Any) -> DilatedPattern:
+        self.__dict__.pop("_hash", None)  # of the pattern that this one is a copy of
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         return self
@@ -161,6 +173,8 @@ class DilatedPattern:
 
         It is None where there is no such row.
         """
+        if not self.shifted:
+            return 0
         start, period = 0, 1
         for branch in self.branches:
             step = math.gcd(period, branch.segment_length)

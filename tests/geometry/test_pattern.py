@@ -25,6 +25,8 @@ def test_is_immutable_and_hashable():
         pattern.head_offsets = "blocked"
     assert {pattern: 1}[DilatedPattern([4], [2])] == 1
     assert pattern != DilatedPattern([4], [2], "blocked")
+    turned = pattern.of_layer(1, offsets=True)
+    assert len({pattern, turned, turned.of_layer(0, offsets=True), pattern.of_heads(1, 3, 2)}) == 3
 
 
 def test_offsets():
