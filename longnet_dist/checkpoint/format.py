@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -60,7 +60,12 @@ class Progress(BaseModel):
         step: training steps done.
         tokens: tokens trained on, all ranks together.
         samples: samples trained on; None in a checkpoint of a version that did not count them.
-        skipped: steps among them that changed nothing, because loss or gradient was not finite.
+        skipped: steps among them that changed nothing, because loss or gradient was not finite or a spike.
+        spikes: the spikes among the skipped steps.
+        recent: pairs of loss and gradient norm of the last steps, oldest first, if spikes are skipped.
+        validation_loss: of the validation after this step, nats; None if there was none.
+        best_validation_loss: least one so far; None if there was none.
+        validations_since_best: number of validations since then.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -69,6 +74,11 @@ class Progress(BaseModel):
     tokens: NonNegativeInt
     samples: NonNegativeInt | None = None
     skipped: NonNegativeInt = 0
+    spikes: NonNegativeInt = 0
+    recent: list[list[float]] = Field(default_factory=list)
+    validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    validations_since_best: NonNegativeInt = 0
 
 
 class CheckpointState(Progress):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,7 @@ from longnet_dist.checkpoint.format import (
     checkpoint_folder,
     checkpoints,
     is_own_folder,
+    parse_state,
     put_aside,
     sha256_of,
     step_of,
@@ -119,7 +121,7 @@ class CheckpointWriter:
                 return
             time.sleep(RETRY_SECONDS)
         self._failures = 0
-        for message in delete_old(self._run, self._train.keep_last, self._train.keep_every):
+        for message in delete_old(self._run, self._train.keep_last, self._train.keep_every, self._train.keep_best):
             _warn(message)
 
     def _count_failure(self, folder: Path, error: Exception) -> None:
@@ -218,17 +220,30 @@ def write_checkpoint(
     _flush(folder.parent)
 
 
-def delete_old(run: Path, keep_last: int, keep_every: int = 0) -> list[str]:
+def delete_old(run: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> list[str]:
     """Delete all but the newest ``keep_last`` checkpoints and those of every ``keep_every`` steps.
 
-    ``keep_last=0`` keeps all, ``keep_every=0`` none beside the newest.
+    ``keep_last=0`` keeps all, ``keep_every=0`` none beside the newest. ``keep_best`` keeps the one with the least
+    validation loss, too.
 
     Returns:
         A message for each that cannot be deleted.
     """
     old = checkpoints(run)[:-keep_last] if keep_last else []
+    best = _best(checkpoints(run)) if old and keep_best else None
+    old = [folder for folder in old if (not keep_every or step_of(folder) % keep_every) and folder != best]
     # Without its name first, so that a crash half-way leaves no torn checkpoint.
-    return _remove([folder for folder in old if not keep_every or step_of(folder) % keep_every], rename=True)
+    return _remove(old, rename=True)
+
+
+def _best(folders: Iterable[Path]) -> Path | None:
+    """Return the checkpoint with the least validation loss; None if none was validated."""
+    losses = {}
+    for folder in folders:
+        with suppress(CheckpointError):
+            losses[folder] = parse_state(folder).validation_loss
+    validated = {folder: loss for folder, loss in losses.items() if loss is not None}
+    return min(validated, key=lambda folder: validated[folder], default=None)
 
 
 def remove_partial(run: Path) -> list[str]:

@@ -15,7 +15,7 @@ def total_over_ranks(value: Tensor) -> Tensor:
 
     It is a collective of the world: every rank must call it.
     """
-    total = value.detach().to(torch.float64)
+    total = value.detach().to(torch.float64, copy=True)  # the reduction is in place
     dist.all_reduce(total)
     return total
 

@@ -33,6 +33,7 @@ def _without_effect(config: Config) -> Iterator[str]:
     """Yield a line for each key that differs from its default, but that another key makes ineffective."""
     train = config.train
     makes_no_checkpoints = "train.checkpoint_every=0" if not train.checkpoint_every else ""
+    validates_never = "train.validate_every=0" if not train.validate_every else ""
     keeps_all = "train.keep_last=0 keeps all checkpoints" if not train.keep_last else ""
     makes_no_sample = makes_no_checkpoints or ("train.sample_tokens=0" if not train.sample_tokens else "")
     makes_no_sample = makes_no_sample or ("model.causal=false" if not config.model.causal else "")
@@ -42,7 +43,9 @@ def _without_effect(config: Config) -> Iterator[str]:
         "keep_every": makes_no_checkpoints or keeps_all,
         "checkpoint_async": makes_no_checkpoints,
         "checkpoint_failures": makes_no_checkpoints,
-        "validation_tokens": "train.validate_every=0" if not train.validate_every else "",
+        "keep_best": makes_no_checkpoints or validates_never,
+        "patience": validates_never,
+        "validation_tokens": validates_never,
         "sample_prompt": makes_no_sample,
         "chunk_length": f"data.sequence_length={config.data.sequence_length} is not longer" if whole else "",
     }

@@ -202,9 +202,14 @@ class TrainConfig(Section):
             parameter; else training waits for the disk.
         keep_last: number of newest checkpoints to keep; older ones are deleted. 0: keep all.
         keep_every: keep, in addition, the checkpoints at multiples of this many steps; 0: none.
+        keep_best: write a checkpoint after a validation whose loss is the least so far, and keep it until there is a
+            better one.
+        patience: validations in a row without a lower loss that end the run early; 0: never.
         checkpoint_failures: checkpoints in a row that cannot be written and end the run; each one before is a warning.
         max_skipped: consecutive skipped steps that end the run. A step whose loss or gradient is not finite is skipped:
             it changes nothing and is counted.
+        skip_spikes: skip, too, a step whose loss or gradient norm is more than six standard deviations above the mean
+            of the last 128 steps; such steps are counted apart.
         loggers: what records metrics: ``jsonl`` (from which the loss curve is drawn), ``tensorboard``, ``wandb``,
             ``trackio``.
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run's folder. ``auto`` resumes from the newest
@@ -255,8 +260,11 @@ class TrainConfig(Section):
     checkpoint_async: bool = True
     keep_last: int = Field(3, ge=0)
     keep_every: int = Field(0, ge=0)
+    keep_best: bool = False
+    patience: NonNegativeInt = 0
     checkpoint_failures: PositiveInt = 3
     max_skipped: PositiveInt = 10
+    skip_spikes: bool = False
     loggers: tuple[str, ...] = ("jsonl", "tensorboard")
     resume: str = "auto"
     init: Place | None = None

@@ -26,7 +26,8 @@ class StepMetrics:
         tokens: tokens trained on since the start of the run, over all ranks.
         step_seconds: wall-clock time of the step.
         tokens_per_second: tokens of this step for each second, over all ranks.
-        skipped: number of skipped steps so far; a step is skipped if its loss or gradient is not finite.
+        skipped: number of skipped steps so far; a step is skipped if its loss or gradient is not finite or a spike.
+        spikes: the spikes among them; left out of the file without ``train.skip_spikes``.
         tflops_per_gpu, mfu, peak_memory_allocated, peak_memory_reserved: as in
             :class:`~longnet_dist.telemetry.throughput.Speed`; left out of the file if they are None.
     """
@@ -39,6 +40,7 @@ class StepMetrics:
     step_seconds: float
     tokens_per_second: float
     skipped: int
+    spikes: int | None = None
     tflops_per_gpu: float | None = None
     mfu: float | None = None
     peak_memory_allocated: int | None = None

@@ -14,22 +14,27 @@ from longnet_dist.telemetry.metrics import draw_loss_curve
 from longnet_dist.train.setup import RunSetup
 
 
-def conclude(plan: RunSetup, step: int, bytes_per_token: float, release: Callable[[], None]) -> None:
+def conclude(plan: RunSetup, step: int, is_complete: bool, bytes_per_token: float, release: Callable[[], None]) -> None:
     """Draw the curve, let the trained model write a sample, and say where both are; or say where to go on.
 
     Args:
         plan: of the run.
         step: the last one that was done.
+        is_complete: whether the run has no more steps to take.
         bytes_per_token: of the training split.
         release: gives the memory of training back.
     """
     train, folder = plan.config.train, plan.folder
-    if step < train.steps:
+    if not is_complete:
         place = f"is in {checkpoint_folder(folder.path, step)}; go on with train.resume=auto"
         if not train.checkpoint_every:
             place = "was the last; with train.checkpoint_every=0 there is no checkpoint to go on from"
         print(f"asked to stop: step {step} of {train.steps} {place}")
         return
+    if step < train.steps:
+        print(
+            f"ended early after step {step} of {train.steps}: {train.patience} validations (train.patience) no better"
+        )
     draw_loss_curve(folder, bytes_per_token)
     for validation in read_jsonl(folder.validation_file)[-1:]:
         bits = validation.get("bits_per_byte")
@@ -47,10 +52,10 @@ def say_complete(plan: RunSetup) -> None:
     Args:
         plan: of the run.
     """
-    train, folder = plan.config.train, plan.folder
+    folder, more = plan.folder, "train.patience" if plan.ended_early else "train.steps"
     print(
-        f"the run in {folder.path} is complete: {plan.resume.checkpoint} has step {train.steps}, the last one; nothing "
-        "was changed. Use more train.steps to train on, or another train.output_dir for a new run"
+        f"the run in {folder.path} is complete: {plan.resume.checkpoint} has step {plan.steps_done}, the last one; "
+        f"nothing was changed. Use more {more} to train on, or another train.output_dir for a new run"
     )
     try:
         token_file = TokenFile.open(plan.config.data.path or folder.config().data.path or "")
@@ -62,7 +67,7 @@ def say_complete(plan: RunSetup) -> None:
     except LongNetError as error:
         print(f"its settings and loss curve could not be looked at: {error}")
     if plan.writes_sample and not folder.sample_file.exists():
-        _write_sample(plan, train.steps)
+        _write_sample(plan, plan.steps_done)
 
 
 def _write_sample(plan: RunSetup, step: int) -> None:

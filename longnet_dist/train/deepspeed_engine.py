@@ -10,7 +10,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ _FOREIGN_WARNINGS = (
     (r".?torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).? is deprecated", FutureWarning),
     (r".?torch\.jit\.script_method.? is deprecated", DeprecationWarning),
 )
+
+
+# The modules whose optimizers look at the norm of the gradient before an update.
+_NORM_CHECKS = tuple(f"deepspeed.runtime.{name}" for name in ("zero.stage_1_and_2", "zero.stage3", "bf16_optimizer"))
 
 
 def prepare_deepspeed(launch: LaunchEnvironment, device: torch.device) -> None:
@@ -214,24 +220,31 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def optimizer_step(engine: Any) -> float | None:
+def optimizer_step(engine: Any, refuse: Callable[[float], bool] | None = None) -> float | None:
     """Tell DeepSpeed that a micro-batch is done; after the last one of a step it updates the weights.
 
     A gradient that is not finite changes nothing: neither weights nor the optimizer's states and its count of steps.
+    Nor does one that ``refuse`` refuses.
+
+    Args:
+        engine: of the run.
+        refuse: says of the norm of a finite gradient whether the update is refused. It is called once, on every rank,
+            and must say the same on all.
 
     Returns:
         After the last micro-batch the norm of the whole gradient, averaged over ranks and before clipping, not finite
-        if nothing was changed; else None.
+        if the gradient was not; else None.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
     if engine.zero_optimization_stage() > 0:
-        engine.step()  # which discards a gradient that is not finite, and then gives inf as its norm
-        return float(engine.get_global_grad_norm())
+        with _norm_check(refuse) as norms:
+            engine.step()  # which discards a gradient that is not finite, and then gives inf as its norm
+        return norms[0] if norms else float(engine.get_global_grad_norm())
     # Without ZeRO DeepSpeed keeps no norm, but every rank holds the averaged gradient until the step.
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
-    if math.isfinite(norm):
+    if math.isfinite(norm) and not (refuse and refuse(norm)):
         engine.step()
     else:
         engine.module.zero_grad()
@@ -239,3 +252,28 @@ def optimizer_step(engine: Any) -> float | None:
         engine.step()
         engine.set_gradient_accumulation_boundary(None)  # from its count again
     return norm
+
+
+@contextmanager
+def _norm_check(refuse: Callable[[float], bool] | None) -> Iterator[list[float]]:
+    """Let DeepSpeed discard a gradient of whose norm ``refuse`` says so; yield a list that gets this norm.
+
+    All its sharding optimizers discard a gradient of whose norm ``is_invalid_grad_norm`` says that it is not finite.
+    """
+    norms: list[float] = []
+    modules = [import_module(name) for name in _NORM_CHECKS] if refuse else []
+    originals = [module.is_invalid_grad_norm for module in modules]
+
+    def check(norm: Any) -> bool:
+        if originals[0](norm) or norms or refuse is None:
+            return bool(originals[0](norm))
+        norms.append(float(norm))
+        return refuse(norms[0])
+
+    try:
+        for module in modules:
+            module.is_invalid_grad_norm = check  # type: ignore[attr-defined]
+        yield norms
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.is_invalid_grad_norm = original  # type: ignore[attr-defined]

@@ -47,8 +47,10 @@ from longnet_dist.train.batch_prefetch import StepsAhead, pinned
 from longnet_dist.train.conclusion import conclude, say_complete
 from longnet_dist.train.deepspeed_engine import build_engine, prepare_deepspeed, release, unread_keys
 from longnet_dist.train.setup import RunSetup
+from longnet_dist.train.spikes import RecentSteps
 from longnet_dist.train.start import Start, own_folder
 from longnet_dist.train.step import MicroBatch, ReadRows, StepResult, train_step
+from longnet_dist.train.validations import Validations
 
 
 def run_training(config: Config, launch: LaunchEnvironment) -> bool:
@@ -104,7 +106,8 @@ class Trainer:
         tokens: rows trained on, all ranks together.
         samples: samples trained on, all ranks together.
         changes: what differs from the run as its checkpoint knows it.
-        skipped: steps among them that changed nothing, because loss or gradient was not finite.
+        skipped: steps among them that changed nothing, because loss or gradient was not finite or a spike.
+        spikes: the spikes among them.
     """
 
     def __init__(self, plan: RunSetup, device: torch.device) -> None:
@@ -116,6 +119,7 @@ class Trainer:
         self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
+        self.spikes, self._recent, self._validations = 0, RecentSteps(), Validations()
         self._log: MetricsLog | None = None  # on rank 0, once a step has been done
         self._steps_ahead = StepsAhead(self._prepare_step, plan.config.train.steps)
         self.engine, self.step, self.tokens, self.samples, self.skipped = self._engine(), 0, 0, 0, 0
@@ -123,7 +127,11 @@ class Trainer:
             self._resume(plan.resume.checkpoint, plan.resume.state)
 
     def run(self) -> bool:
-        """Train to the last step, or until one at which a rank was asked to stop; whether it was the last."""
+        """Train to the last step, or until a rank is asked to stop or validation does not improve any more.
+
+        Returns:
+            False if a rank was asked to stop.
+        """
         train, folder = self.config.train, self.plan.folder
         bytes_per_token = self.token_file.bytes_per_token("train")
         with ExitStack() as stack:
@@ -138,24 +146,41 @@ class Trainer:
                     self._log.step(metrics)
                 if self.validation and (last or (metrics.step % train.validate_every == 0 and not stop)):
                     self._validate(self.validation)
-                if train.checkpoint_every and (last or stop or metrics.step % train.checkpoint_every == 0):
+                ends = last or stop or self._validations.is_exhausted(train.patience)
+                if train.checkpoint_every and (ends or self._checkpoint_is_due()):
                     self.token_file.check_unchanged()
-                    writer.save(self.engine, self.progress, last=last or stop)
+                    writer.save(self.engine, self.progress, last=ends)
                 writer.check()
-                if stop:
+                if ends:
                     break
             # No rank may end, and its launcher stop the others, before the last checkpoint is on the disk.
             writer.finish()
             dist.barrier()
+        is_complete = self.step == train.steps or self._validations.is_exhausted(train.patience)
         if self.is_first:
-            conclude(self.plan, self.step, bytes_per_token, partial(release, self.engine))
+            conclude(self.plan, self.step, is_complete, bytes_per_token, partial(release, self.engine))
         dist.barrier()
-        return self.step == train.steps
+        return is_complete
 
     @property
     def progress(self) -> Progress:
         """Return how far the run has come, for a checkpoint."""
-        return Progress(step=self.step, tokens=self.tokens, samples=self.samples, skipped=self.skipped)
+        done = {"step": self.step, "tokens": self.tokens, "samples": self.samples}
+        recent = self._recent.values() if self.config.train.skip_spikes else []
+        return Progress(
+            **done,
+            skipped=self.skipped,
+            spikes=self.spikes,
+            recent=recent,
+            validation_loss=self._validations.loss_after(self.step),
+            best_validation_loss=self._validations.best,
+            validations_since_best=self._validations.since_best,
+        )
+
+    def _checkpoint_is_due(self) -> bool:
+        """Say whether a checkpoint is written after this step, wherever the run ends."""
+        train = self.config.train
+        return self.step % train.checkpoint_every == 0 or (train.keep_best and self._validations.is_best(self.step))
 
     def _say_changes(self) -> None:
         if self.is_first and self.changes:
@@ -197,6 +222,8 @@ class Trainer:
         restore(self.engine, checkpoint, state.step - state.skipped, self.config.train.optimizer)
         self.step, self.tokens, self.skipped = state.step, state.tokens, state.skipped
         self.samples = self.plan.samples_done
+        self.spikes, self._recent = state.spikes, RecentSteps(state.recent)
+        self._validations = Validations(state.best_validation_loss, state.validations_since_best)
 
     def _steps(self, bytes_per_token: float, stop_requested: Callable[[], bool]) -> Iterator[tuple[StepMetrics, bool]]:
         """Do the steps that are left, and show them in a progress bar; say of each whether it must be the last."""
@@ -216,6 +243,8 @@ class Trainer:
                 self.tokens += tokens_per_step
                 self.samples += train.batch_size
                 self.skipped += result.skipped
+                self.spikes += result.spike
+                self._recent.add(result.loss, result.grad_norm)
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._refuse_divergence(skipped_in_a_row, result)
                 speed = throughput.step(seconds)
@@ -234,15 +263,17 @@ class Trainer:
             tokens=self.tokens,
             step_seconds=seconds,
             skipped=self.skipped,
+            spikes=self.spikes if self.config.train.skip_spikes else None,
             **speed._asdict(),
         )
 
     def _refuse_divergence(self, skipped_in_a_row: int, result: StepResult) -> None:
         if skipped_in_a_row >= self.config.train.max_skipped:
             raise LongNetError(
-                f"training diverged: loss or gradient was not finite in the last {skipped_in_a_row} steps "
-                f"(train.max_skipped), in step {self.step} the loss was {result.loss}; resume from an earlier "
-                f"checkpoint with a smaller train.learning_rate or train.clip_norm"
+                f"training diverged: loss or gradient was not finite{' or a spike' * self.config.train.skip_spikes} in "
+                f"the last {skipped_in_a_row} steps (train.max_skipped), in step {self.step} the loss was "
+                f"{result.loss}; resume from an earlier checkpoint with a smaller train.learning_rate or "
+                f"train.clip_norm"
             )
 
     def _train_step(
@@ -251,7 +282,10 @@ class Trainer:
         """Step ``step``, counted from 0."""
         sequence_length, chunk_length = self._sequence
         micro_batches = self._steps_ahead.of(step)
-        return train_step(self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested)
+        is_spike = self._recent.is_spike if self.config.train.skip_spikes else None
+        return train_step(
+            self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested, is_spike
+        )
 
     @property
     def _sequence(self) -> tuple[int, int]:
@@ -301,6 +335,7 @@ class Trainer:
             self.engine, windows, num_tokens, plan.micro_batch_size, self.mesh, self.device, plan.chunk_length
         )
         self.engine.train()
+        self._validations.add(self.step, evaluation.loss)
         if self._log:
             self._log.validation(self.step, evaluation)
         return evaluation

@@ -86,7 +86,13 @@ class RunSetup(RunLayout):
     @property
     def is_complete(self) -> bool:
         """Say whether the run has done its last step already."""
-        return self.steps_done >= self.config.train.steps
+        return self.steps_done >= self.config.train.steps or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Say whether the run has ended before its last step, because validation did not improve any more."""
+        state, patience = self.resume.state, self.config.train.patience
+        return state is not None and 0 < patience <= state.validations_since_best
 
     @property
     def steps_done(self) -> int:

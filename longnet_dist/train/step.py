@@ -47,16 +47,18 @@ class StepResult:
         loss: mean cross-entropy over all labelled rows of all ranks, nats.
         grad_norm: norm of the gradient of ``loss``, before clipping.
         stop: whether a rank has been asked to stop.
+        spike: whether the update was refused as a spike.
     """
 
     loss: float
     grad_norm: float
     stop: bool
+    spike: bool = False
 
     @property
     def skipped(self) -> bool:
-        """Say whether loss or gradient was not finite, so that the step changed nothing."""
-        return not math.isfinite(self.grad_norm)
+        """Say whether the step changed nothing, because loss or gradient was not finite or a spike."""
+        return self.spike or not math.isfinite(self.grad_norm)
 
 
 def train_step(
@@ -66,6 +68,7 @@ def train_step(
     chunk_length: int,
     learning_rate: float,
     stop_requested: Callable[[], bool] = lambda: False,
+    is_spike: Callable[[float, float], bool] | None = None,
 ) -> StepResult:
     """Forward, backward and update, over all micro-batches of a step. Every rank of the world must call.
 
@@ -87,6 +90,8 @@ def train_step(
         chunk_length: rows of a chunk, all sequence ranks together.
         learning_rate: of this step.
         stop_requested: whether this rank has been asked to stop; the ranks agree on it at the end of the step.
+        is_spike: says of a step's loss and gradient norm whether it is a spike, which changes nothing then. If one rank
+            says so, all skip the step.
     """
     set_learning_rate(engine, learning_rate)
     stream: Stream = engine.module.stream(sequence_length)
@@ -95,6 +100,14 @@ def train_step(
     num_labels = total_over_ranks(torch.tensor(sum(counts), device=engine.device))
     scale = dist.get_world_size() * len(counts) / num_labels.clamp(min=1)
 
+    def refuse(norm: float) -> bool:
+        """Say whether the update is refused; every rank must call."""
+        assert is_spike is not None
+        loss = float(total_over_ranks(loss_sum)) / max(1.0, float(num_labels))
+        spikes.append(float(total_over_ranks(loss_sum.new_tensor(float(is_spike(loss, norm))))) > 0)
+        return spikes[-1]
+
+    spikes: list[bool] = []
     loss_sum, grad_norm = torch.zeros((), dtype=torch.float64, device=engine.device), None
     for micro_batch in micro_batches:
         stream = engine.module.stream(sequence_length, cu_seqlens=micro_batch.documents)
@@ -105,13 +118,13 @@ def train_step(
             chunk_loss = _forward(engine, micro_batch.read, stream, shards).loss_sum
             # A loss that is not finite may have a finite gradient; the factor is NaN then, and else 1.
             engine.backward(chunk_loss * scale * (1 + 0 * chunk_loss.detach()))
-            grad_norm = optimizer_step(engine)
             loss_sum += chunk_loss.detach()
+            grad_norm = optimizer_step(engine, refuse if is_spike else None)
 
     assert grad_norm is not None
     stop = loss_sum.new_tensor(float(stop_requested()))
     total, num_stops = total_over_ranks(torch.stack([loss_sum, stop])).tolist()
-    return StepResult(total / max(1.0, float(num_labels)), grad_norm, num_stops > 0)
+    return StepResult(total / max(1.0, float(num_labels)), grad_norm, num_stops > 0, any(spikes))
 
 
 def _forward(engine: Any, read: ReadRows, stream: Stream, shards: Shards) -> Any:
