@@ -31,26 +31,31 @@ def _of_schedule(train: TrainConfig) -> Iterator[str]:
 
 def _without_effect(config: Config) -> Iterator[str]:
     """Yield a line for each key that differs from its default, but that another key makes ineffective."""
-    train = config.train
-    makes_no_checkpoints = "train.checkpoint_every=0" if not train.checkpoint_every else ""
-    validates_never = "train.validate_every=0" if not train.validate_every else ""
-    keeps_all = "train.keep_last=0 keeps all checkpoints" if not train.keep_last else ""
-    makes_no_sample = makes_no_checkpoints or ("train.sample_tokens=0" if not train.sample_tokens else "")
-    makes_no_sample = makes_no_sample or ("model.causal=false" if not config.model.causal else "")
-    whole = train.chunk_length is not None and train.chunk_length >= config.data.sequence_length
-    reasons = {
-        "keep_last": makes_no_checkpoints,
-        "keep_every": makes_no_checkpoints or keeps_all,
-        "checkpoint_async": makes_no_checkpoints,
-        "checkpoint_failures": makes_no_checkpoints,
-        "keep_best": makes_no_checkpoints or validates_never,
-        "patience": validates_never,
-        "validation_tokens": validates_never,
-        "sample_prompt": makes_no_sample,
-        "chunk_length": f"data.sequence_length={config.data.sequence_length} is not longer" if whole else "",
-    }
-    for key, reason in reasons.items():
-        if reason and getattr(train, key) != TrainConfig.model_fields[key].default:
+    train, fields = config.train, type(config.train).model_fields
+    for key, reason in (*_of_checkpoints(config), *_of_validation(train), *_of_length(config)):
+        if reason and getattr(train, key) != fields[key].default:
             yield f"train.{key} has no effect: {reason}"
     if config.data.path is not None and config.data.cache_dir != type(config.data).model_fields["cache_dir"].default:
         yield "data.cache_dir has no effect: data.path is given"
+
+
+def _of_checkpoints(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield keys that need checkpoints, each with the reason why it has no effect, if there is one."""
+    train = config.train
+    none = "" if train.checkpoint_every else "train.checkpoint_every=0"
+    for key in ("keep_last", "keep_best", "checkpoint_async", "checkpoint_failures"):
+        yield key, none
+    yield "keep_every", none or ("" if train.keep_last else "train.keep_last=0 keeps all checkpoints")
+    no_sample = none or ("" if train.sample_tokens else "train.sample_tokens=0")
+    yield "sample_prompt", no_sample or ("" if config.model.causal else "model.causal=false")
+
+
+def _of_validation(train: TrainConfig) -> Iterator[tuple[str, str]]:
+    for key in ("validation_tokens", "keep_best", "patience"):
+        yield key, "" if train.validate_every else "train.validate_every=0"
+
+
+def _of_length(config: Config) -> Iterator[tuple[str, str]]:
+    length, chunk = config.data.sequence_length, config.train.chunk_length
+    whole = chunk is not None and chunk >= length
+    yield "chunk_length", f"data.sequence_length={length} is not longer" if whole else ""
