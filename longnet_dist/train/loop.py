@@ -146,8 +146,8 @@ class Trainer:
                     self._log.step(metrics)
                 if self.validation and (last or (metrics.step % train.validate_every == 0 and not stop)):
                     self._validate(self.validation)
-                ends = last or stop or self._validations.is_exhausted(train.patience)
-                if train.checkpoint_every and (ends or self._checkpoint_is_due()):
+                ends = stop or self.is_complete
+                if self._checkpoint_is_due(ends):
                     self.token_file.check_unchanged()
                     writer.save(self.engine, self.progress, last=ends)
                 writer.check()
@@ -156,11 +156,10 @@ class Trainer:
             # No rank may end, and its launcher stop the others, before the last checkpoint is on the disk.
             writer.finish()
             dist.barrier()
-        is_complete = self.step == train.steps or self._validations.is_exhausted(train.patience)
         if self.is_first:
-            conclude(self.plan, self.step, is_complete, bytes_per_token, partial(release, self.engine))
+            conclude(self.plan, self.step, self.is_complete, bytes_per_token, partial(release, self.engine))
         dist.barrier()
-        return is_complete
+        return self.is_complete
 
     @property
     def progress(self) -> Progress:
@@ -177,9 +176,17 @@ class Trainer:
             validations_since_best=self._validations.since_best,
         )
 
-    def _checkpoint_is_due(self) -> bool:
-        """Say whether a checkpoint is written after this step, wherever the run ends."""
+    @property
+    def is_complete(self) -> bool:
+        """Say whether there is no step left to take: the last one is done, or validation does not improve any more."""
         train = self.config.train
+        return self.step == train.steps or self._validations.is_exhausted(train.patience)
+
+    def _checkpoint_is_due(self, ends: bool) -> bool:
+        """Say whether a checkpoint is written after this step, with which the run ends or not."""
+        train = self.config.train
+        if ends or not train.checkpoint_every:
+            return train.checkpoint_every > 0
         return self.step % train.checkpoint_every == 0 or (train.keep_best and self._validations.is_best(self.step))
 
     def _say_changes(self) -> None:
