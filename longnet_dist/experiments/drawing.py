@@ -54,19 +54,24 @@ def draw_series(
         log_y: whether y is logarithmic.
     """
     labels, seen = [], dict.fromkeys(COLORS, 0)
-    logarithmic = all(x > 0 for one in series for x, _, _ in one.points)
+    lines = [one for one in series if len(one.points) > 1] or series
+    places = [x for one in lines for x, _, _ in one.points]
+    nearest, furthest = min(places), max(places)
+    if nearest == furthest:
+        nearest = furthest / 2
+    logarithmic = nearest > 0
     for one in series:
         number, color = seen.get(one.kind, 0), COLORS.get(one.kind, IDEAL)
         seen[one.kind] = number + 1
         points = sorted(one.points)
         x, y, spread = zip(*points, strict=True)
         if len(points) == 1:
-            axes.axhline(y[0], color=color, linestyle=":", lw=1.4)
+            axes.hlines(y[0], nearest, furthest, color=color, linestyle=":", lw=1.4)
         else:
             bars = [value or 0.0 for value in spread] if any(spread) else None
             style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": STYLES[number % len(STYLES)]}
             axes.errorbar(x, y, bars, color=color, capsize=3, markersize=4.5, **style)
-        labels.append((one.label, (x[-1], y[-1]), color))
+        labels.append((one.label, (x[-1] if len(points) > 1 else furthest, y[-1]), color))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if logarithmic:
         axes.set_xscale("log")
