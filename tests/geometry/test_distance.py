@@ -65,7 +65,8 @@ def test_counts_equal_a_search_over_all_pairs(seed, causal):
         branches = rng.randint(1, 3)
         lengths = [rng.choice((4, 8, 12, 16, 20, 37, 64, 96, 256)) for _ in range(branches)]
         rates = [rng.choice((1, 2, 3, 4, 6, 8, 16)) for _ in range(branches)]
-        patterns.append(DilatedPattern(lengths, rates, rng.choice(("modulo", "blocked"))))
+        shift = [rng.randrange(length) for length in lengths] if rng.random() < 0.5 else None
+        patterns.append(DilatedPattern(lengths, rates, rng.choice(("modulo", "blocked")), shift))
     compare(patterns, rng.randint(1, 300), rng.choice((1, 2, 3, 5)), causal)
 
 
@@ -74,6 +75,13 @@ def test_geometric_patterns_and_ragged_lengths(causal):
     for rows in (1, 2, 31, 64, 97, 512, 700):
         compare([DilatedPattern.geometric(32, rows)], rows, 3, causal)
     compare([DilatedPattern.geometric(16, 600, 3)], 600, 4, causal)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_layers_with_other_offsets_and_grids(causal):
+    pattern = DilatedPattern([16, 32, 64], [1, 2, 6])
+    for offsets, shift in ((True, False), (False, True), (True, True)):
+        compare([pattern.of_layer(layer, offsets, shift) for layer in range(6)], 300, 2, causal)
 
 
 def test_the_papers_pattern_never_crosses_its_longest_segment():
