@@ -109,14 +109,14 @@ def phantom_keys(pattern: DilatedPattern, N: int, heads: int, kv_heads: int | No
             f"torchscale's zero keys fill segments that begin at row 0, but the pattern has "
             f"shift={list(pattern.shift)}; use a pattern without shift"
         )
-    rows = torch.arange(N)
-    numbers = torch.zeros(N, kv_heads, dtype=torch.int64)
+    numbers = torch.zeros(kv_heads, N)
     for branch in pattern:
         width, rate = min(branch.segment_length, N), branch.dilation_rate
         filled = -(-width // rate)  # rows of a filled segment that a head keeps
-        last = N - (N - 1) // width * width
+        first = (N - 1) // width * width  # row of the last segment
         for head, offset in enumerate(pattern.offsets(branch, kv_heads)):
-            whole, short = (filled - kept_rows(length, offset, rate) for length in (width, last))
-            kept = rows % width % rate == offset
-            numbers[:, head] += torch.where(rows >= N - last, short, whole) * kept
-    return numbers.float().log().repeat_interleave(heads // kv_heads, dim=1)
+            whole, short = (filled - kept_rows(length, offset, rate) for length in (width, N - first))
+            # A head's numbers, segment by segment; it keeps every r-th row of each.
+            numbers[head, :first].view(-1, width)[:, offset::rate] += whole
+            numbers[head, first + offset :: rate] += short
+    return numbers.log_().repeat_interleave(heads // kv_heads, dim=0).T.contiguous()
