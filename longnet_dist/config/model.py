@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.attention_kinds import ATTENTION_KINDS, AttentionSettings
+from longnet_dist.geometry.masked_pattern import MaskedPattern
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads
 from longnet_dist.geometry.position_encodings import POSITION_ENCODINGS
 
@@ -203,6 +204,11 @@ class LongNetConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, also under the names that PEFT asks for when it merges adapters."""
         return self.model_dump() | {"model_type": "custom", "tie_word_embeddings": self.tie_embeddings}
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """Say whether a layer's attention computes a sequence only whole, on one device and as one document."""
+        return any(isinstance(pattern, MaskedPattern) for pattern in self.pattern_counts)
 
     @property
     def head_dim(self) -> int:

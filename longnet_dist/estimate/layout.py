@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from longnet_dist.comm.mesh import MeshShape
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.masked_pattern import MaskedPattern
 from longnet_dist.geometry.window import Shards
 from longnet_dist.registry import ATTENTION_BACKENDS
 
@@ -110,7 +109,7 @@ class RunLayout:
 def _check_whole_sequences(layout: RunLayout) -> None:
     """Refuse to split sequences for a kind of attention that computes them whole."""
     model = layout.config.model
-    if not any(isinstance(pattern, MaskedPattern) for pattern in model.pattern_counts):
+    if not model.needs_whole_sequences:
         return
     data = layout.config.data
     for key, value, split, whole in (

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from longnet_dist.data.batches import Windows
 from longnet_dist.errors import ConfigError, DataError
-from longnet_dist.geometry.masked_pattern import MaskedPattern
 from longnet_dist.geometry.window import Shards
 from longnet_dist.model.longnet import LongNet, LongNetOutput
 from longnet_dist.model.loss import IGNORE_INDEX
@@ -87,7 +86,7 @@ def losses_after_prompts(
 def _sums(model: LongNet, tokens: Tensor, labels: Tensor, edges: Sequence[int]) -> Tensor:
     """Return the sum of the losses, and the number, of the labels between neighbouring edges, ``(parts, 2)``."""
     with torch.no_grad():
-        if any(isinstance(pattern, MaskedPattern) for pattern in model.config.pattern_counts):
+        if model.config.needs_whole_sequences:
             return torch.stack([_sums_of_whole(model, tokens, labels, *part) for part in pairwise(edges)])
         stream, found = model.stream(tokens.shape[1]), []
         for start, stop in pairwise([0, *edges] if edges[0] else edges):

@@ -10,7 +10,6 @@ import torch
 
 from longnet_dist.data.tasks import Sample, make_sample
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.masked_pattern import MaskedPattern
 from longnet_dist.model.longnet import LongNet
 
 SEED = 1
@@ -67,7 +66,7 @@ def evaluate_retrieval(
             f"vocabulary has {model.config.vocab_size} ids and {samples} samples were asked for; use a causal model "
             f"with 256 ids or more"
         )
-    if any(isinstance(pattern, MaskedPattern) for pattern in model.config.pattern_counts):
+    if model.config.needs_whole_sequences:
         chunk_length = length
     solved = right = answers = 0
     for number in range(samples):
