@@ -146,7 +146,7 @@ class TokenFile:
         self.header = header
         self._offset = offset
         # The open file is the one that is mapped, whatever happens to its name.
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._descriptor)
         self._stamp = _stamp(self._descriptor)
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(

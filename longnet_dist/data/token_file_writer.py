@@ -71,6 +71,8 @@ class TokenFileWriter:
     ) -> None:
         if not 0 <= validation < 1:
             raise DataError(f"validation is a share of the tokens in [0, 1), not {validation}; 0.05 is usual")
+        if shuffle is not None and not 0 <= shuffle < 2**64:
+            raise DataError(f"the seed of the shuffle is from 0 to 2^64 - 1, not {shuffle}; use 0")
         self.path = Path(path)
         self.tokenizer = tokenizer
         self.num_documents = self.num_tokens = self.num_bytes = 0

@@ -123,6 +123,13 @@ def test_one_token_cannot_be_split(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_impossible_seed(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(DataError, match=r"from 0 to 2\^64 - 1"):
+        TokenFileWriter(tmp_path / "a.tokens", ByteTokenizer(), shuffle=seed)
+    write(tmp_path / "a.tokens", ByteTokenizer(), shuffle=2**64 - 1)
+
+
 @pytest.mark.parametrize("separator", [0, None])
 def test_shuffled_documents_are_the_documents(tmp_path: Path, separator: int | None) -> None:
     texts = [bytes([97 + number % 26]) * (1 + number % 7) for number in range(100)]
