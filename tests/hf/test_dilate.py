@@ -227,3 +227,41 @@ def test_calls_that_are_refused():
     model.config.num_key_value_heads = 4
     with pytest.raises(ConfigError, match="do not split heads over ranks"):
         model(IDS_40)
+
+
+def padded(items):
+    """A batch with padding behind its texts; the first token of a text is not predicted."""
+    tokens = [torch.tensor(item["input_ids"]) for item in items]
+    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in tokens], batch_first=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def test_the_trainer_takes_packed_and_padded_batches_alike(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    lengths = (17, 40, 5, 33, 21, 9, 30, 12)
+    texts = [{"input_ids": torch.randint(3, 100, (length,), generator=generator).tolist()} for length in lengths]
+    packed = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    losses = []
+    for collator in (packed, padded):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=True,
+            remove_unused_columns=False,
+        )
+        model = hf.dilate(make("llama"), SPARSE)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collator)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
