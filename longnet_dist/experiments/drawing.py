@@ -40,10 +40,8 @@ class Series:
     points: Sequence[tuple[float, float, float | None]]
 
 
-def draw_series(
-    figure: Figure, axes: Any, series: Sequence[Series], xlabel: str, ylabel: str, log_y: bool = True
-) -> None:
-    """Draw lines with error bars and a label at each end; a series of one point is a dotted level.
+def draw_series(figure: Figure, axes: Any, series: Sequence[Series], xlabel: str, ylabel: str) -> None:
+    """Draw lines over a logarithmic y, with error bars and a label at each end; a series of one point is a level.
 
     Args:
         figure: of the axes.
@@ -51,7 +49,6 @@ def draw_series(
         series: the lines.
         xlabel: the quantity and its unit.
         ylabel: the quantity and its unit.
-        log_y: whether y is logarithmic.
     """
     labels, seen = [], dict.fromkeys(COLORS, 0)
     lines = [one for one in series if len(one.points) > 1] or series
@@ -80,10 +77,9 @@ def draw_series(
     else:
         left, right = axes.get_xlim()
         axes.set_xlim(left, right + 0.45 * (right - left))
-    if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.4g}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.4g}")
     label_ends(figure, axes, labels)
 
 

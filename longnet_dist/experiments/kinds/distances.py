@@ -67,7 +67,8 @@ class Distance(Kind):
                 mean = "–" if point["mean"] is None else f"{point['mean']:.3f}"
                 mask = "causal" if point["causal"] else "none"
                 example = point["named"].split(";")[0]
-                never = f"{point['never']:.3g}" if point["never"] else "0"
+                share = point["never"]
+                never = f"1 − {1 - share:.2g}" if 0.999 < share < 1 else f"{share:.3g}"
                 rows.append([record["run"], short_length(point["tokens"]), mask, worst, mean, never, example])
         return rows
 
@@ -82,7 +83,7 @@ class Distance(Kind):
                 lengths |= {x["tokens"] for x in points}
                 if drawn:
                     series.append(Series(record["run"], record["attention"], drawn))
-            draw_series(figure, axes, series, "tokens in one sequence", f"{what} blocks, causal", log_y=False)
+            draw_series(figure, axes, series, "tokens in one sequence", f"{what} blocks, causal")
             name_lengths(axes, spread_ticks(lengths))
         return figure
 
