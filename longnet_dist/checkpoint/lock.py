@@ -8,13 +8,17 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
 
+from longnet_dist.comm.agreement import agreed
+from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.errors import ConfigError
 from longnet_dist.machine import process_start
 
@@ -65,7 +69,7 @@ class Lock:
     The lock of another machine is stale if its file is not touched for 15 seconds, as its owner does every 5.
 
     Args:
-        path: of the lock file; its folder is made.
+        path: of the lock file; its folder is made, and removed with the lock if nothing else was written into it.
         what: is protected, as the message names it, with the key or option that selects it.
 
     Attributes:
@@ -76,6 +80,7 @@ class Lock:
         self.path, self._what = path, what
         self.owner = Owner.of_this_process()
         self._released = threading.Event()
+        self._made: list[Path] = []  # folders that were not there before, the innermost first
 
     def __enter__(self) -> Self:
         """Take the lock.
@@ -84,7 +89,9 @@ class Lock:
             ConfigError: another process has it, or it cannot be written.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder = self.path.parent
+            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 self._take_stale()
         except OSError as error:
@@ -97,6 +104,8 @@ class Lock:
         with suppress(OSError):
             if read_owner(self.path) == self.owner:
                 self.path.unlink()
+            for folder in self._made:
+                folder.rmdir()  # which fails where something was written into it
 
     def _create(self) -> bool:
         """Make the file; say whether there was none."""
@@ -139,6 +148,24 @@ class Lock:
         while not self._released.wait(BEAT_SECONDS):
             with suppress(OSError):  # a file system that is away for a while
                 os.utime(self.path)
+
+
+@contextmanager
+def held_by_first(lock: Lock, launch: LaunchEnvironment, store: Any) -> Iterator[None]:
+    """Hold a lock on rank 0 while all ranks are inside. Every rank must enter.
+
+    Args:
+        lock: to hold.
+        launch: which process this one is.
+        store: rendezvous store of the run.
+
+    Raises:
+        ConfigError: another process has it, or it cannot be written; on all ranks.
+    """
+    with ExitStack() as stack:
+        take = partial(stack.enter_context, lock) if launch.rank == 0 else lambda: None
+        agreed(store, launch, "lock", take, lambda _: {})
+        yield
 
 
 def read_owner(path: Path) -> Owner | None:

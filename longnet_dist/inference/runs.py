@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +16,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from longnet_dist.checkpoint.format import CheckpointState, load_weights, newest_checkpoint, read_state
+from longnet_dist.checkpoint.identity import code_versions, digest_of
+from longnet_dist.checkpoint.lock import Lock, held_by_first
 from longnet_dist.checkpoint.run_folder import RunFolder
-from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
+from longnet_dist.comm.agreement import agreed
+from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
 from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
@@ -35,6 +39,7 @@ from longnet_dist.model.pretrained import save_pretrained
 
 COMPILED_FROM = 2**28  # tokens
 COMPILED_TILE = 2**16  # rows
+MEETING_TIME = timedelta(minutes=30)  # for ranks that do not know the run's own time-out yet
 _PLAIN = Execution()
 Result = TypeVar("Result")
 
@@ -62,11 +67,17 @@ def evaluate_run(
     Raises:
         LongNetError: no such run, checkpoint or file, or one that does not fit; on all ranks before they meet.
     """
-    if min(num_tokens, *contexts) < 1:
-        raise ConfigError(f"contexts and tokens must be at least 1, but are {list(contexts)} and {num_tokens}")
-    run = _Run.open(path).with_model(changes)
-    windows = {context: run.windows(data, split, context) for context in contexts}
-    with run.model_on(launch) as (model, mesh, device):
+
+    def opened() -> tuple[_Run, dict[int, Windows]]:
+        if min(num_tokens, *contexts) < 1:
+            raise ConfigError(f"contexts and tokens must be at least 1, but are {list(contexts)} and {num_tokens}")
+        run = _Run.open(path).with_model(changes)
+        return run, {context: run.windows(data, split, context) for context in contexts}
+
+    store = meeting_store(launch, MEETING_TIME)
+    asked = {"the arguments": f"{list(contexts)}, {num_tokens}, {split}"}
+    run, windows = agreed(store, launch, "evaluate", opened, lambda part: part[0].facts(*part[1].values()) | asked)
+    with run.model_on(launch, store=store) as (model, mesh, device):
         return {context: evaluate(model, part, num_tokens, 1, mesh, device) for context, part in windows.items()}
 
 
@@ -122,22 +133,32 @@ def evaluate_run_streamed(
         KeyboardInterrupt: on an interrupt, after the state has been saved.
     """
     ranks = launch.world_size
-    if chunk_length < 1 or chunk_length % ranks:
-        raise ConfigError(f"the chunk must be a positive multiple of the {ranks} ranks, but is {chunk_length} rows")
-    run = _Run.open(path)
-    rows = run.windows(data, split, 1).num_positions
-    rows = rows if num_tokens is None else min(rows, num_tokens)
-    if rows < ranks:
-        raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
-    windows = run.windows(data, split, rows - rows % ranks)
+
+    def opened() -> tuple[_Run, Windows]:
+        if chunk_length < 1 or chunk_length % ranks:
+            raise ConfigError(f"the chunk must be a positive multiple of the {ranks} ranks, but is {chunk_length} rows")
+        run = _Run.open(path)
+        rows = run.windows(data, split, 1).num_positions
+        rows = rows if num_tokens is None else min(rows, num_tokens)
+        if rows < ranks:
+            raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
+        return run, run.windows(data, split, rows - rows % ranks)
+
+    store = meeting_store(launch, MEETING_TIME)
+    asked = {"the arguments": f"{chunk_length}, {num_tokens}, {split}, {resume}"}
+    run, windows = agreed(store, launch, "evaluate", opened, lambda part: part[0].facts(part[1]) | asked)
+    state_path = state_path or run.folder.path / f"{data.stem}.stream.safetensors"
+    lock = Lock(state_path.with_name(f"{state_path.name}.lock"), f"the state of the stream (--state {state_path})")
+    rows = windows.length_of(0)
     # For a shorter text compiling takes longer than it saves.
     compile = launch.device().type == "cuda" and rows >= COMPILED_FROM
     execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
-    with run.model_on(launch, execution) as (model, _, device):
+    model_on = run.model_on(launch, execution, store)
+    with held_by_first(lock, launch, store), model_on as (model, _, device):
         sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
         dtype = str(next(model.parameters()).dtype)
         task = StreamTask(*sha256, split, windows.length_of(0), dtype, windows.documents)
-        file = StateFile(state_path or run.folder.path / f"{data.stem}.stream.safetensors", task, resume)
+        file = StateFile(state_path, task, resume)
         return evaluate_stream(model, windows, chunk_length, device, file)
 
 
@@ -263,14 +284,21 @@ class _Run:
         bf16 = self.config.precision(device.type) == "bf16"
         return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
 
+    def facts(self, *windows: Windows) -> dict[str, str]:
+        """Return what must be equal on all ranks: model, weights, tokens and code."""
+        facts = {f"the version of {name}": version for name, version in code_versions().items()}
+        facts |= {f"data.path ({number})": part.token_file.header.sha256 for number, part in enumerate(windows)}
+        model = json.dumps(self.config.model.model_dump(mode="json"), sort_keys=True)
+        return facts | {"the model": model, "the checkpoint": digest_of(self.state.sha256)}
+
     @contextmanager
     def model_on(
-        self, launch: LaunchEnvironment, execution: Execution = _PLAIN
+        self, launch: LaunchEnvironment, execution: Execution = _PLAIN, store: Any = None
     ) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
         """Return the model on all ranks of a launch, which share every sequence."""
         device = launch.device()
         launch.share_cores()
         timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
-        with process_group(launch, device, timeout):
+        with process_group(launch, device, timeout, store):
             mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
             yield self.model(mesh.sequence_group, device, execution), mesh, device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from longnet_dist.attention.kernels.planning import planned_device
 from longnet_dist.checkpoint.identity import code_versions, digest_of
-from longnet_dist.checkpoint.lock import Lock, read_owner
+from longnet_dist.checkpoint.lock import Lock, held_by_first, read_owner
 from longnet_dist.comm.agreement import agreed, settle
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.schema import Config
@@ -74,14 +74,7 @@ def own_folder(plan: RunSetup, device: torch.device, launch: LaunchEnvironment, 
         ConfigError: another run uses the folder, or a rank sees another folder; on all ranks.
     """
     lock = Lock(plan.folder.path / "run.lock", f"train.output_dir={plan.folder.path}")
-    with ExitStack() as stack:
-        agreed(
-            store,
-            launch,
-            "lock",
-            lambda: stack.enter_context(lock) if launch.rank == 0 else None,
-            lambda _: {},
-        )
+    with held_by_first(lock, launch, store):
         nonce = settle(store, launch, "nonce", lock.owner.nonce, lambda nonces: str(nonces[0]))
         if plan.config.train.checkpoint_every:
             agreed(store, launch, "folder", lambda: _check_shared(plan.folder.path, lock.path, nonce), lambda _: {})

@@ -37,7 +37,15 @@ def test_a_lock_is_there_while_it_is_held(path):
         owner = read_owner(path)
         assert owner == lock.owner
         assert owner.pid == os.getpid()
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    with Lock(path, WHAT):
+        pass
     assert list(path.parent.iterdir()) == []
+    path.parent.rmdir()
+    with Lock(path, WHAT):
+        (path.parent / "config.yaml").write_text("")
+    assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]
 
 
 def test_a_second_process_is_refused_and_changes_nothing(path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from longnet_dist.checkpoint.lock import Lock
 from longnet_dist.cli.evaluate import main
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
@@ -55,3 +56,17 @@ def test_streams_that_cannot_be(files):
         main([folder, "--data", corpus, "--stream", "--chunk", "0"])
     with pytest.raises(ConfigError, match="needs a row"):
         main([folder, "--data", corpus, "--stream", "--tokens", "0"])
+
+
+def test_two_streams_do_not_share_a_state(files, tmp_path, capsys):
+    run, data = files[:2]
+    state = tmp_path / "state.safetensors"
+    stream = [str(run), "--data", str(data), "--stream", "--chunk", "64", "--tokens", "128", "--state", str(state)]
+    with (
+        Lock(state.with_name(f"{state.name}.lock"), "a state"),
+        pytest.raises(ConfigError, match=r"is in use by process"),
+    ):
+        main(stream)
+    main(stream)
+    assert "128" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
