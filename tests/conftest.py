@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 import sys
 from importlib.metadata import version
 
@@ -36,6 +37,9 @@ HIDDEN = _hide_triton()
 def pytest_report_header():
     return HIDDEN or None
 
+
+# A shell lets its background jobs ignore an interrupt, and processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors gain nothing from threads, and forked ranks share the cores.
 torch.set_num_threads(1)
