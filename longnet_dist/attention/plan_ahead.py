@@ -62,7 +62,7 @@ def _plan(
         attention.pattern,
         attention.causal,
         None,
-        attention.group,
+        None,  # a collective in this thread would meet those of the calls
         attention.backend,
         attention.deterministic,
         attention.overlap,
