@@ -45,6 +45,11 @@ class Decoder:
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
 
     @property
+    def vocab_size(self) -> int:
+        """Return the number of the model's ids."""
+        return self._model.config.vocab_size
+
+    @property
     def texts(self) -> int:
         """Return the number of places."""
         return len(self._ids)

@@ -82,10 +82,16 @@ class Batcher:
         """Queue a text.
 
         Raises:
-            ConfigError: an empty prompt, one that is too long with what is to be added, or a closed batcher.
+            ConfigError: an empty prompt, ids that the model does not have, a text that would be too long, or a closed
+                batcher.
         """
         if not prompt:
             raise ConfigError("the prompt is empty; give at least one character")
+        if not 0 <= min(prompt) <= max(prompt) < self.decoder.vocab_size:
+            raise ConfigError(
+                f"the model has ids 0 to {self.decoder.vocab_size - 1}, but those of the prompt are {min(prompt)} "
+                f"to {max(prompt)}; give another prompt"
+            )
         if num_tokens < 1:
             raise ConfigError(f"at least 1 token must be added, not {num_tokens}")
         if len(prompt) + num_tokens > self.decoder.max_rows:

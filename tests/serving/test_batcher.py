@@ -59,6 +59,8 @@ def test_what_cannot_be_decoded_is_refused_at_once(batcher):
         ([], 1, "is empty"),
         ([1], 0, "at least 1"),
         ([1] * 150, 51, "can have 200 tokens"),
+        ([-1], 1, "0 to 96"),
+        ([5, 97], 1, "are 5 to 97"),
     ):
         with pytest.raises(ConfigError, match=message):
             batcher.submit(prompt, number, Sampling())
