@@ -19,30 +19,39 @@ Settings = dict[str, Any]
 Found = list[tuple[str, Estimate]]
 
 
-def remedies(estimate: Estimate, spare: float = 0.0) -> Found:
-    """Search micro-batches, checkpointing, offload, chunks and ZeRO stages for settings under which a run fits.
+def remedies(estimate: Estimate) -> Found:
+    """Search micro-batches, checkpointing, offload, chunks and ZeRO stages for settings that make a run smaller.
 
     What is computed stays: model, sequence length, sequences of a step, ranks and their mesh.
 
     Args:
         estimate: of the run as it is configured.
-        spare: share of the predicted memory that must stay free in addition.
 
     Returns:
-        at most ``MAX_SHOWN`` pairs of settings, as a command line has them, and the estimate under them: the fastest
-        that fits, then slower ones that need less memory. If none fits, those that need the least memory. The words are
-        empty for the run as it is configured.
+        at most ``MAX_SHOWN`` pairs of settings, as a command line has them, and the estimate under them. All need less
+        memory than the run as it is configured: the fastest that fits, then slower ones that need still less. If none
+        fits, those that need the least.
     """
-    tried = [Candidate.of(estimate, settings) for settings in _settings(estimate)]
-    found = [candidate for candidate in tried if candidate is not None]
-    fitting = [candidate for candidate in found if candidate.estimate.fits(-spare)]
-    chosen = _front(fitting) if fitting else sorted(found, key=lambda candidate: candidate.device_bytes)
-    return [(_words(candidate.changes), candidate.estimate) for candidate in chosen[:MAX_SHOWN]]
+    return _search(estimate, 0.0, estimate.memory.device_bytes)
 
 
 def fastest(estimate: Estimate) -> Found:
-    """Return :func:`remedies` with room for an error of the prediction, ``SPARE``; empty if nothing fits."""
-    return [(words, other) for words, other in remedies(estimate, SPARE) if other.fits(-SPARE)]
+    """Search the same settings for the fastest that fit, with room for an error of the prediction.
+
+    Returns:
+        as :func:`remedies`, also settings that need more memory than is configured; ``SPARE`` of the memory stays free.
+        The words are empty for the run as it is configured. Empty if nothing fits.
+    """
+    return [pair for pair in _search(estimate, SPARE, None) if pair[1].fits(-SPARE)]
+
+
+def _search(estimate: Estimate, spare: float, below: int | None) -> Found:
+    """Return the fastest settings that fit, with a share ``spare`` left, or else the smallest; of ``below`` bytes."""
+    tried = [Candidate.of(estimate, settings) for settings in _settings(estimate)]
+    found = [one for one in tried if one is not None and (below is None or one.device_bytes < below)]
+    fitting = [candidate for candidate in found if candidate.estimate.fits(-spare)]
+    chosen = _front(fitting) if fitting else sorted(found, key=lambda candidate: candidate.device_bytes)
+    return [(_words(candidate.changes), candidate.estimate) for candidate in chosen[:MAX_SHOWN]]
 
 
 @dataclass(frozen=True)
