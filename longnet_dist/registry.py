@@ -1,7 +1,8 @@
 """Implementations that a configuration chooses by name, each in a file of its own.
 
-The file ``adamw.py`` of a registry's folder registers ``"adamw"``. It is imported when the name is first looked up, so
-that a list of names costs no import. Code elsewhere registers further names by being imported.
+The file ``adamw.py`` of a registry's folder registers ``"adamw"``, or ``adamw_optimizer.py`` where files end in
+``_optimizer``. It is imported when the name is first looked up, so that a list of names costs no import. Code elsewhere
+registers further names by being imported.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class Registry(Generic[Entry]):
     Args:
         kind: of what is registered, as messages call it.
         package: the folder whose files are known by their names.
+        ending: of all file names in it, which is no part of the names that they register.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind, self._package = kind, package
+    def __init__(self, kind: str, package: str, ending: str = "") -> None:
+        self.kind, self._package, self._ending = kind, package, ending
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
@@ -75,15 +77,17 @@ class Registry(Generic[Entry]):
         """
         if name not in self._entries:
             self.check(name)
-            import_module(f"{self._package}.{name}")
-            assert name in self._entries, f"{self._package}/{name}.py must register the {self.kind} {name!r}"
+            import_module(f"{self._package}.{name}{self._ending}")
+            assert name in self._entries, (
+                f"{self._package}/{name}{self._ending}.py must register the {self.kind} {name!r}"
+            )
         return self._entries[name]
 
     @cached_property
     def _files(self) -> set[str]:
         spec = find_spec(self._package)
         assert spec is not None
-        return {file.name for file in iter_modules(spec.submodule_search_locations)}
+        return {file.name.removesuffix(self._ending) for file in iter_modules(spec.submodule_search_locations)}
 
 
 ATTENTION_BACKENDS: Registry[Any] = Registry("backend", "longnet_dist.attention.kernels.backends")

@@ -38,7 +38,7 @@ def test_folders_of_more_than_ten_files_are_explained():
 def test_a_module_name_stands_in_one_folder():
     """Names that a pattern of folders repeats are the exceptions, and commands."""
     twins = {"__init__", "reference", "triton", "torch", "kernel", "forward", "backward", "fetch", "multiply", "launch"}
-    twins |= {"tiles", "choice", "registry", "window"}
+    twins |= {"tiles", "choice", "registry"}
     places = {}
     for file in (ROOT / "longnet_dist").rglob("*.py"):
         if file.stem not in twins and "cli" not in file.parts:

@@ -30,4 +30,4 @@ class AttentionSettings(NamedTuple):
     causal: bool
 
 
-ATTENTION_KINDS: Registry[Callable[[AttentionSettings], DilatedPattern]] = Registry("attention", __name__)
+ATTENTION_KINDS: Registry[Callable[[AttentionSettings], DilatedPattern]] = Registry("attention", __name__, "_attention")
