@@ -85,6 +85,7 @@ def test_other_documents_need_no_other_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck of torch 2.15
 @pytest.mark.parametrize("short", [False, True])
 def test_the_operators_keep_torchs_rules(short):
     """Schema, fake tensors, autograd and compiled calls, as torch checks them."""
