@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class Decoding:
         self.max_rows = max_rows
         self.rows = torch.zeros(texts, dtype=torch.int64, device=device)
         self._going_on = torch.zeros_like(self.rows)
+        self._present: dict[DilatedPattern, Present] = {}
         grids: dict[DilatedPattern, Grid] = {}
         for pattern in patterns:
             if pattern not in grids:
@@ -73,14 +75,23 @@ class Decoding:
     def advance(self) -> None:
         """Let every text that was loaded go on to its next row."""
         self.rows += self._going_on
+        self._present.clear()
+
+    def present(self, grid: Grid) -> Present:
+        """Return where the next row of every text lies in a grid: once for all layers that have it."""
+        if grid.pattern not in self._present:
+            self._present[grid.pattern] = grid.at(self.rows)
+        return self._present[grid.pattern]
 
     def clear(self, text: int) -> None:
         """Forget a text; its place computes row 0 until another is loaded."""
         self.rows[text] = self._going_on[text] = 0
+        self._present.clear()
 
     def load(self, text: int, stream: Stream, row: int, item: int = 0) -> None:
         """Make batch item ``item`` of a stream, of which rows ``[0, row)`` have passed, the past of a text."""
         self.rows[text], self._going_on[text] = row, 1
+        self._present.clear()
         carried = iter(stream.carried())
         for layer in self.layers:
             segments = open_segments(layer.grid.pattern, row, stream.total_rows)
@@ -91,8 +102,25 @@ class Decoding:
     def copy(self, text: int, to: int) -> None:
         """Give text ``to`` the past of ``text``."""
         self.rows[to], self._going_on[to] = self.rows[text], self._going_on[text]
+        self._present.clear()
         for layer in self.layers:
             layer.records[:, to] = layer.records[:, text]
+
+
+class Present(NamedTuple):
+    """Say where the next row of every text lies in a grid, and what it sees there.
+
+    Attributes:
+        slots: where its keys and values go, ``(branches, B, Hkv)`` int64; the last slot for branches that skip it.
+        seen: the slots that a head's query sees, ``(B, Hkv, slots)`` bool; slot 0 where it sees nothing.
+        nothing: whether it sees nothing, ``(B, Hkv, 1)`` bool.
+        tables: cosines and sines of queries and keys, ``(B, 1, D/2, 2)`` float64; None without positions.
+    """
+
+    slots: Tensor
+    seen: Tensor
+    nothing: Tensor
+    tables: list[Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -153,19 +181,29 @@ class Grid:
             (1, 0) if positions is None else positions.span(pattern, max_rows),
         )
 
-    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the index ``j`` of each text's row among the kept rows of its segment, and whether it is kept.
-
-        Args:
-            rows: ``(B,)`` int64.
-
-        Returns:
-            both ``(branches, B, Hkv)``: int64, and bool.
-        """
+    def at(self, rows: Tensor) -> Present:
+        """Return where rows ``(B,)``, int64, lie, one of each text."""
         row = rows.view(1, -1, 1)
         place = torch.where(row < self.shifts, row, (row - self.shifts) % self.lengths)
         behind = place - self.offsets
-        return behind // self.rates, (behind >= 0) & (behind % self.rates == 0)
+        kept, index = (behind >= 0) & (behind % self.rates == 0), behind // self.rates
+        seen = self._seen(torch.where(kept, index + 1, 0))
+        # A head that sees nothing would have no largest score; it sees slot 0, and its result is dropped.
+        nothing = ~seen.any(-1, keepdim=True)
+        slots = torch.where(kept, self.firsts + index, self.first[-1])
+        return Present(slots, seen | nothing, nothing, self._tables(rows))
+
+    def _seen(self, counts: Tensor) -> Tensor:
+        """Return the first ``counts (branches, B, Hkv)`` slots of each branch, ``(B, Hkv, slots)``."""
+        slots = torch.arange(self.first[-1], device=counts.device)
+        ranges = zip(self.first, self.first[1:], counts.unsqueeze(-1), strict=False)
+        return torch.cat([slots[: stop - first] < count for first, stop, count in ranges], -1)
+
+    def _tables(self, rows: Tensor) -> list[Tensor] | None:
+        if self.factors is None:
+            return None
+        n, (length, phase) = rows.view(-1, 1, 1), self.span
+        return self.factors.at(n, (n - phase) % length, length)
 
 
 class DecodingLayer:
@@ -202,11 +240,9 @@ class DecodingLayer:
 
     def table(self, dtype: torch.dtype) -> RotaryTable | None:
         """Return the rotations ``(B, 1, D/2, 2)`` of the present rows; None without positions."""
-        if self.grid.factors is None:
-            return None
-        n, (length, phase) = self.decoding.rows.view(-1, 1, 1), self.grid.span
-        tables = self.grid.factors.at(n, (n - phase) % length, length)
-        return RotaryTable(tables[0].to(wide_dtype(dtype)), tables[-1].to(wide_dtype(dtype)))
+        tables = self.decoding.present(self.grid).tables
+        wide = wide_dtype(dtype)
+        return None if tables is None else RotaryTable(tables[0].to(wide), tables[-1].to(wide))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep the keys and values of the present rows, and return what their queries attend to.
@@ -218,33 +254,17 @@ class DecodingLayer:
         Returns:
             ``(B, 1, H, D)``; 0 for heads whose row no branch keeps.
         """
-        index, kept = self.grid.places(self.decoding.rows)
-        self._keep(index, kept, k, v)
+        present = self.decoding.present(self.grid)
+        self._keep(present.slots, k, v)
         keys, values = self.records[:, :, :, :-1]
-        texts, kv_heads = k.shape[0], k.shape[2]
-        seen = self._seen(index, kept)
-        heads = q.view(texts, kv_heads, -1, q.shape[3])
-        # A head that sees nothing would have no largest score; it sees slot 0, and its result is dropped.
-        nothing = ~seen.any(-1, keepdim=True)
-        mask = (seen | nothing).unsqueeze(2)
-        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
-        return out.masked_fill(nothing.unsqueeze(2), 0.0).view_as(q)
+        heads = q.view(k.shape[0], k.shape[2], -1, q.shape[3])
+        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=present.seen.unsqueeze(2))
+        return out.masked_fill(present.nothing.unsqueeze(2), 0.0).view_as(q)
 
-    def _keep(self, index: Tensor, kept: Tensor, k: Tensor, v: Tensor) -> None:
-        slots = torch.where(kept, self.grid.firsts + index, self.grid.first[-1])
-        texts, heads = (torch.arange(size, device=k.device) for size in kept.shape[1:])
+    def _keep(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        texts, heads = (torch.arange(size, device=k.device) for size in slots.shape[1:])
         records = torch.stack([k, v])[:, :, 0].unsqueeze(1)  # (2, 1, B, Hkv, D)
-        self.records[:, texts[:, None], heads, slots] = records.expand(2, len(kept), *records.shape[2:])
-
-    def _seen(self, index: Tensor, kept: Tensor) -> Tensor:
-        """Return the slots ``(B, Hkv, slots)`` that the present row of each text and head sees."""
-        counts = torch.where(kept, index + 1, 0)
-        slots = torch.arange(self.grid.first[-1], device=kept.device)
-        parts = [
-            slots[: stop - first] < counts[branch].unsqueeze(-1)
-            for branch, (first, stop) in enumerate(zip(self.grid.first, self.grid.first[1:], strict=False))
-        ]
-        return torch.cat(parts, -1)
+        self.records[:, texts[:, None], heads, slots] = records.expand(2, len(slots), *records.shape[2:])
 
 
 Cache = LayerCache | DecodingLayer
