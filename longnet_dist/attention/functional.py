@@ -76,7 +76,7 @@ def dilated_attention(
         scale: factor of the scores, ``D ** -0.5`` if not given.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device. All its ranks
             must call. All hold the same ``n``, the last may hold fewer. A call makes one small collective that compares
-            the ranks' arguments (none in a stream), and one that carries rows where segments cross ranks.
+            the ranks' arguments, and one that carries rows where segments cross ranks.
         backend: ``"auto"``, ``"reference"``, ``"sdpa"`` (CPU), ``"triton"`` or ``"flash"`` (GPU).
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients bitwise equal from run to run.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from longnet_dist.attention.functional import (
     dilated_attention,
     start_attention_backward,
 )
+from longnet_dist.attention.operators.arguments import grid_of, pattern_of
 from longnet_dist.attention.packing import Item, PackedBatch
 from longnet_dist.attention.sink import delta_of, sink_gradient
 from longnet_dist.errors import ShapeError
@@ -22,6 +23,10 @@ from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.numerics import wide_dtype
 
 Edges = list[int] | list[list[int]] | None
+_GIVEN = (
+    "Tensor? sink, Tensor? mask, Tensor? position_ids, Tensor? cu_seqlens, "
+    "int[] lengths, int[] rates, str rule, int[] shift, int turn, bool causal, float? scale"
+)
 _KEPT = "_longnet_dist_edges"
 """Attribute of a mask or of position ids: their edges, so that the layers of a model read them once."""
 
@@ -41,11 +46,8 @@ def attend_documents(
 ) -> Tensor:
     """Return ``(B, n, H, D)`` for ``q (B, n, H, D)`` and ``k, v (B, m, Hkv, D)``; see ``dilated_forward``."""
     if torch.compiler.is_compiling():
-        shift = None if pattern.shift is None else list(pattern.shift)
-        branches = list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets, shift
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
         tensors = q, k, v, sink, mask, position_ids, cu_seqlens
-        out, _ = torch.ops.longnet_dist.hf_attention(*tensors, *branches, causal, factor)
+        out, _ = torch.ops.longnet_dist.hf_attention(*tensors, *grid_of(pattern), causal, scale)
         return cast(Tensor, out)
     edges = edges_of(mask, position_ids, cu_seqlens, q.shape[1], k.shape[1])
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -110,46 +112,42 @@ def _edges_of_positions(position_ids: Tensor) -> Edges:
     return lists[0] if len(lists) == 1 else lists
 
 
-def _prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    edges: Edges,
-    pattern: DilatedPattern,
-    causal: bool,
-    scale: float,
-) -> tuple[PackedBatch, Item, AttentionSpec]:
-    """Return the one call that a batch is on one device."""
-    packed = PackedBatch.read(edges, q, k, None, None)
-    (item,) = packed.items(q, k, v, sink)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    spec = AttentionSpec.of(
-        *item.qkv, pattern, causal, scale, None, "auto", deterministic, True, None, None, item.sink, item.documents,
-        packed,
-    )  # fmt: skip
-    return packed, item, spec
+class _Given(NamedTuple):
+    """The arguments behind q, k and v of the operators, as ``_GIVEN`` lists them."""
+
+    sink: Tensor | None
+    mask: Tensor | None
+    position_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    lengths: Sequence[int]
+    rates: Sequence[int]
+    rule: str
+    shift: Sequence[int]
+    turn: int
+    causal: bool
+    scale: float | None
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[PackedBatch, Item, AttentionSpec]:
+        """Return the one call that a batch is on one device."""
+        edges = edges_of(self.mask, self.position_ids, self.cu_seqlens, q.shape[1], k.shape[1])
+        pattern = pattern_of(tuple(self.lengths), tuple(self.rates), self.rule, tuple(self.shift), self.turn)
+        packed = PackedBatch.read(edges, q, k, None, None)
+        (item,) = packed.items(q, k, v, self.sink)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        spec = AttentionSpec.of(
+            *item.qkv, pattern, self.causal, self.scale, None, "auto", deterministic, True, None, None, item.sink,
+            item.documents, packed,
+        )  # fmt: skip
+        return packed, item, spec
 
 
-@torch.library.custom_op("longnet_dist::hf_attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    rates: list[int],
-    offsets: str,
-    shift: list[int] | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    edges = edges_of(mask, position_ids, cu_seqlens, q.shape[1], k.shape[1])
-    pattern = DilatedPattern(lengths, rates, offsets, shift)
-    packed, item, spec = _prepared(q, k, v, sink, edges, pattern, causal, scale)
+@torch.library.custom_op(
+    "longnet_dist::hf_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_GIVEN}) -> (Tensor, Tensor)",
+)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    packed, item, spec = _Given(*given).call(q, k, v)
     out, lse, _ = attention_forward(*item.qkv, spec, item.sink)
     out, lse = packed.joined([(out, lse)], q)
     return out.contiguous(), lse.contiguous()
@@ -160,28 +158,16 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
 
 
-@torch.library.custom_op("longnet_dist::hf_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "longnet_dist::hf_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_GIVEN}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _attention_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    rates: list[int],
-    offsets: str,
-    shift: list[int] | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    edges = edges_of(mask, position_ids, cu_seqlens, q.shape[1], k.shape[1])
-    pattern = DilatedPattern(lengths, rates, offsets, shift)
-    _, item, spec = _prepared(q, k, v, sink, edges, pattern, causal, scale)
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *given: Any
+) -> tuple[Tensor, ...]:
+    _, item, spec = _Given(*given).call(q, k, v)
     shape = item.qkv[0].shape
     dout, out, lse = dout.reshape(shape), out.view(shape), lse.view(shape[:3])
     delta = None if item.sink is None else delta_of(dout, out, lse, None)
@@ -209,7 +195,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     saved, settings = ctx.saved_tensors, ctx.settings
     dq, dk, dv, dsink = torch.ops.longnet_dist.hf_attention_backward(dout, *saved, *settings)
-    return dq, dk, dv, None if saved[5] is None else dsink, *[None] * 9
+    return dq, dk, dv, None if saved[5] is None else dsink, *[None] * (len(settings) + 3)
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
