@@ -45,11 +45,6 @@ class Decoder:
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
 
     @property
-    def vocab_size(self) -> int:
-        """Return the number of the model's ids."""
-        return self._model.config.vocab_size
-
-    @property
     def texts(self) -> int:
         """Return the number of places."""
         return len(self._ids)
@@ -58,6 +53,28 @@ class Decoder:
     def max_rows(self) -> int:
         """Return the most tokens that a text can have."""
         return self._cache.max_rows
+
+    def check(self, prompt: Sequence[int], num_tokens: int = 1) -> None:
+        """Refuse a prompt that cannot be continued by ``num_tokens`` tokens.
+
+        Raises:
+            ConfigError: it is empty, has ids that the model does not have, or would be too long.
+        """
+        if not prompt:
+            raise ConfigError("the prompt is empty; give at least one character")
+        last = self._model.config.vocab_size - 1
+        if not 0 <= min(prompt) <= max(prompt) <= last:
+            raise ConfigError(
+                f"the model has ids 0 to {last}, but those of the prompt are {min(prompt)} to {max(prompt)}; give "
+                f"another prompt"
+            )
+        if num_tokens < 1:
+            raise ConfigError(f"at least 1 token must be added, not {num_tokens}")
+        if len(prompt) + num_tokens > self.max_rows:
+            raise ConfigError(
+                f"a text can have {self.max_rows:,} tokens, but the prompt has {len(prompt):,} and {num_tokens:,} are "
+                f"to be added; use a shorter prompt or fewer tokens"
+            )
 
     @torch.no_grad()
     def load(self, prompt: Sequence[int], places: Sequence[int]) -> None:
@@ -68,15 +85,9 @@ class Decoder:
             places: numbers below :attr:`texts`, at least one.
 
         Raises:
-            ConfigError: an empty prompt, or one that leaves no room for another token.
+            ConfigError: as :meth:`check`.
         """
-        if not prompt:
-            raise ConfigError("the prompt is empty; give at least one character")
-        if len(prompt) >= self.max_rows:
-            raise ConfigError(
-                f"the prompt has {len(prompt):,} tokens, but a text can have {self.max_rows:,} with what is added; "
-                f"use a shorter prompt"
-            )
+        self.check(prompt)
         tokens = torch.tensor([prompt], device=self.device)
         passed, first = len(prompt) - 1, places[0]
         stream = self._model.stream(self.max_rows)

@@ -85,20 +85,7 @@ class Batcher:
             ConfigError: an empty prompt, ids that the model does not have, a text that would be too long, or a closed
                 batcher.
         """
-        if not prompt:
-            raise ConfigError("the prompt is empty; give at least one character")
-        if not 0 <= min(prompt) <= max(prompt) < self.decoder.vocab_size:
-            raise ConfigError(
-                f"the model has ids 0 to {self.decoder.vocab_size - 1}, but those of the prompt are {min(prompt)} "
-                f"to {max(prompt)}; give another prompt"
-            )
-        if num_tokens < 1:
-            raise ConfigError(f"at least 1 token must be added, not {num_tokens}")
-        if len(prompt) + num_tokens > self.decoder.max_rows:
-            raise ConfigError(
-                f"a text can have {self.decoder.max_rows:,} tokens, but the prompt has {len(prompt):,} and "
-                f"{num_tokens:,} are to be added; use a shorter prompt or fewer tokens"
-            )
+        self.decoder.check(prompt, num_tokens)
         request = Request(prompt, num_tokens, sampling)
         with self._changed:
             if self._closed:
