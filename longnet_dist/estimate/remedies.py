@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from longnet_dist.estimate.run_estimate import SPARE, Estimate
+from longnet_dist.optim.optimizers import OPTIMIZERS
 
 MAX_SHOWN = 6
 TILE = 65536
@@ -125,12 +126,13 @@ def _chunks(estimate: Estimate) -> Iterator[Settings]:
 
 
 def _states(estimate: Estimate) -> Iterator[Settings]:
-    """Yield the ZeRO stages that shard anything over the ranks, each without and with offload of the optimizer."""
+    """Yield the optimizer's ZeRO stages that shard anything over the ranks, each without and with its offload."""
+    optimizer = OPTIMIZERS[estimate.layout.config.train.optimizer]
     least = 1 if estimate.layout.precision == "bf16" else 0
     stages = range(least, 4) if estimate.layout.num_ranks > 1 else (least, 2)
-    for stage in stages:
+    for stage in (stage for stage in stages if stage in optimizer.zero_stages):
         yield {"deepspeed__zero_stage": stage, "deepspeed__offload_optimizer": False}
-        if stage and estimate.device.type == "cuda":
+        if stage and optimizer.host_offload and estimate.device.type == "cuda":
             yield {"deepspeed__zero_stage": stage, "deepspeed__offload_optimizer": True}
 
 

@@ -28,6 +28,8 @@ def estimate(*settings, ranks=1, device="h200", host_limit=None):
         ((*LONG, "train.offload_activations=true", "train.cache_qkv=6", "train.offload_qkv=3"), 1, "h100"),
         (("model.causal=false", "model.positions=rope"), 4, "l4"),
         ((), 2, "cpu"),
+        (("train.optimizer=adafactor", "train.precision=fp32", "deepspeed.zero_stage=0"), 2, "h200"),
+        ((*LONG, "train.optimizer=muon"), 2, "h100"),
     ],
 )
 def test_what_is_suggested_is_a_valid_configuration_and_fits_as_said(settings, ranks, device):
