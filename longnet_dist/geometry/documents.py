@@ -125,7 +125,6 @@ class SegmentTable:
         return int((self.stops - self.starts).max())
 
 
-@bounded_cache(maxsize=64)
 def segment_table(documents: Documents, segment_length: int, shift: int = 0) -> SegmentTable:
     """Return all segments of a branch of ``segment_length`` rows, document by document.
 
@@ -134,6 +133,12 @@ def segment_table(documents: Documents, segment_length: int, shift: int = 0) -> 
         segment_length: ``w``.
         shift: ``s``, the row of a document at which the grid begins; a first segment of ``s`` rows lies before it.
     """
+    # Without a shift, all branches that are longer than every document have the same segments: the documents.
+    return _table(documents, segment_length if shift else min(segment_length, documents.longest), shift)
+
+
+@bounded_cache(maxsize=64)
+def _table(documents: Documents, segment_length: int, shift: int) -> SegmentTable:
     lengths = documents.array_stops - documents.array_starts
     shorter = int(shift > 0)
     counts = shorter - np.minimum((shift - lengths) // segment_length, 0)  # s > 0, and ceil((length - s) / w)

@@ -15,6 +15,8 @@ then global row, then head).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,39 +75,42 @@ def plan_exchange(
         halves: ``overlap.first_halves`` of the pattern where overlaps are merged, for a causal model and a chunk that
             is the whole sequence; else empty.
     """
-    empty = np.empty(0, np.int64)
     window = shards.window(rank)
-
-    send: list[tuple[Integers, Integers]] = [(empty, empty)]
+    # A list for each peer keeps the order of segments, rows and heads, as the receiver expects it.
+    sent: list[list[Integers]] = [[] for _ in range(shards.num_ranks)]
     for segment in edge_segments(pattern, *window, shards.total_rows, documents):
         last, _ = segment.exchange_bounds(halves)
-        rows, heads = kept_records(pattern, segment, kv_heads, *_overlap(segment.start, last, window))
-        peers = np.array(_receivers(segment, shards, rank, causal, halves), np.int64)
-        places = (rows - window[0]) * kv_heads + heads
-        send.append((np.repeat(peers, len(places)), np.tile(places, len(peers))))
-    peers, all_places = map(np.concatenate, zip(*send, strict=True))
-    # Within a peer a stable sort keeps the order of segments, rows and heads, as the receiver expects it.
-    order = np.argsort(peers, kind="stable")
+        places = _Records.of(pattern, segment, kv_heads).places(*_overlap(segment.start, last, window))
+        places -= window[0] * kv_heads
+        for peer in _receivers(segment, shards, rank, causal, halves):
+            sent[peer].append(places)
 
     segments = buffered_segments(pattern, shards, rank, causal, halves, documents)
-    receive: list[tuple[Integers, Integers, Integers]] = [(empty, empty, empty)]
+    received: list[list[Integers]] = [[] for _ in sent]
+    numbers: list[list[Integers]] = [[] for _ in sent]
     for number, segment in enumerate(segments):
-        kept, kept_heads = kept_records(
-            pattern, segment, kv_heads, *_overlap(segment.start, segment.stop, (shards.start, shards.stop))
-        )
-        slots = (kept - segment.start) // segment.dilation_rate * kv_heads + kept_heads
-        sources = (kept - shards.start) // shards.rows_per_rank
-        receive.append((sources, np.full(len(kept), number, np.int64), slots))
-    sources, numbers, all_slots = map(np.concatenate, zip(*receive, strict=True))
-    arrival = np.argsort(sources, kind="stable")
+        records = _Records.of(pattern, segment, kv_heads)
+        rows = _overlap(segment.start, segment.stop, (shards.start, shards.stop))
+        for source in range(shards.rank_of(rows[0]), shards.rank_of(rows[1] - 1) + 1):
+            slots = records.slots(*_overlap(*rows, shards.window(source)))
+            received[source].append(slots)
+            numbers[source].append(np.full(len(slots), number, np.int64))
     return ExchangePlan(
         segments,
-        all_places[order],
-        tuple(np.bincount(peers, minlength=shards.num_ranks).tolist()),
-        numbers[arrival],
-        all_slots[arrival],
-        tuple(np.bincount(sources, minlength=shards.num_ranks).tolist()),
+        _concatenated(sent),
+        _lengths(sent),
+        _concatenated(numbers),
+        _concatenated(received),
+        _lengths(received),
     )
+
+
+def _concatenated(lists: list[list[Integers]]) -> Integers:
+    return np.concatenate([np.empty(0, np.int64), *chain.from_iterable(lists)])
+
+
+def _lengths(lists: list[list[Integers]]) -> tuple[int, ...]:
+    return tuple(sum(map(len, parts)) for parts in lists)
 
 
 @bounded_cache(maxsize=64)
@@ -120,10 +125,10 @@ def plan_within(
     segments = shared_segments(pattern, *shards.window(0), shards.total_rows, causal, (), documents)
     places, numbers, slots = ([np.empty(0, np.int64)] for _ in range(3))
     for number, segment in enumerate(segments):
-        rows, heads = kept_records(pattern, segment, kv_heads, segment.start, segment.stop)
-        places.append(rows * kv_heads + heads)
-        numbers.append(np.full(len(rows), number, np.int64))
-        slots.append((rows - segment.start) // segment.dilation_rate * kv_heads + heads)
+        records = _Records.of(pattern, segment, kv_heads)
+        places.append(records.places(segment.start, segment.stop))
+        slots.append(records.slots(segment.start, segment.stop))
+        numbers.append(np.full(len(slots[-1]), number, np.int64))
     sent, number_of, slot_of = map(np.concatenate, (places, numbers, slots))
     return ExchangePlan(segments, sent, (len(sent),), number_of, slot_of, (len(sent),))
 
@@ -177,26 +182,50 @@ def _overlap(start: int, stop: int, window: tuple[int, int]) -> tuple[int, int]:
     return max(start, window[0]), min(stop, window[1])
 
 
-def kept_records(
-    pattern: DilatedPattern, segment: Segment, kv_heads: int, start: int, stop: int
-) -> tuple[Integers, Integers]:
-    """Return the global rows and the heads of a segment's records in rows ``[start, stop)``, by row, then head.
+class _Records(NamedTuple):
+    """The records of a segment, ordered by row, then head.
 
-    Args:
-        pattern: the branches.
-        segment: the segment.
-        kv_heads: key/value heads ``Hkv``.
-        start: first row.
-        stop: end (exclusive).
-
-    Returns:
-        rows and heads, each (records,) int64.
+    Attributes:
+        start: first row of the segment.
+        rate: its dilation rate ``r``.
+        offsets: offsets of the heads, ascending, ``(Hkv,)``.
+        heads: the heads that have them, ``(Hkv,)``. With them, each block of ``r`` rows is in order.
     """
-    rate = segment.dilation_rate
-    offsets = np.array(pattern.offsets(pattern.branches[segment.branch], kv_heads), np.int64)
-    # With heads sorted by offset, each block of r rows is already ordered by row, then head.
+
+    start: int
+    rate: int
+    offsets: Integers
+    heads: Integers
+
+    @classmethod
+    def of(cls, pattern: DilatedPattern, segment: Segment, kv_heads: int) -> _Records:
+        return cls(segment.start, segment.dilation_rate, *_heads_by_offset(pattern, segment.branch, kv_heads))
+
+    def places(self, start: int, stop: int) -> Integers:
+        """Return ``global row · Hkv + head`` of the records in rows ``[start, stop)``, ``(records,)``."""
+        # Row start + i·r + o of head h, for block i.
+        in_block = (self.start + self.offsets) * len(self.heads) + self.heads
+        return self._in_rows(start, stop, self.rate * len(self.heads), in_block)
+
+    def slots(self, start: int, stop: int) -> Integers:
+        """Return the slots ``i·Hkv + head`` of the records in rows ``[start, stop)``, ``(records,)``."""
+        return self._in_rows(start, stop, len(self.heads), self.heads)
+
+    def _in_rows(self, start: int, stop: int, step: int, in_block: Integers) -> Integers:
+        first, last = self._before(start), self._before(stop)
+        blocks = np.arange(first // len(in_block), -(-last // len(in_block)), dtype=np.int64)
+        skipped = first // len(in_block) * len(in_block)
+        return (blocks[:, None] * step + in_block).ravel()[first - skipped : max(first, last) - skipped]
+
+    def _before(self, row: int) -> int:
+        """Return the number of records before a row."""
+        block, place = divmod(row - self.start, self.rate)
+        return block * len(self.heads) + int(np.searchsorted(self.offsets, place))
+
+
+@bounded_cache(maxsize=512)
+def _heads_by_offset(pattern: DilatedPattern, branch: int, kv_heads: int) -> tuple[Integers, Integers]:
+    """Return the offsets of a branch in ascending order, and the heads that have them, each (Hkv,)."""
+    offsets = np.array(pattern.offsets(pattern.branches[branch], kv_heads), np.int64)
     heads = np.argsort(offsets, kind="stable")
-    blocks = np.arange((start - segment.start) // rate, -(-(stop - segment.start) // rate), dtype=np.int64)
-    rows = segment.start + blocks[:, None] * rate + offsets[heads]
-    kept = (rows >= start) & (rows < stop)
-    return rows[kept], np.broadcast_to(heads, rows.shape)[kept]
+    return offsets[heads], heads

@@ -273,14 +273,21 @@ def _document_piece(
     number: int, branch: Branch, start: int, stop: int, causal: bool, documents: Documents
 ) -> Piece | None:
     """Return the piece of one branch of a window of packed documents; None without a segment."""
-    table = segment_table(documents, branch.segment_length, branch.shift)
-    inside = (table.starts >= start) & ((table.starts < stop) if causal else (table.stops <= stop))
-    if not inside.any():
+    part = _cut(segment_table(documents, branch.segment_length, branch.shift), start, stop, causal)
+    if not len(part):
         return None
-    part = SegmentTable(table.starts[inside], table.stops[inside], table.leads[inside])
     rows = int(part.starts[0]), min(int(part.stops[-1]), stop)
     width, rate = branch.segment_length, branch.dilation_rate
     return Piece(number, width, rate, 0, len(part), start, *rows, rows[1], compact=False, table=part)
+
+
+@bounded_cache(maxsize=512)
+def _cut(table: SegmentTable, start: int, stop: int, causal: bool) -> SegmentTable:
+    """Return the segments that begin in window ``[start, stop)`` and, unless the model is causal, end there."""
+    first = int(np.searchsorted(table.starts, start))
+    last = int(np.searchsorted(table.starts, stop) if causal else np.searchsorted(table.stops, stop, side="right"))
+    part = slice(first, max(first, last))
+    return SegmentTable(table.starts[part], table.stops[part], table.leads[part])
 
 
 def segment_at(
