@@ -98,7 +98,7 @@ def _edges_of_mask(mask: Tensor) -> Edges:
             what = "has no token" if count == 0 else f"has {count} tokens between {start} and {stop}"
             raise ShapeError(
                 f"the mask of a sequence is one run of tokens with padding around it, but item {item} {what}; "
-                "generate makes a mask of the tokens that are pad_token_id: pass attention_mask where texts hold that id"
+                "generate masks the tokens that are pad_token_id, so pass attention_mask where texts hold that id"
             )
     if all(count == mask.shape[1] for count in counts):
         return None
