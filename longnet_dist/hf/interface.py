@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.hf.compact_cache import layer_of
 from longnet_dist.hf.operator import attend_documents
+from longnet_dist.hf.parallel.sequence_slice import SequenceSlice
 from longnet_dist.hf.pattern_field import pattern_of
 
 _REFUSED = {
@@ -58,6 +59,7 @@ def dilated_forward(
     s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    sequence_slice: SequenceSlice | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute dilated attention for a module of transformers, whose configuration has the pattern.
@@ -73,6 +75,7 @@ def dilated_forward(
         s_aux: ``(H,)``, a sink for each head.
         position_ids: ``(B, n)``; where they do not grow by 1, a packed document begins.
         cu_seq_lens_k: edges of packed documents, ``(documents + 1,)``.
+        sequence_slice: which tokens of the sequence these are, of a sequence-parallel model; it has the documents.
         others: of transformers; what changes the mathematics is refused.
 
     Returns:
@@ -88,11 +91,15 @@ def dilated_forward(
     sink = None if s_aux is None else s_aux.float()
     if layer is not None:
         return layer.attend(query, key, value, scaling, sink, attention_mask), None
+    pattern = pattern_of(module.config)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if sequence_slice is not None:
+        return sequence_slice.attend(query, key, value, pattern, causal=causal, scale=scaling, sink=sink), None
     out = attend_documents(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        pattern_of(module.config),
+        query,
+        key,
+        value,
+        pattern,
         causal=causal,
         scale=scaling,
         sink=sink,
