@@ -66,6 +66,10 @@ INTERFACES = {
     "transformers:PreTrainedConfig._attn_implementation": Interface(
         "transformers has a public way to set the attention of a model, but not of a configuration"
     ),
+    "transformers:PreTrainedModel._set_gradient_checkpointing": Interface(
+        "transformers keeps the function that checkpoints in the modules that it checkpoints",
+        ("enable", "gradient_checkpointing_func"),
+    ),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._update_model_bit16_weights": Interface(
         "DeepSpeed makes views anew for every parameter after each update", ("group_index",)
     ),
@@ -250,3 +254,9 @@ def attention_of(config: Any) -> str | None:
 def set_attention(config: Any, name: str) -> None:
     """Let a configuration of transformers ask for an attention by its registered name."""
     config._attn_implementation = name
+
+
+def checkpoint_function(module: Any) -> Callable[..., Any]:
+    """Return the function by which transformers, once switched on, computes a module again in backward."""
+    function: Callable[..., Any] = module._gradient_checkpointing_func
+    return function

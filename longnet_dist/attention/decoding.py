@@ -106,6 +106,18 @@ class Decoding:
         for layer in self.layers:
             layer.records[:, to] = layer.records[:, text]
 
+    def reorder(self, texts: Tensor) -> None:
+        """Let each place go on from the text of another; their number becomes that of ``texts``.
+
+        Args:
+            texts: int64, numbers of texts.
+        """
+        texts = texts.to(self.rows.device)
+        self.rows, self._going_on = self.rows[texts], self._going_on[texts]
+        self._present.clear()
+        for layer in self.layers:
+            layer.records = layer.records[:, texts]
+
 
 class Present(NamedTuple):
     """Say where the next row of every text lies in a grid, and what it sees there.

@@ -28,7 +28,7 @@ class LongNetOutput(NamedTuple):
 
     Attributes:
         loss: mean cross-entropy of the labelled rows, nats; None without labels.
-        logits: ``(B, n, V)``; None with labels, because they are never held whole.
+        logits: ``(B, n, V)``; None with labels, because they are never held whole, and without the head.
         loss_sum: sum of the cross-entropies, float32 (float64 for float64 models); None without labels.
         num_labels: number of labelled rows, int64 scalar; None without labels.
         last_hidden_state: ``(B, n, E)``, behind the last norm; with labels, only if the hidden states are asked for.
@@ -161,6 +161,7 @@ class LongNet(nn.Module):
         cu_seqlens: Any = None,
         inputs_embeds: Tensor | None = None,
         hidden_states: bool = False,
+        head: bool = True,
     ) -> LongNetOutput:
         """Return the loss if labels are given, else the logits; with a group, all its ranks must call.
 
@@ -178,6 +179,7 @@ class LongNet(nn.Module):
                 Labels of the last token of a document are the caller's: -100 where it predicts nothing.
             inputs_embeds: ``(B, n, E)`` in place of tokens, what ``embedding(tokens)`` returns.
             hidden_states: also return the hidden states of all layers.
+            head: False leaves the logits out, so that ``last_hidden_state`` is what the model computes.
 
         Raises:
             ShapeError: shapes, rows or ``start`` that do not fit.
@@ -193,6 +195,7 @@ class LongNet(nn.Module):
                 cu_seqlens=documents,
                 inputs_embeds=None if inputs_embeds is None else x.flatten(0, 1)[None],
                 hidden_states=hidden_states,
+                head=head,
             )
             return _unflattened(flat, batch, rows)
         states: list[Tensor] | None = [] if hidden_states else None
@@ -211,7 +214,7 @@ class LongNet(nn.Module):
         x = self._normed(x)
         known = None if states is None else tuple(states)
         if labels is None:
-            return LongNetOutput(None, self.head(x), None, None, x, known)
+            return LongNetOutput(None, self.head(x) if head else None, None, None, x, known)
         compile = self.execution is not None and self.execution.compiles(self.training, stream is not None)
         loss_sum, num_labels = self.head(x, labels, compile), (labels != IGNORE_INDEX).sum()
         last = x if hidden_states else None  # else it would live until backward
