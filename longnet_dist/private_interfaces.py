@@ -257,6 +257,6 @@ def set_attention(config: Any, name: str) -> None:
 
 
 def checkpoint_function(module: Any) -> Callable[..., Any]:
-    """Return the function by which transformers, once switched on, computes a module again in backward."""
+    """Return the function that ``_set_gradient_checkpointing`` has given to a module."""
     function: Callable[..., Any] = module._gradient_checkpointing_func
     return function

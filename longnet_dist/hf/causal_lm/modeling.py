@@ -122,36 +122,30 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         Raises:
             ConfigError, ShapeError: what the model does not compute.
         """
-        rows = inputs_embeds if input_ids is None else input_ids
-        if rows is None or (input_ids is not None and inputs_embeds is not None):
-            raise ShapeError("a model takes input_ids or inputs_embeds; give one of them")
         # Not in the signature: Trainer would ask every evaluation batch for it.
-        shift_labels = others.pop("shift_labels", None)
-        _check(others, attention_mask, labels is not None or shift_labels is not None, cache)
-        batch = {"inputs_embeds" if input_ids is None else "tokens": rows}
-        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        labels = _shifted(labels, others.pop("shift_labels", None))
+        _check(others, attention_mask, labels is not None, cache)
+        batch = _batch(input_ids, inputs_embeds)
+        hidden = bool(_given(output_hidden_states, self.config.output_hidden_states))
         if use_cache and cache is None:
             cache = LongNetCache(self.config.max_position_embeddings)
         if cache is None:
+            ((_, rows),) = batch.items()
             edges = edges_of_batch(attention_mask, position_ids, cu_seq_lens_k, rows.shape[1])
-            out = self.model(**batch, cu_seqlens=edges, hidden_states=bool(hidden), head=False)
+            out = self.model(**batch, cu_seqlens=edges, hidden_states=hidden, head=False)
             last, states = out.last_hidden_state, out.hidden_states
         else:
-            last, *states = cache.advance(self.model, batch, attention_mask, bool(hidden))
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-        loss = None if shift_labels is None else self._loss(last, shift_labels, num_items_in_batch)
-        if skip_logits is None:
-            skip_logits = self.training and loss is not None
+            last, *states = cache.advance(self.model, batch, attention_mask, hidden)
+        loss = None if labels is None else self._loss(last, labels, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        skipped = _given(skip_logits, self.training and loss is not None)
         result = CausalLMOutputWithPast(
             loss=loss,
-            logits=None if skip_logits else self.model.head(last[:, kept]),
+            logits=None if skipped else self.model.head(last[:, kept]),
             cache=cache,
             hidden_states=(*states[:-1], last) if hidden else None,
         )
-        wanted = self.config.return_dict if return_dict is None else return_dict
-        return result if wanted else result.to_tuple()
+        return result if _given(return_dict, self.config.return_dict) else result.to_tuple()
 
     def _loss(self, last: Tensor, labels: Tensor, items: int | Tensor | None) -> Tensor:
         """Return the mean cross-entropy of shifted labels; only some rows of logits exist at a time."""
@@ -258,6 +252,26 @@ def _check(others: dict[str, Any], mask: Tensor | None, labelled: bool, cache: A
         raise ConfigError(f"the cache of a LongNet is a LongNetCache, not a {type(cache).__name__}; leave it out")
     if cache is not None and labelled:
         raise ConfigError("with a cache nothing is differentiated, so there is no loss; leave cache or labels out")
+
+
+def _given(value: bool | None, otherwise: bool) -> bool:
+    return otherwise if value is None else value
+
+
+def _batch(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+    """Return the one input under its name for LongNet."""
+    given = {"tokens": input_ids, "inputs_embeds": inputs_embeds}
+    found = {name: rows for name, rows in given.items() if rows is not None}
+    if len(found) != 1:
+        raise ShapeError("a model takes input_ids or inputs_embeds; give one of them")
+    return found
+
+
+def _shifted(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+    """Return the id that each token has to predict, -100 for none."""
+    if labels is None or shift_labels is not None:
+        return shift_labels
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
 def _resized(weight: Tensor, rows: int, mean: bool) -> nn.Parameter:
