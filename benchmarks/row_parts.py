@@ -39,7 +39,7 @@ from longnet_dist.ops.norm_gradients.reference import norm_gradients
 class WithTorch(RowParts):
     """The same parts without kernels of our own, and with torch's matmuls."""
 
-    gelu_norm, join_gradients, norm_gradients = PLAIN, staticmethod(join_gradients), staticmethod(norm_gradients)
+    middle, join_gradients, norm_gradients = PLAIN, staticmethod(join_gradients), staticmethod(norm_gradients)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,6 +17,8 @@ class BlockStyle:
         sub_norm: LayerNorm inside each sub-layer as well (MAGNETO, arXiv 2210.06423).
         residual_scale: factor α of the residual (DeepNorm, arXiv 2203.00555).
         gain: of the initial value, output and feed-forward weights; None: MAGNETO's.
+        gated: the feed-forward network multiplies the activation of one half of its first linear layer's outputs by the
+            other half.
         activation: of the feed-forward network.
         activation_float32: compute the activation in float32 whatever the dtype, as torchscale does.
         dropout: probability behind the output projection and the feed-forward network, in training.
@@ -28,6 +30,7 @@ class BlockStyle:
     sub_norm: bool = True
     residual_scale: float = 1.0
     gain: float | None = None
+    gated: bool = False
     activation: Activation = "gelu"
     activation_float32: bool = False
     dropout: float = 0.0

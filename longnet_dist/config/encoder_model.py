@@ -42,7 +42,7 @@ class EncoderConfig(LongNetConfig):
         sub_norm: LayerNorm inside each sub-layer.
         final_norm: LayerNorm behind the last block.
         deepnorm: residuals are multiplied by ``(2·layers)^(1/4)`` (DeepNorm, arXiv 2203.00555).
-        activation: ``"gelu"``, ``"relu"`` or ``"silu"``.
+        activation: ``"gelu"``, ``"relu"`` or ``"silu"``; the default is ``"silu"`` with ``ffn="gated"``.
         activation_float32: compute the activation in float32 whatever the dtype, as torchscale does.
         dropout: probability behind the embedding and behind both sub-layers, in training.
         activation_dropout: probability behind the activation, in training.
@@ -86,7 +86,9 @@ class EncoderConfig(LongNetConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, fields: Any) -> Any:
-        """Leave the positions of a bidirectional encoder to the default of the class."""
+        """Let the activation follow from ``ffn`` if not given; positions have a default of the class."""
+        if isinstance(fields, dict) and fields.get("ffn") == "gated":
+            return {"activation": "silu"} | fields
         return fields
 
     @model_validator(mode="after")
@@ -153,6 +155,7 @@ class EncoderConfig(LongNetConfig):
             sub_norm=self.sub_norm,
             residual_scale=alpha if self.deepnorm else 1.0,
             gain=beta if self.deepnorm else plain,
+            gated=self.ffn == "gated",
             activation=self.activation,
             activation_float32=self.activation_float32,
             dropout=self.dropout,

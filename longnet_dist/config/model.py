@@ -7,11 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
+from longnet_dist.config.block_style import BlockStyle
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.attention_kinds import ATTENTION_KINDS, AttentionSettings
 from longnet_dist.geometry.masked_pattern import MaskedPattern
@@ -46,7 +47,11 @@ class LongNetConfig(BaseModel):
         layers: number of blocks.
         heads: query heads ``H``; must divide ``dim``.
         kv_heads: key/value heads ``Hkv``, ``heads`` if not given; must divide ``heads``.
-        ffn_dim: inner dim of the feed-forward network, ``4·dim`` if not given.
+        ffn: kind of the feed-forward network: ``"plain"``, two linear layers with a GELU between them, or ``"gated"``,
+            three of them, ``down(silu(gate x) · up x)`` (SwiGLU, arXiv 2002.05202). Both have a LayerNorm before the
+            last linear layer.
+        ffn_dim: inner dim of the feed-forward network, ``4·dim`` if not given. With the same, a gated network has half
+            as many weights again.
         attention: what the layers run, a name of ``geometry/attention_kinds``: ``"dilated"``, or for comparison
             ``"full"``, ``"sparse"`` (the fixed pattern of arXiv 1904.10509) or ``"window"`` (sliding window). Branches,
             offsets and shifts are those of dilated attention.
@@ -83,6 +88,7 @@ class LongNetConfig(BaseModel):
     layers: PositiveInt
     heads: PositiveInt
     kv_heads: PositiveInt | None = None
+    ffn: Literal["plain", "gated"] = "plain"
     ffn_dim: PositiveInt | None = None
     attention: str = "dilated"
     window: PositiveInt = 2048
@@ -210,6 +216,10 @@ class LongNetConfig(BaseModel):
         """Say whether a layer's attention computes a sequence only whole, on one device and as one document."""
         return any(isinstance(pattern, MaskedPattern) for pattern in self.pattern_counts)
 
+    def style(self, layer: int) -> BlockStyle:
+        """Return the style of block ``layer``."""
+        return BlockStyle(gated=True, activation="silu") if self.ffn == "gated" else BlockStyle()
+
     @property
     def head_dim(self) -> int:
         """Return the head dim ``D = dim / heads``."""
@@ -234,7 +244,8 @@ def named_model(name: str, **fields: Any) -> LongNetConfig:
     """Return the configuration of a named size, with single fields replaced.
 
     Args:
-        name: ``"paper"`` (LongNet, section 4.1), ``"125m"`` … ``"2.7b"`` (section 4.4), or ``"tiny"`` for trials.
+        name: ``"paper"`` (LongNet, section 4.1), ``"125m"`` … ``"2.7b"`` (section 4.4), ``"8b"``
+            (the shape of Qwen3-8B), or ``"tiny"`` for trials.
         fields: fields of :class:`LongNetConfig` to replace.
 
     Raises:

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from longnet_dist.attention.module import DilatedAttention, HeadNorm
-from longnet_dist.model.block import OWN_STYLE, Block
+from longnet_dist.config.block_style import BlockStyle
+from longnet_dist.model.block import Block
 from longnet_dist.model.feed_forward import FeedForward
 from longnet_dist.private_interfaces import has_global_hook, has_hooks, own_module, own_parameters
 
+_PLAIN = BlockStyle()
+_STYLES = (_PLAIN, BlockStyle(gated=True, activation="silu"))
 _PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("self_attn_layer_norm", (nn.LayerNorm,)),
     ("self_attn", (DilatedAttention,)),
@@ -42,8 +45,8 @@ def obstacle(block: Block) -> str:
     """
     if type(block) is not Block:
         return f"the block is a {_type(block)}"
-    if block.style != OWN_STYLE:
-        differing = (f"{name}={value}" for name, value in vars(block.style).items() if value != vars(OWN_STYLE)[name])
+    if block.style not in _STYLES:
+        differing = (f"{name}={value}" for name, value in vars(block.style).items() if value != vars(_PLAIN)[name])
         return f"the style of the block is not LongNet's own, but has {', '.join(differing)}"
     if has_global_hook():
         return "hooks for all modules are registered"

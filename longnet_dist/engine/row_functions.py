@@ -16,6 +16,10 @@ block is
 .. math::
     h = \hat y W_1^\top + b_1, \qquad f = \widehat{\mathrm{gelu}(h)}, \qquad z = y + f W_2^\top + b_2 .
 
+A gated feed-forward network has :math:`h = [g, u]`, of twice the width, and
+:math:`f = \widehat{\mathrm{silu}(g) ∘ u}` in its place; all other equations stay. So the step from ``h`` to ``f`` is a
+pair of functions, ``middle``, which :func:`is_gated` chooses.
+
 ``d`` before a name is the gradient of the loss with respect to it: ``dz`` comes in, ``dx`` goes out.
 """
 
@@ -29,8 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longnet_dist.attention.positions import RotaryTable, rotate
+from longnet_dist.ops.gated_norm.reference import gated_norm
 from longnet_dist.ops.gelu_norm.choice import GeluNorm
-from longnet_dist.ops.gelu_norm.reference import gelu_norm as gelu_norm_reference
+from longnet_dist.ops.gelu_norm.reference import gelu_norm
 from longnet_dist.ops.join_gradients.choice import JoinGradients
 from longnet_dist.ops.matmul.choice import Matmul, Normed
 from longnet_dist.ops.norm_gradients.choice import NormGradients
@@ -55,7 +60,8 @@ def after_attention(x: Tensor, out: Tensor, weights: Weights, eps: float) -> Ten
     o = _layer_norm(out.flatten(-2), weights, "self_attn.inner_attn_ln", eps)
     y = x + F.linear(o, *linear_layer(weights, "self_attn.out_proj"))
     h = F.linear(_layer_norm(y, weights, "final_layer_norm", eps), *linear_layer(weights, "ffn.fc1"))
-    f = gelu_norm_reference(h, weights["ffn.ffn_layernorm.weight"], weights["ffn.ffn_layernorm.bias"], eps)
+    middle = gated_norm if is_gated(weights) else gelu_norm
+    f = middle(h, weights["ffn.ffn_layernorm.weight"], weights["ffn.ffn_layernorm.bias"], eps)
     return y + F.linear(f, *linear_layer(weights, "ffn.fc2"))
 
 
@@ -92,7 +98,7 @@ def write_attention_residual(
     weights: Weights,
     eps: float,
     matmul: Matmul,
-    gelu_norm: GeluNorm,
+    middle: GeluNorm,
     y: Tensor,
 ) -> tuple[Tensor, Normed]:
     """Write ``y``; return ``f (n, F)``, so that ``f W_2ᵀ + b_2`` is all that is left to add.
@@ -104,7 +110,7 @@ def write_attention_residual(
     normed_y = _normed(y, weights, "final_layer_norm", eps, matmul)
     h = matmul.linear(normed_y, *linear_layer(weights, "ffn.fc1"), None)
     gain, shift = weights.get("ffn.ffn_layernorm.weight"), weights.get("ffn.ffn_layernorm.bias")
-    return gelu_norm.forward(h, gain, shift, eps), (*o[1:], *normed_y[1:])
+    return middle.forward(h, gain, shift, eps), (*o[1:], *normed_y[1:])
 
 
 def write_output_gradients(
@@ -115,7 +121,7 @@ def write_output_gradients(
     weights: Weights,
     eps: float,
     matmul: Matmul,
-    gelu_norm: GeluNorm,
+    middle: GeluNorm,
     norm_gradients: NormGradients,
     dx: Tensor,
     dout: Tensor,
@@ -131,7 +137,7 @@ def write_output_gradients(
         x, out, dz: ``(n, E)``, ``(n, H, D)``, ``(n, E)``.
         moments: those of the forward, or none.
         weights: folded; the norms have none.
-        eps, matmul, gelu_norm, norm_gradients: of the norms, and the kernels.
+        eps, matmul, middle, norm_gradients: of the norms, and the kernels.
         dx: ``(n, E)``, the gradient of the residual path alone.
         dout: ``(n, H·D)``. It must not be a view that this function makes: torch's compiler would take the view's place
             in memory from the first call.
@@ -146,8 +152,9 @@ def write_output_gradients(
 
     # z = y + f W₂ᵀ + b₂  ⇒  df = dz W₂, dW₂ = dzᵀ f, db₂ = Σ dz.
     df = matmul.matmul(dz, weights["ffn.fc2.weight"])
-    # f = LN(gelu(h))  ⇒  dh = gelu'(h) ∘ J_LNᵀ df; f itself comes along, and db₁ = Σ dh.
-    f, dh, db1 = gelu_norm.gradients(df, h, eps)
+    # f = LN(a) with a = gelu(h)  ⇒  da = J_LNᵀ df, dh = gelu'(h) ∘ da; f itself comes along, and db₁ = Σ dh.
+    # Gated, a = silu(g) ∘ u with h = [g, u]  ⇒  dh = [silu'(g) ∘ u ∘ da, silu(g) ∘ da].
+    f, dh, db1 = middle.gradients(df, h, eps)
     # h = ŷ W₁ᵀ + b₁  ⇒  dŷ = dh W₁, dW₁ = dhᵀ ŷ.
     dnormed_y = matmul.matmul(dh, weights["ffn.fc1.weight"])
     # y reaches z directly and through ŷ  ⇒  dy = dz + J_LNᵀ dŷ. This is dx so far, as x reaches y directly.
@@ -204,6 +211,14 @@ def add_projection_gradients(
     # x reaches the output directly (dx so far) and through u = x̂  ⇒  dx += J_LNᵀ du.
     _, u_hat = norm_gradients(du, x, dx, eps, False, True, dx, None)
     _add(sums, {STACKED + "weight": g.T @ u_hat, STACKED + "bias": db})
+
+
+def is_gated(weights: Weights) -> bool:
+    """Return whether the feed-forward network is gated: its first linear layer gives two numbers for one of the last.
+
+    ``weights`` are those behind the attention, folded or not.
+    """
+    return len(weights["ffn.fc1.weight"]) != weights["ffn.fc2.weight"].shape[1]
 
 
 def linear_layer(weights: Weights, name: str) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from longnet_dist.engine.row_functions import (
     add_projection_gradients,
     after_attention,
     before_attention,
+    is_gated,
     linear_layer,
     norm_input,
     write_attention_residual,
@@ -27,6 +28,7 @@ from longnet_dist.engine.row_functions import (
 )
 from longnet_dist.numerics import wide_dtype
 from longnet_dist.ops.compiled import run
+from longnet_dist.ops.gated_norm.choice import gated_norm_of
 from longnet_dist.ops.gelu_norm.choice import GeluNorm
 from longnet_dist.ops.join_gradients.choice import JoinGradients, join_gradients_of
 from longnet_dist.ops.matmul.choice import REFERENCE, Matmul, Normed
@@ -73,10 +75,11 @@ class RowParts:
         return {name: weight for name, weight in self.weights.items() if not name.startswith(_BEFORE)}
 
     @cached_property
-    def gelu_norm(self) -> GeluNorm:
-        """Return the kernels of the feed-forward network's middle, ``LayerNorm(gelu(h))``."""
-        weight = self.weights["ffn.fc1.weight"]
-        return GeluNorm.of(weight.device, weight.dtype, len(self.weights["ffn.fc1.bias"]))
+    def middle(self) -> GeluNorm:
+        """Return the kernels of the feed-forward network's middle, ``LayerNorm(gelu(h))`` or that of a gated one."""
+        weight = self.weights["ffn.fc2.weight"]
+        of = gated_norm_of if is_gated(self.weights) else GeluNorm.of
+        return of(weight.device, weight.dtype, weight.shape[1])
 
     @cached_property
     def join_gradients(self) -> JoinGradients:
@@ -122,7 +125,7 @@ class RowParts:
         x, out, weights = x.detach(), out.detach(), self._for_matmul(self.after)
         z, moments = torch.empty_like(x), []
         for rows in self._tiles(x):
-            given, tile = (x[rows], out[rows], weights, self.eps, self.matmul, self.gelu_norm), z[rows]
+            given, tile = (x[rows], out[rows], weights, self.eps, self.matmul, self.middle), z[rows]
             f, of_tile = self._run(write_attention_residual, *given, tile)
             self.matmul.write_linear((f,), *linear_layer(weights, "ffn.fc2"), tile, tile)
             moments.append(of_tile)
@@ -144,7 +147,7 @@ class RowParts:
         for rows, of_tile in zip(tiles, moments or [()] * len(tiles), strict=True):
             given = x[rows], out[rows], dz[rows], of_tile, weights, self.eps, self.matmul
             written = dx[rows], dout[rows].flatten(-2), None if delta is None else delta[rows]
-            self._run(write_output_gradients, *given, self.gelu_norm, self.norm_gradients, *written, sums)
+            self._run(write_output_gradients, *given, self.middle, self.norm_gradients, *written, sums)
         return dx, dout, delta, self._gradients(sums, self.after)
 
     def add_projection_gradients(self, x: Tensor, gradients: tuple[Tensor, ...], dx: Tensor) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """A block's activations take memory twice: some are saved for backward, others exist only while it is computed.
 
-A token passes ``x → norm → q, k, v → attention → norm → out_proj → y → norm → fc1 → gelu → norm → fc2`` in a block.
+A token passes ``x → norm → q, k, v → attention → norm → out_proj → y → norm → fc1 → gelu → norm → fc2`` in a block. In
+place of the GELU, a gated feed-forward network multiplies the SiLU of one half of ``fc1`` by the other half.
 Autograd saves the result of every arrow except those of ``out_proj`` and ``fc2``, which are only added to the residual
 stream.
 """
@@ -8,7 +9,7 @@ stream.
 from __future__ import annotations
 
 from longnet_dist.estimate.layout import RunLayout
-from longnet_dist.estimate.model_cost import block_parameters, inner_dim, key_dim
+from longnet_dist.estimate.model_cost import block_parameters, first_dim, inner_dim, key_dim
 
 WIDE = 4  # bytes of a float32
 SDPA_BLOCK_NUMBERS = 1 << 22  # numbers of a block of queries in attention/kernels/backends/sdpa.py
@@ -55,13 +56,15 @@ def _peak_with_checkpointing(layout: RunLayout) -> int:
     """
     model, itemsize, tokens, tensors = layout.config.model, layout.itemsize, layout.local_tokens, _tensors(layout)
     tile = min(layout.config.train.feed_forward_tile or tokens, tokens)
-    width, inner = model.dim * itemsize, inner_dim(model) * itemsize
+    width, inner = model.dim * itemsize, (first_dim(model) + inner_dim(model)) * itemsize
     qkv = _qkv(layout)
     recomputed_qkv = 0 if layout.config.train.cache_qkv else qkv
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
-    # Compiled code does not store the five results of the model's width between row-wise operations.
-    after = sum(tensors[name] for name in _AFTER_ATTENTION) + 2 * inner + (0 if layout.compiled else 5 * width)
+    # Compiled code does not store the five results of the model's width between row-wise operations, nor one factor
+    # of the product in a gated network.
+    factor = (first_dim(model) - inner_dim(model)) * itemsize
+    after = sum(tensors[name] for name in _AFTER_ATTENTION) + inner + (0 if layout.compiled else 5 * width + factor)
     before = tensors["norm1"] + 2 * qkv + 2 * model.dim * WIDE  # RoPE computes in float32
     gradients = attention_backward_bytes(layout)
     # On a GPU, the output and the LSE are freed once their statistics are computed.
@@ -114,10 +117,11 @@ def _tensors(layout: RunLayout) -> dict[str, int]:
     """Return the bytes for each token of every tensor that the autograd graph of a block saves, by name.
 
     A LayerNorm saves its mean and its inverse deviation too, both float32. Compiled code does not save the output of
-    the GELU: it is recomputed from ``fc1`` wherever it is read.
+    the GELU or the gated product: it is recomputed from ``fc1`` wherever it is read.
     """
     model, itemsize = layout.config.model, layout.itemsize
     width, keys, inner = model.dim * itemsize, key_dim(model) * itemsize, inner_dim(model) * itemsize
+    first = first_dim(model) * itemsize
     statistics = 2 * WIDE
     return {
         "x": width,
@@ -131,8 +135,8 @@ def _tensors(layout: RunLayout) -> dict[str, int]:
         "norm_out": width + statistics,
         "y": width,
         "norm2": width + statistics,
-        "fc1": inner,
-        "gelu": 0 if layout.compiled else inner,
+        "fc1": first,
+        "gelu": 0 if layout.compiled else first,  # gated: the SiLU and the product
         "norm3": inner + statistics,
     }
 

@@ -39,7 +39,7 @@ def parameter_shapes(model: LongNetConfig) -> Iterator[tuple[Role, Shape, int]]:
         yield "head", (model.vocab_size, model.dim), 1
     yield "matrix", (model.dim, model.dim), 2 * model.layers
     yield "matrix", (key_dim(model), model.dim), 2 * model.layers
-    yield "matrix", (inner_dim(model), model.dim), model.layers
+    yield "matrix", (first_dim(model), model.dim), model.layers
     yield "matrix", (model.dim, inner_dim(model)), model.layers
     yield "vector", (1,), 2 * model.dim + model.layers * (block_parameters(model) - block_matrix_weights(model))
 
@@ -56,7 +56,7 @@ def optimizer_numbers(model: LongNetConfig, optimizer: str) -> int:
 def block_parameters(model: LongNetConfig) -> int:
     """Count the parameters of a block: matrices, biases and norms."""
     dim, kv_dim, inner = model.dim, key_dim(model), inner_dim(model)
-    biases = 2 * dim + 2 * kv_dim + inner + dim
+    biases = 2 * dim + 2 * kv_dim + first_dim(model) + dim
     # Three norms of the model's width and one of the inner width, each with weight and bias.
     norms = 3 * 2 * dim + 2 * inner + (2 * model.head_dim if model.qk_norm else 0)
     return block_matrix_weights(model) + biases + norms
@@ -64,7 +64,7 @@ def block_parameters(model: LongNetConfig) -> int:
 
 def block_matrix_weights(model: LongNetConfig) -> int:
     """Count the weights of a block's linear layers, without biases."""
-    return 2 * model.dim * (model.dim + key_dim(model) + inner_dim(model))
+    return model.dim * (2 * model.dim + 2 * key_dim(model) + first_dim(model) + inner_dim(model))
 
 
 def matrix_weights(model: LongNetConfig) -> int:
@@ -100,3 +100,8 @@ def key_dim(model: LongNetConfig) -> int:
 def inner_dim(model: LongNetConfig) -> int:
     """Return the inner dim of the feed-forward network."""
     return model.ffn_dim or 4 * model.dim
+
+
+def first_dim(model: LongNetConfig) -> int:
+    """Return the outputs of the feed-forward network's first linear layer, which may be gates too."""
+    return inner_dim(model) * (2 if model.ffn == "gated" else 1)

@@ -8,6 +8,7 @@ from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.memory import offloaded_bytes
 from longnet_dist.estimate.model_cost import (
     block_matrix_weights,
+    first_dim,
     inner_dim,
     key_dim,
     num_parameters,
@@ -18,11 +19,13 @@ from longnet_dist.estimate.traffic import exchange_of
 from longnet_dist.geometry.overlap import computed_share
 from longnet_dist.numerics import block_dim
 
-# Tensors that row-wise work reads or writes for each token: (of the model's width, of the inner width).
-# Forward: two norms 2 each, RoPE 4, the residual sum with its norm 4; GELU with its norm 2.
-# Backward: norms 3, 5 and 5, zeroing dQ 2, concatenating the gradients of q, k and v 7; GELU with its norm 4.
-FORWARD_PASSES = (12, 2)
-BACKWARD_PASSES = (22, 4)
+# Tensors that row-wise work reads or writes for each token: of the model's width; and between the linear layers of the
+# feed-forward network, each as wide as the output of the first or the input of the last.
+# Forward: two norms 2 each, RoPE 4, the residual sum with its norm 4; GELU with its norm reads the one and writes the
+# other. Backward: norms 3, 5 and 5, zeroing dQ 2, concatenating the gradients of q, k and v 7; GELU with its norm reads
+# both and writes both gradients.
+FORWARD_PASSES = (12, 1)
+BACKWARD_PASSES = (22, 2)
 # The share of forward in the computation of a step; the rest is backward with what it recomputes.
 FORWARD_SHARE = 0.28
 # Those of FORWARD_PASSES that recomputing q, k and v costs: a norm and RoPE.
@@ -96,7 +99,7 @@ def _matmul_flops(layout: RunLayout) -> float:
     model = layout.config.model
     with_qkv, with_rest = _recomputed_blocks(layout)
     qkv = model.dim * (model.dim + 2 * key_dim(model))
-    recomputed = with_qkv * qkv + with_rest * model.dim * (model.dim + inner_dim(model))
+    recomputed = with_qkv * qkv + with_rest * model.dim * (model.dim + first_dim(model))
     blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _extra_forwards(layout)) + 2 * recomputed
     head = model.vocab_size * model.dim * 6  # the loss computes its gradients in forward, so nothing is recomputed
     return _tokens(layout) * (blocks + head)
@@ -125,7 +128,7 @@ def _row_wise_bytes(layout: RunLayout) -> float:
     recomputed = with_qkv * QKV_PASSES + with_rest * (FORWARD_PASSES[0] - QKV_PASSES)
     width = FORWARD_PASSES[0] * forwards + recomputed + BACKWARD_PASSES[0]
     inner = FORWARD_PASSES[1] * forwards + BACKWARD_PASSES[1]
-    blocks = model.layers * (width * model.dim + inner * inner_dim(model)) * layout.itemsize
+    blocks = model.layers * (width * model.dim + inner * (first_dim(model) + inner_dim(model))) * layout.itemsize
     sums = LOGIT_SUM_PASSES * model.dim / min(model.logits_rows, layout.local_tokens)
     logits = model.vocab_size * (LOGIT_PASSES + sums) * layout.itemsize
     return _tokens(layout) * (blocks + logits) * (1 if layout.compiled else EAGER)

@@ -20,9 +20,6 @@ from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.feed_forward import FeedForward
 from longnet_dist.model.stochastic_depth import stochastic_depth
 
-OWN_STYLE = BlockStyle()
-"""The block of LongNet."""
-
 
 class BlockRunner(Protocol):
     """Run a block in place of its modules, with the same result: see :mod:`longnet_dist.engine`."""
@@ -57,7 +54,7 @@ class Block(nn.Module):
         positions: shared by the blocks of one grid; None for none.
         group: the sequence-parallel group; None for one device.
         overlap, backend, deterministic: as in :class:`~longnet_dist.LongNet`.
-        style: what differs from the equation above.
+        style: what differs from the equation above; None: what the configuration says.
         phantom_keys: torchscale's zero keys, shared by all blocks; None for none.
         layer: number of the block, which its pattern may depend on.
 
@@ -73,13 +70,14 @@ class Block(nn.Module):
         overlap: bool = True,
         backend: str = "auto",
         deterministic: bool = False,
-        style: BlockStyle = OWN_STYLE,
+        style: BlockStyle | None = None,
         phantom_keys: PhantomKeys | None = None,
         layer: int = 0,
     ) -> None:
         super().__init__()
         self.engine: BlockRunner | None = None
-        self.style, self.group = style, group
+        self.style = style = config.style(layer) if style is None else style
+        self.group = group
         gain = math.sqrt(math.log(2 * config.layers)) if style.gain is None else style.gain
         self.self_attn_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         pattern = config.layer_pattern(layer)

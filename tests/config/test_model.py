@@ -29,7 +29,7 @@ def test_named_sizes(name, layers, dim, heads):
 
 
 def test_every_name_has_a_size():
-    assert [named_model(name).layers > 0 for name in MODEL_NAMES] == [True] * 7
+    assert [named_model(name).layers > 0 for name in MODEL_NAMES] == [True] * 8
     assert named_model("tiny").pattern == DilatedPattern.geometric(base=128, longest=512)
 
 
@@ -48,7 +48,7 @@ def test_encoder_has_a_mask_id_and_rope():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "huge"}, "one of paper, tiny, 125m, .*, 2.7b, not 'huge'"),
+        ({"name": "huge"}, "one of paper, tiny, 125m, .*, 2.7b, 8b, not 'huge'"),
         ({"name": "tiny", "haeds": 2}, "no field 'haeds'; the nearest is 'heads'"),
         ({"dim": 64}, "needs 'layers'"),
         ({"name": "tiny", "layers": 0}, "layers=0: Input should be greater than 0"),

@@ -58,29 +58,33 @@ def assert_same(result, expected):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "causal": False}], ids=["causal", "bidirectional"])
+FIELDS = {"causal": {}, "bidirectional": {"qk_norm": True, "causal": False}, "gated": {"ffn": "gated", "qk_norm": True}}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_gradients_do_not_depend_on_the_execution(execution, fields):
     assert_same(gradients(execution, 31, **fields), gradients(Execution(), 31, **fields))
 
 
+@pytest.mark.parametrize("ffn", ["plain", "gated"])
 @pytest.mark.parametrize("execution", EXECUTIONS[2:4], ids=str)
-def test_nor_those_of_a_stream(execution):
-    assert_same(gradients(execution, 50, chunk=19), gradients(Execution(), 50))
+def test_nor_those_of_a_stream(execution, ffn):
+    assert_same(gradients(execution, 50, chunk=19, ffn=ffn), gradients(Execution(), 50, ffn=ffn))
 
 
-def gradients_on_ranks(executions, rows, chunk):
-    return [gradients(execution, rows, group=dist.group.WORLD, chunk=chunk) for execution in executions]
+def gradients_on_ranks(executions, rows, chunk, ffn):
+    return [gradients(execution, rows, group=dist.group.WORLD, chunk=chunk, ffn=ffn) for execution in executions]
 
 
-@pytest.mark.parametrize(("ranks", "chunk"), [(2, None), (3, None), (2, 24)])
-def test_nor_those_of_ranks(ranks, chunk):
+@pytest.mark.parametrize(("ranks", "chunk", "ffn"), [(2, None, "plain"), (3, None, "gated"), (2, 24, "plain")])
+def test_nor_those_of_ranks(ranks, chunk, ffn):
     """Every rank has the same part of loss and gradients, and all parts together are the whole."""
-    results = run_distributed(gradients_on_ranks, ranks, (Execution(), *EXECUTIONS[2:4]), 50, chunk)
+    results = run_distributed(gradients_on_ranks, ranks, (Execution(), *EXECUTIONS[2:4]), 50, chunk, ffn)
     for plain, *others in results:
         for other in others:
             assert_same(other, plain)
-    loss, whole = gradients(Execution(), 50)
+    loss, whole = gradients(Execution(), 50, ffn=ffn)
     assert_same(sum(plain[0] for plain, *_ in results), loss)
     for name, gradient in whole.items():
         assert_same(sum(plain[1][name] for plain, *_ in results), gradient)
@@ -163,13 +167,14 @@ def graphs(monkeypatch):
     _compiled.cache_clear()
 
 
-def test_compiled_parts_compute_the_same(graphs):
+@pytest.mark.parametrize("ffn", ["plain", "gated"])
+def test_compiled_parts_compute_the_same(graphs, ffn):
     """One graph for each part and shape, not for each block: four of a block, four of its weights, two of the loss."""
     compiled = Execution("selective", tile=10, compile=True)
-    assert_same(gradients(compiled, 30, 1), gradients(Execution(), 30, 1))
+    assert_same(gradients(compiled, 30, 1, ffn=ffn), gradients(Execution(), 30, 1, ffn=ffn))
     assert graphs["stats"]["unique_graphs"] == 10
-    gradients(compiled, 60, 1)  # nor for each length, nor for each place in a sequence
-    gradients(compiled, 60, 1, chunk=30)
+    gradients(compiled, 60, 1, ffn=ffn)  # nor for each length, nor for each place in a sequence
+    gradients(compiled, 60, 1, chunk=30, ffn=ffn)
     assert graphs["stats"]["unique_graphs"] == 10
     assert not graphs["graph_break"]
 
@@ -197,8 +202,9 @@ def test_a_streamed_evaluation_is_compiled_once_for_all_chunks(graphs):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which torch's compiler reads
-def test_blocks_without_checkpointing_compile_too(graphs):
-    assert_same(gradients(Execution(compile=True), 30, 1), gradients(Execution(), 30, 1))
+@pytest.mark.parametrize("ffn", ["plain", "gated"])
+def test_blocks_without_checkpointing_compile_too(graphs, ffn):
+    assert_same(gradients(Execution(compile=True), 30, 1, ffn=ffn), gradients(Execution(), 30, 1, ffn=ffn))
     assert graphs["stats"]["unique_graphs"] == 4
 
 

@@ -201,12 +201,12 @@ def test_full_checkpointing_of_plain_modules_saves_less():
     assert saved_bytes(Execution("full")) < 0.5 * saved_bytes(Execution())
 
 
-@pytest.mark.parametrize("name", ["plain", "engine"])
-def test_lora_trains_and_leaves_base_weights(name, caplog):
+@pytest.mark.parametrize(("name", "ffn"), [("plain", "plain"), ("engine", "plain"), ("engine", "gated")])
+def test_lora_trains_and_leaves_base_weights(name, ffn, caplog):
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's own
-        model = make(EXECUTIONS[name])
+        model = make(EXECUTIONS[name], ffn=ffn)
         targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=True))
     base = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}

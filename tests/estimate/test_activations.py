@@ -15,7 +15,8 @@ from tests.estimate.layouts import small_layout
 from tests.estimate.live_bytes import LiveBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODELS: tuple[dict[str, Any], ...] = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True})
+MODELS: tuple[dict[str, Any], ...] = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True},
+                                      {"ffn": "gated", "ffn_dim": 200})  # fmt: skip
 
 
 class BuffersOfTriton:
@@ -75,6 +76,10 @@ def test_bytes_that_autograd_saves_of_a_block(precision, model):
         ("selective", 256, {}, 2),
         ("full", None, {"kv_heads": 1}, 0),
         ("full", 256, {}, 0),
+        ("none", None, {"ffn": "gated"}, 0),
+        ("selective", None, {"ffn": "gated"}, 0),
+        ("selective", 256, {"ffn": "gated", "kv_heads": 1}, 2),
+        ("full", None, {"ffn": "gated"}, 0),
     ],
 )
 def test_the_peak_of_a_model_on_a_gpu(monkeypatch, mode, tile, model, kept):

@@ -8,6 +8,7 @@ from longnet_dist.model.longnet import LongNet
 VARIANTS = (
     {"kv_heads": 1},
     {"qk_norm": True, "ffn_dim": 100},
+    {"ffn": "gated", "ffn_dim": 44},
     {"tie_embeddings": True, "vocab_size": 1000},
     {"causal": False},
     {"causal": False, "tie_embeddings": True},

@@ -188,6 +188,19 @@ def test_the_engine_runs_an_encoder_of_longnets_own_style(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_the_engine_runs_a_gated_encoder_with_its_default_activation(activation, caplog):
+    numerics.log_once.cache_clear()
+    fields = {"feature_dim": 7, "pool": "mean", "ffn": "gated"} | (
+        {} if activation is None else {"activation": activation}
+    )
+    models = [make(execution=execution, **fields) for execution in (None, Execution("selective", tile=5))]
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(*(model(features=features(), lengths=LENGTHS).pooled for model in models))
+    assert models[0].config.activation == (activation or "silu")
+    assert ["has gated=True" in record.message for record in caplog.records] == ([True] if activation else [])
+
+
 def test_dropout_and_stochastic_depth_act_in_training_alone():
     model, x = make(feature_dim=7, dropout=0.5, drop_path=0.5), features()
     first, second = (model(features=x).last_hidden_state for _ in range(2))
