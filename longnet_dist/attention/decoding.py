@@ -75,6 +75,10 @@ class Decoding:
     def advance(self) -> None:
         """Let every text that was loaded go on to its next row."""
         self.rows += self._going_on
+        self.forget_places()
+
+    def forget_places(self) -> None:
+        """Forget where the next rows lie, so that the next pass computes it."""
         self._present.clear()
 
     def present(self, grid: Grid) -> Present:
@@ -86,12 +90,12 @@ class Decoding:
     def clear(self, text: int) -> None:
         """Forget a text; its place computes row 0 until another is loaded."""
         self.rows[text] = self._going_on[text] = 0
-        self._present.clear()
+        self.forget_places()
 
     def load(self, text: int, stream: Stream, row: int, item: int = 0) -> None:
         """Make batch item ``item`` of a stream, of which rows ``[0, row)`` have passed, the past of a text."""
         self.rows[text], self._going_on[text] = row, 1
-        self._present.clear()
+        self.forget_places()
         carried = iter(stream.carried())
         for layer in self.layers:
             segments = open_segments(layer.grid.pattern, row, stream.total_rows)
@@ -102,7 +106,7 @@ class Decoding:
     def copy(self, text: int, to: int) -> None:
         """Give text ``to`` the past of ``text``."""
         self.rows[to], self._going_on[to] = self.rows[text], self._going_on[text]
-        self._present.clear()
+        self.forget_places()
         for layer in self.layers:
             layer.records[:, to] = layer.records[:, text]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.ops.graphs import Graph
 
 CHUNK_LENGTH = 16384
 
@@ -22,6 +23,8 @@ class Decoder:
         max_rows: the most tokens that a text can have.
         chunk_length: tokens of a prompt that are computed at once.
         allowed: ``(V,)`` bool, the ids that may follow; the logits of all others are ``-inf``. None: all.
+        graphs: whether a step is captured once and replayed as a CUDA graph (:class:`~longnet_dist.ops.graphs.Graph`),
+            so that the host launches it at once. The logits of a step are overwritten by the next one then.
 
     Attributes:
         device: of the model.
@@ -37,12 +40,15 @@ class Decoder:
         max_rows: int,
         chunk_length: int = CHUNK_LENGTH,
         allowed: Tensor | None = None,
+        graphs: bool = False,
     ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
         self.device = model.embedding.weight.device
         self._refused = None if allowed is None else ~allowed.to(self.device)
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
+        # Between two steps texts change in place, in tensors of the cache and in the ids, so a step can be replayed.
+        self._step = Graph(self._pass, self._rehearse, self.device) if graphs else self._pass
 
     @property
     def texts(self) -> int:
@@ -101,9 +107,21 @@ class Decoder:
     @torch.no_grad()
     def step(self) -> Tensor:
         """Pass the next token of every text, and return its logits ``(texts, V)``."""
-        logits: Tensor = self._model(self._ids, stream=self._cache).logits[:, 0]
+        return self._step()
+
+    def _pass(self) -> Tensor:
+        logits = self._logits()
         self._cache.advance()
+        return logits
+
+    def _logits(self) -> Tensor:
+        logits: Tensor = self._model(self._ids, stream=self._cache).logits[:, 0]
         return logits if self._refused is None else logits.masked_fill(self._refused, -torch.inf)
+
+    def _rehearse(self) -> None:
+        """Compute the next row without going on: the step writes the same keys and values in the same slots again."""
+        self._logits()
+        self._cache.forget_places()
 
     def clear(self, place: int) -> None:
         """Free a place, whose logits mean nothing until another text is loaded."""
