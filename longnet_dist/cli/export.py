@@ -13,11 +13,17 @@ EXAMPLES = """\
 examples:
   longnet export runs/quickstart exported
   longnet export runs/paper/checkpoints/step_00250000 exported --precision bf16
+  longnet export runs/quickstart exported --to hf
 
 OUTPUT_DIR gets model.safetensors, config.json and tokenizer.json. To use it:
 
   from longnet_dist.model.pretrained import from_pretrained
   model = from_pretrained("exported")
+
+With --to hf, transformers loads it too:
+
+  import longnet_dist.hf
+  model = AutoModelForCausalLM.from_pretrained("exported")
 """
 
 
@@ -34,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from longnet_dist.inference.runs import export_run
 
-    export_run(options.run, options.output, options.precision)
-    print(f"exported to {options.output}")
+    note = export_run(options.run, options.output, options.precision, options.to == "hf")
+    print(f"exported to {options.output}" + (f"\n{note}" if note else ""))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,5 +52,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="new, or empty")
     result.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default %(default)s)"
+    )
+    result.add_argument(
+        "--to", choices=("longnet", "hf"), default="longnet", help="hf: for transformers too (default %(default)s)"
     )
     return result

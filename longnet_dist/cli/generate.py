@@ -61,7 +61,9 @@ def _read(path: Path) -> bytes:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet generate``."""
     result = CommandParser("generate", "Let a trained model continue a text.", EXAMPLES)
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
+    result.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="folder of a run, one of its checkpoints, or an exported model"
+    )
     prompt = result.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with that text; -: standard input")

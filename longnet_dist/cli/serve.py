@@ -54,7 +54,9 @@ def main(arguments: Sequence[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet serve``."""
     result = CommandParser("serve", "Answer completion requests over HTTP, as OpenAI's endpoint does.", EXAMPLES)
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
+    result.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="folder of a run, one of its checkpoints, or an exported model"
+    )
     result.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     result.add_argument("--port", type=positive, default=8000, help="(default %(default)s)")
     result.add_argument("--texts", type=positive, default=16, metavar="n", help="decoded at once (default %(default)s)")

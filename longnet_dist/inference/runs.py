@@ -29,13 +29,14 @@ from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.data.tokenizers import Tokenizer, encode_prompt, ids_with_text
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import ConfigError, DataError
+from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.inference.generation import Sampling, generate
 from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
 from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.pretrained import save_pretrained
+from longnet_dist.model.pretrained import CONFIG_FILE, from_pretrained, save_pretrained, tokenizer_of
 
 COMPILED_FROM = 2**28  # tokens
 COMPILED_TILE = 2**16  # rows
@@ -163,14 +164,19 @@ def evaluate_run_streamed(
 
 
 def load_trained(path: Path) -> tuple[LongNet, Tokenizer]:
-    """Return the model of a run, in evaluation mode on this process's device, and the tokenizer of its text.
+    """Return a trained model, in evaluation mode on this process's device, and the tokenizer of its text.
 
     Args:
-        path: folder of a run, or one of its checkpoints.
+        path: folder of a run, one of its checkpoints, or an exported model.
 
     Raises:
-        LongNetError: no such run.
+        LongNetError: no such run, or an exported encoder.
     """
+    if (path / CONFIG_FILE).is_file():
+        model = from_pretrained(path, LaunchEnvironment().device())
+        if not isinstance(model, LongNet):
+            raise ConfigError(f"{path} is an encoder of features, which has no text; use longnet embed")
+        return model, tokenizer_of(path)
     run = _Run.open(path)
     return run.model(None, LaunchEnvironment().device()), run.folder.tokenizer()
 
@@ -222,22 +228,35 @@ def continue_text(
     return ["".join(text) for text in pieces]
 
 
-def export_run(path: Path, output: Path, precision: Precision) -> None:
+def export_run(path: Path, output: Path, precision: Precision, for_transformers: bool = False) -> str:
     """Write the trained model into a folder of its own, for :func:`longnet_dist.model.pretrained.from_pretrained`.
 
     Args:
         path: folder of a run, or one of its checkpoints.
         output: new, or empty.
         precision: of the weights.
+        for_transformers: whether ``AutoModelForCausalLM`` loads the folder too, after ``import longnet_dist.hf``.
+
+    Returns:
+        What was done with the tokenizer, in a sentence; empty unless it is for transformers.
 
     Raises:
-        LongNetError: no such run, or the output cannot be written.
+        LongNetError: no such run, or the output cannot be written; for transformers, a model that is not causal.
+        MissingExtraError: it is for transformers, which is not installed.
     """
+    if for_transformers:
+        require_extra("hf", "an export for transformers")
     run = _Run.open(path)
-    tokenizer = run.folder.tokenizer().to_json()
+    tokenizer = run.folder.tokenizer()
     model = LongNet(run.config.model)
     load_weights(run.checkpoint, model)
-    save_pretrained(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), output, tokenizer)
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if not for_transformers:
+        save_pretrained(model, output, tokenizer.to_json())
+        return ""
+    from longnet_dist.hf.causal_lm.export_folder import save_for_transformers
+
+    return save_for_transformers(model, output, tokenizer, run.config.data.sequence_length)
 
 
 @dataclass(frozen=True)

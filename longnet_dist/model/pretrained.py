@@ -12,11 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.model import LongNetConfig
+from longnet_dist.data.tokenizers import Tokenizer, tokenizer_from_json
 from longnet_dist.errors import CheckpointError, ConfigError
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.longnet import LongNet
 
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
+OWN_TOKENIZER_FILE = "longnet_tokenizer.json"
+"""Where a folder for transformers has the description of our tokenizer."""
+_HF_MODEL_TYPE, _HF_PREFIX = "longnet", "model."
+"""Of a folder for transformers: the model type, and what comes before our names."""
 
 
 def save_pretrained(model: LongNet | LongNetEncoder, folder: Path, tokenizer: dict[str, Any] | None = None) -> None:
@@ -31,16 +36,28 @@ def save_pretrained(model: LongNet | LongNetEncoder, folder: Path, tokenizer: di
         ConfigError: the folder holds something, or cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty, and nothing in it is overwritten; use another folder")
+        empty_folder(folder)
         _write(model, folder, tokenizer)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write the model to {folder}: {error}") from None
 
 
+def empty_folder(folder: Path) -> None:
+    """Make a folder, or check that it is empty.
+
+    Raises:
+        ConfigError: it holds something.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty, and nothing in it is overwritten; use another folder")
+
+
 def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> LongNet | LongNetEncoder:
     """Load a model that ``longnet export`` or ``longnet convert`` wrote, in evaluation mode and its own precision.
+
+    A folder for transformers (``--to hf``) is one too; transformers is not needed.
 
     ::
 
@@ -57,13 +74,15 @@ def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> L
     folder = Path(folder)
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        prefix = _HF_PREFIX if fields.get("model_type") == _HF_MODEL_TYPE else ""
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
             model = _model_of(fields)
-        if {name: parameter.shape for name, parameter in model.named_parameters()} != shapes:
+        if {prefix + name: parameter.shape for name, parameter in model.named_parameters()} != shapes:
             raise CheckpointError(f"{folder / WEIGHTS_FILE} holds other tensors than the model of {CONFIG_FILE} has")
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE, str(device)), strict=False, assign=True)
+        weights = load_file(folder / WEIGHTS_FILE, str(device))
+        model.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items()}, strict=False, assign=True)
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is no exported model: {error}") from None
     if model.config.tie_embeddings:
@@ -73,9 +92,29 @@ def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> L
     return model.eval()
 
 
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """Return the tokenizer of an exported model.
+
+    Raises:
+        CheckpointError: the folder has none.
+        DataError: a description that is not understood.
+    """
+    own = folder / OWN_TOKENIZER_FILE
+    file = own if own.is_file() else folder / TOKENIZER_FILE
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer: {error}") from None
+    if not isinstance(fields, dict) or "kind" not in fields:
+        raise CheckpointError(f"{file} is not the tokenizer of a model that longnet export wrote")
+    return tokenizer_from_json(fields)
+
+
 def _model_of(fields: dict[str, Any]) -> LongNet | LongNetEncoder:
     if fields.get("kind") == "encoder":
         return LongNetEncoder(EncoderConfig(**fields))
+    if fields.get("model_type") == _HF_MODEL_TYPE:
+        fields = {name: fields[name] for name in LongNetConfig.model_fields if name in fields}
     return LongNet(LongNetConfig(**fields))
 
 

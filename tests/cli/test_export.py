@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from longnet_dist.checkpoint.format import newest_checkpoint
 from longnet_dist.cli import evaluate, export, generate
 from longnet_dist.data.tokenizers import tokenizer_from_json
 from longnet_dist.errors import CheckpointError, LongNetError
+from longnet_dist.inference.runs import load_trained
 from longnet_dist.model.pretrained import from_pretrained
 from tests.train.runs import import_deepspeed, run, tiny_config, write_corpus
 
@@ -53,6 +55,31 @@ def test_what_is_exported_is_the_model(trained, tmp_path, name, precision):
     assert model(torch.zeros(1, 8, dtype=torch.int64)).logits.shape == (1, 8, 256)
     tokenizer = tokenizer_from_json(json.loads((tmp_path / "out" / "tokenizer.json").read_text()))
     assert tokenizer.encode(b"ab").tolist() == [97, 98]
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
+@pytest.mark.parametrize("name", ["run", "tied"])
+def test_an_export_for_transformers_has_the_logits_of_the_checkpoint(trained, tmp_path, name, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        export.main([str(trained / name), str(tmp_path / "out"), "--to", "hf"])
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}\nAutoTokenizer loads the tokenizer bytes\n")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours, _ = load_trained(trained / name)
+    ids = torch.randint(0, 256, (2, 50))
+    torch.testing.assert_close(theirs(ids).logits, ours.float()(ids).logits, atol=1e-6, rtol=0)
+    texts = []
+    for folder in (trained / name, tmp_path / "out"):  # in float32 on a CPU, both
+        generate.main([str(folder), "--prompt", "ab", "--tokens", "5", "--temperature", "0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_plain_export_is_continued_too(trained, tmp_path, capsys):
+    export.main([str(trained / "run"), str(tmp_path / "out")])
+    generate.main([str(tmp_path / "out"), "--prompt", "ab", "--tokens", "5"])
+    assert "ab" in capsys.readouterr().out
 
 
 def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path):

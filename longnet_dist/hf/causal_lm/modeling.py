@@ -52,11 +52,25 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
-        self.model = LongNet(config.core_config())
-        for block in self.model.blocks:
-            block.gradient_checkpointing = False  # type: ignore[assignment]
-            block.engine = _run_block  # type: ignore[assignment]
+        self.model = _checkpointable(LongNet(config.core_config()))
         self.post_init()
+
+    @classmethod
+    def of(cls, model: LongNet, **fields: Any) -> LongNetForCausalLM:
+        """Wrap a model, without a copy of its weights.
+
+        Args:
+            model: causal, on one device.
+            fields: of :class:`LongNetConfig` that the model's own configuration does not have.
+
+        Raises:
+            ConfigError: a bidirectional model.
+        """
+        config = LongNetConfig(**model.config.model_dump(), **fields)
+        with torch.device("meta"):
+            wrapped = cls(config)
+        wrapped.model = _checkpointable(model)
+        return wrapped
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
@@ -219,6 +233,14 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             )
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             model_kwargs["cache"] = LongNetCache(max(1, max_cache_length))
+
+
+def _checkpointable(model: LongNet) -> LongNet:
+    """Let transformers switch gradient checkpointing on in the blocks."""
+    for block in model.blocks:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+        block.engine = _run_block  # type: ignore[assignment]
+    return model
 
 
 def _run_block(
