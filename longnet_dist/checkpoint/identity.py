@@ -18,7 +18,7 @@ from longnet_dist.data.token_file import TokenFile
 
 MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk"}  # memory only, not mathematics
 # Places of files: the content behind them is compared instead.
-_PLACES = {"data.path", "data.cache_dir", "train.output_dir"}
+_PLACES = {"data.path", "data.cache_dir", "train.output_dir", "train.compile_cache"}
 _NOT_OF_THE_RUN = {"train.resume", "train.init", "train.ignore_plan"}  # of one start only
 SHOWN_DIGITS = 12
 

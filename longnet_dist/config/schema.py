@@ -170,6 +170,9 @@ class TrainConfig(Section):
             given.
         compile: compile the row-wise parts of a block and the loss with ``torch.compile``, in training; ``auto``: on a
             GPU.
+        compile_cache: folder in which compiled code and kernels survive the process, for all ranks and later runs;
+            ``auto``: ``longnet_dist`` in ``XDG_CACHE_HOME`` or ``~/.cache``; null: wherever each compiler keeps them.
+            Variables such as ``TORCHINDUCTOR_CACHE_DIR`` go before it.
         matmul: backend of the linear layers in compiled blocks. ``quack`` (package quack-kernels) fuses the norm before
             and the addition after a linear layer, in bf16 on a Hopper GPU. ``auto`` uses it where it runs. With fewer
             than 4,096 tokens at once, ``torch`` is used in any case.
@@ -236,6 +239,7 @@ class TrainConfig(Section):
     offload_qkv: int = Field(0, ge=0)
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
+    compile_cache: Literal["auto"] | Place | None = "auto"
     matmul: Literal["auto", "torch", "quack"] = "auto"
     attention_backend: str = AUTO
     deterministic: bool = False

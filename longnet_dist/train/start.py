@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import check_fits
 from longnet_dist.machine import host_memory_bytes
+from longnet_dist.ops.compile_cache import prepare_compile_cache
 from longnet_dist.train.setup import RunSetup
 
 # A network file system may remember for half a minute that a file was not there.
@@ -43,6 +45,7 @@ class Start:
     """
 
     def __init__(self, config: Config, launch: LaunchEnvironment) -> None:
+        prepare_compile_cache(config.train.compile_cache, os.environ)
         self.device: torch.device = launch.device()
         self.plan = RunSetup.make(config, launch.world_size, self.device.type)
         on_device = planned_device(self.device, self.plan)
