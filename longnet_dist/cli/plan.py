@@ -25,7 +25,7 @@ examples:
   longnet plan paper --device h100
   longnet plan paper data.sequence_length=1048576 train.activation_checkpointing=selective
   longnet plan my.yaml --gpus 8 parallel.sequence=4 --json
-  longnet plan my.yaml --gpus 2 --device h200 --optimize
+  longnet plan my.yaml --gpus 2 --device h200 --optimize --host-memory 256
 
 Everything is a prediction by arithmetic: nothing is allocated and no GPU is needed.
 """
@@ -71,6 +71,7 @@ def _estimate(options: argparse.Namespace) -> Estimate:
     from longnet_dist.attention.kernels.planning import planned_device
     from longnet_dist.config.loading import load_config
     from longnet_dist.config.packaged import find_config
+    from longnet_dist.estimate.devices import GIB
     from longnet_dist.estimate.layout import RunLayout
     from longnet_dist.estimate.run_estimate import Estimate
     from longnet_dist.machine import host_memory_bytes
@@ -84,7 +85,10 @@ def _estimate(options: argparse.Namespace) -> Estimate:
     fabric = device.fabric if options.fabric is None else 1e9 * options.fabric
     device = replace(device, gpus_per_host=gpus_per_host, fabric=fabric)
     local_ranks = min(layout.num_ranks, gpus_per_host)
-    return Estimate.of(layout, device, local_ranks, host_memory_bytes() if here else None)
+    limit = host_memory_bytes() if here else None
+    if options.host_memory is not None:
+        limit = int(options.host_memory * GIB)
+    return Estimate.of(layout, device, local_ranks, limit)
 
 
 def _plain(found: Found) -> list[dict[str, Any]]:
@@ -140,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
         "--scaling", action="store_true", help=f"plan 1 to {MOST_RANKS} ranks, with as many tokens each"
     )
     result.add_argument("--gpus-per-host", type=positive, metavar="n", help="GPUs of a machine (default 8)")
+    memory = "of a machine with GPUs (default: this machine's, or no limit for a named device)"
+    result.add_argument("--host-memory", type=_rate, metavar="GiB", help=memory)
     fabric = "from a GPU to other machines, one way (default: of the device's usual machine)"
     result.add_argument("--fabric", type=_rate, metavar="GB/s", help=fabric)
     result.add_argument("--json", action="store_true", help="print a JSON object")

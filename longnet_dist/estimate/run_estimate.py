@@ -111,10 +111,17 @@ class Estimate:
 
     def fits(self, margin: float = 0.0) -> bool:
         """Say whether device and host have enough memory, if the run needs a share ``margin`` less than predicted."""
-        device = self.memory.device_bytes + self.overhead_bytes if self.device.type == "cuda" else 0
+        return self.fits_host(margin) and self.fits_device(margin)
+
+    def fits_device(self, margin: float = 0.0) -> bool:
+        """Say whether the GPU has enough memory, as :meth:`fits`; a CPU has that of its host."""
+        size = self.memory.device_bytes + self.overhead_bytes if self.device.type == "cuda" else 0
+        return (1 - margin) * size <= self.device.memory_bytes
+
+    def fits_host(self, margin: float = 0.0) -> bool:
+        """Say whether the host has enough memory, as :meth:`fits`."""
         limit = self.host_limit if self.device.type == "cuda" else self.device.memory_bytes
-        host = limit is None or (1 - margin) * self.peak_host_bytes <= limit
-        return host and (1 - margin) * device <= self.device.memory_bytes
+        return limit is None or (1 - margin) * self.peak_host_bytes <= limit
 
     def with_settings(self, **settings: Any) -> Estimate | None:
         """Estimate the same run with other settings (``section__key=value``); return None if they are invalid."""

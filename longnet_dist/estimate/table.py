@@ -10,6 +10,7 @@ from longnet_dist.estimate.model_cost import num_parameters
 from longnet_dist.estimate.remedies import Found, remedies
 from longnet_dist.estimate.run_estimate import LONGEST, MARGIN, Estimate
 from longnet_dist.estimate.traffic import exchange_of
+from longnet_dist.numerics import log_once
 
 NAME, NUMBER = 34, 14
 
@@ -22,12 +23,21 @@ def table(estimate: Estimate) -> str:
 def check_fits(estimate: Estimate) -> None:
     """Refuse a run that would not fit even if it needed a share ``MARGIN`` less than predicted.
 
+    Beside a GPU, too little memory of the host is only a warning: that of some machines grows as it is used.
     ``train.ignore_plan`` switches the check off.
 
     Raises:
         ConfigError: the run does not fit; the message has the table and settings that fit.
     """
     if estimate.layout.config.train.ignore_plan or estimate.fits(MARGIN):
+        return
+    if estimate.device.type == "cuda" and estimate.fits_device(MARGIN):
+        assert estimate.host_limit is not None
+        log_once(
+            f"the ranks of this host will need about {_gib(estimate.peak_host_bytes)} GiB of its memory, of which the "
+            f"system reports {_gib(estimate.host_limit)} GiB; if that cannot grow, they will be killed: longnet plan "
+            f"--optimize --host-memory {estimate.host_limit // GIB} lists settings that need less"
+        )
         return
     raise ConfigError(
         f"this run does not fit into the memory of {estimate.device.name}, by a margin of {MARGIN:.0%}; change "

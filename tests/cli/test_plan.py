@@ -45,6 +45,18 @@ def test_the_search_for_the_fastest_settings():
     assert applied["fits"]
 
 
+def test_the_memory_of_the_machine_bounds_the_search():
+    words = ("paper", "model.name=1.3b", "data.sequence_length=1048576", "train.batch_size=1", "--device", "h200")
+    found = []
+    for more in ((), ("--host-memory", "64")):
+        printed = run(*words, "train.micro_batch_size=1", "--optimize", "--json", *more)
+        assert printed.returncode == 0, printed.stderr
+        found.append(json.loads(printed.stdout)["optimized"])
+    assert any(one["peak_host_bytes"] > 64 * 2**30 for one in found[0])
+    assert found[1]
+    assert all(one["peak_host_bytes"] < 64 * 2**30 for one in found[1])
+
+
 def test_a_table_of_more_and_more_ranks():
     words = ("paper", "data.sequence_length=65536", "train.micro_batch_size=1", "--device", "h100", "--scaling")
     printed = run(*words, "--json", "--fabric", "25", "--gpus-per-host", "4")

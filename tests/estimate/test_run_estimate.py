@@ -1,12 +1,17 @@
 import json
+import logging
 
 import pytest
 
+from longnet_dist.config.loading import load_config
+from longnet_dist.config.packaged import find_config
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.devices import GIB, named_device
+from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.remedies import remedies
 from longnet_dist.estimate.run_estimate import MARGIN, Estimate
 from longnet_dist.estimate.table import check_fits, table
+from longnet_dist.numerics import log_once
 from tests.estimate.layouts import small_layout
 
 PAPER = {"dim": 768, "layers": 12, "heads": 12, "segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
@@ -98,6 +103,35 @@ def test_the_margin_is_what_a_prediction_may_be_too_high():
 def test_a_host_that_is_too_small():
     assert estimate(2**12, local_ranks=8).fits()
     assert not estimate(2**12, local_ranks=8, host_limit=16 * GIB).fits()
+
+
+def test_a_host_that_reports_too_little_is_a_warning_since_its_memory_may_grow(caplog):
+    log_once.cache_clear()
+    small = estimate(2**12, local_ranks=8, host_limit=16 * GIB)
+    with caplog.at_level(logging.WARNING):
+        check_fits(small)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert f"{small.peak_host_bytes / GIB:.2f} GiB" in message
+    assert "--host-memory 16 lists settings" in message
+    assert small.fits_device()
+    assert not small.fits_host()
+    with pytest.raises(ConfigError, match="does not fit into the memory of h100"):
+        check_fits(estimate(host_limit=16 * GIB))
+
+
+def test_an_8b_model_trains_a_million_tokens_on_two_gpus_in_chunks_without_host_memory():
+    settings = {"activation_checkpointing": "selective", "chunk_length": 2**17, "checkpoint_async": False}
+    config = load_config(
+        find_config("paper"), ["model.name=8b", "model.vocab_size=151936", f"data.sequence_length={2**20}",
+                               "train.batch_size=1", "train.micro_batch_size=1", "parallel.sequence=2"],
+    )  # fmt: skip
+    layout = RunLayout.of(config, 2, "cuda")
+    whole = Estimate.of(layout, named_device("h200"), 2)
+    chunked = whole.with_settings(**{f"train__{name}": value for name, value in settings.items()})
+    assert not whole.fits()
+    assert chunked.fits()
+    assert chunked.memory.host["activations"] == 0
+    assert chunked.tokens_per_second / 2 > 7000
 
 
 def test_sizes_behind_all_numbers():
