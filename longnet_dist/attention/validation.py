@@ -187,7 +187,7 @@ def _compare_ranks(
         facts = facts if fault else [*_facts(q, k, pattern, causal, merges, total_rows, sink, documents), chunk]
     except ShapeError as error:
         fault = error
-    table = _gather_facts(facts, q.device, group)
+    table = gather_facts(facts, q.device, group)
     if fault is not None:
         raise fault
     for rank, row in enumerate(table):
@@ -238,8 +238,8 @@ def _digest(pattern: DilatedPattern) -> int:
     return int.from_bytes(hashlib.sha256(repr(pattern).encode()).digest()[:8], "big", signed=True)
 
 
-def _gather_facts(facts: list[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
-    """Return the facts of every rank."""
+def gather_facts(facts: list[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
+    """Return the facts of every rank; all ranks of the group must call, with the same number of integers."""
     with _stream_of_its_own(device):
         mine = torch.tensor(facts, dtype=torch.int64, device=device)
         all_facts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

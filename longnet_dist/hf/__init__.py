@@ -16,8 +16,19 @@ from longnet_dist.hf.causal_lm.hf_config import LongNetConfig  # noqa: E402
 from longnet_dist.hf.causal_lm.modeling import LongNetForCausalLM  # noqa: E402
 from longnet_dist.hf.compact_cache import CompactCache  # noqa: E402
 from longnet_dist.hf.dilation import dilate, pattern_of, register  # noqa: E402
+from longnet_dist.hf.parallel.dealing import parallelism_config  # noqa: E402
+from longnet_dist.hf.parallel.group_model import sequence_parallel  # noqa: E402
 
 register()
 register_longnet()
 
-__all__ = ["CompactCache", "LongNetCache", "LongNetConfig", "LongNetForCausalLM", "dilate", "pattern_of"]
+__all__ = [
+    "CompactCache",
+    "LongNetCache",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "dilate",
+    "parallelism_config",
+    "pattern_of",
+    "sequence_parallel",
+]

@@ -86,6 +86,7 @@ def dilated_forward(
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     _check(module, query, key, attention_mask, dropout, causal, others)
+    _check_whole(module.config, query, key, position_ids)
     layer = layer_of(key)
     query, key, value = _of_one_dtype(query, key, value)
     sink = None if s_aux is None else s_aux.float()
@@ -139,12 +140,22 @@ def _check(
             f"bidirectional attention needs as many queries as keys, not {query.shape[2]} and {key.shape[2]}; there is "
             f"no cross-attention"
         )
-    config = module.config
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", key.shape[1])
-    if key.shape[1] != heads:
+
+
+def _check_whole(config: Any, query: Tensor, key: Tensor, position_ids: Tensor | None) -> None:
+    """Raise ConfigError where another library has split heads or positions over ranks."""
+    heads = getattr(config, "num_attention_heads", query.shape[1])
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if (query.shape[1], key.shape[1]) != (heads, kv_heads):
         raise ConfigError(
-            f"head offsets count all {heads} key/value heads of the model, but this call has {key.shape[1]}; do not "
-            f"split heads over ranks (tensor parallelism, Ulysses)"
+            f"head offsets count all {heads} heads and {kv_heads} key/value heads of the model, but this call has "
+            f"{query.shape[1]} and {key.shape[1]}; do not split heads over ranks (tensor parallelism, Ulysses), but "
+            f"sequences: longnet_dist.hf.sequence_parallel(model, group)"
+        )
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] != query.shape[2]:
+        raise ConfigError(
+            f"position_ids must be those of the {query.shape[2]} queries, but are {position_ids.shape[1]}; do not "
+            f"split positions over ranks, but call longnet_dist.hf.sequence_parallel(model, group)"
         )
 
 

@@ -10,9 +10,13 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
+    from transformers import Trainer, TrainingArguments  # here, and not in each forked rank
+
     import longnet_dist.hf as hf
 
 from longnet_dist import DilatedPattern
+
+__all__ = ["SPARSE", "Trainer", "TrainingArguments", "hf", "make", "tokens", "transformers"]
 
 SPARSE = DilatedPattern([8, 32], [1, 4])
 SIZES = {
@@ -46,8 +50,9 @@ MODELS = {
 
 
 def make(name, pattern=SPARSE, dtype=torch.float64, **fields):
-    """A model with the same weights at every call, dilated."""
+    """A model with the same weights at every call, dilated; transformers has no experts in float64."""
     torch.manual_seed(0)
+    dtype = torch.float32 if name == "gpt_oss" else dtype
     model = MODELS[name](**fields).to(dtype)
     with torch.no_grad():  # larger than transformers draws them, so that attention counts
         for parameter in model.parameters():
