@@ -325,7 +325,8 @@ def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig)
     # A checkpoint of an older version lacks the fields that came later, whose defaults change nothing.
     defaults = {name: type(model).model_fields[name].get_default() for name in ours.keys() - saved.keys()}
     saved = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | saved
-    for field in sorted((saved.keys() | ours.keys()) - MODEL_FIELDS_FREE_TO_CHANGE):
+    # The checksum of the weights that a run began with is part of its identity.
+    for field in sorted((saved.keys() | ours.keys()) - MODEL_FIELDS_FREE_TO_CHANGE - {"weights"}):
         if saved.get(field) != ours.get(field):
             raise CheckpointError(
                 f"{folder} is a checkpoint of another model: model.{field} is {saved.get(field)!r} there and "

@@ -16,9 +16,9 @@ import longnet_dist
 from longnet_dist.caches import bounded_cache
 from longnet_dist.data.token_file import TokenFile
 
-MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk"}  # memory only, not mathematics
+MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk", "path"}  # memory and places only, not mathematics
 # Places of files: the content behind them is compared instead.
-_PLACES = {"data.path", "data.cache_dir", "train.output_dir", "train.compile_cache"}
+_PLACES = {"model.path", "data.path", "data.cache_dir", "train.output_dir", "train.compile_cache"}
 _NOT_OF_THE_RUN = {"train.resume", "train.init", "train.ignore_plan"}  # of one start only
 SHOWN_DIGITS = 12
 

@@ -1,21 +1,27 @@
-"""A new run may begin with the weights of a trained model (``train.init``)."""
+"""A new run may begin with the weights of a trained model: of ``train.init``, or of the folder ``model.path``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from longnet_dist.checkpoint.format import STATE_FILE, WEIGHTS, newest_checkpoint, parse_state, sha256_of
-from longnet_dist.checkpoint.identity import digest_of_tokenizer
+from longnet_dist.checkpoint.identity import digest_of, digest_of_tokenizer
+from longnet_dist.checkpoint.run_model import parameter_sizes
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
-from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE
+
+INDEX_FILE = f"{WEIGHTS}.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,13 @@ class InitialWeights:
         folder: of the checkpoint or exported model.
         sha256: of the weights.
         tokenizer: SHA-256 of the tokenizer that the model was trained with; None if unknown.
+        files: the tensor files.
     """
 
     folder: Path
     sha256: str
     tokenizer: str | None
+    files: tuple[Path, ...]
 
     @classmethod
     def find(cls, path: Path, model: LongNetConfig) -> Self:
@@ -47,9 +55,7 @@ class InitialWeights:
         folder = path if is_exported else newest_checkpoint(path)
         file = folder / f"{WEIGHTS}.safetensors"
         try:
-            sha256 = sha256_of(file)
-            with safe_open(file, "pt") as tensors:
-                found = {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            sha256, found = sha256_of(file), _shapes_in((file,))
             tokenizer = _exported_tokenizer(folder) if is_exported else None
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"train.init={path}: cannot read the weights in {file}: {error}") from None
@@ -58,8 +64,100 @@ class InitialWeights:
             if state.sha256.get(file.name) != sha256:
                 raise CheckpointError(f"train.init={path}: {file} is damaged: its checksum is not that of {STATE_FILE}")
             tokenizer = state.identity.tokenizer if state.identity else None
-        _check_shapes(path, found, model)
-        return cls(folder, sha256, tokenizer)
+        _check_shapes(f"train.init={path}", found, model, "the model section of that run")
+        return cls(folder, sha256, tokenizer, (file,))
+
+    @classmethod
+    def of_model(cls, model: LongNetConfig, begins: bool) -> InitialWeights | None:
+        """Return the weights in the folder ``model.path``; None for a LongNet, or where there are none.
+
+        Args:
+            model: of a run.
+            begins: whether the run has no checkpoint; then the weights are compared with the model. A run that has one
+                needs the folder no more, and the checksum that it stored counts.
+
+        Raises:
+            CheckpointError: they cannot be read, are pickled, do not fit, or are not those that the run stored.
+        """
+        if not isinstance(model, HuggingFaceConfig):
+            return None
+        folder, what = Path(model.path or "").expanduser(), f"model.path={model.path}"
+        if model.path is None or (model.weights is not None and not begins and not folder.exists()):
+            return None if model.weights is None else cls(folder, model.weights, None, ())
+        files, sha256, found = _folder_of_transformers(folder, what)
+        if model.weights not in (None, sha256):
+            raise CheckpointError(
+                f"the configuration names weights with SHA-256 {model.weights} (model.weights), but {what} has "
+                f"{sha256 or 'none'}; give the folder with those weights, or leave model.weights out for a new run"
+            )
+        if sha256 is None:
+            return None
+        if model.tie_embeddings:
+            found.pop("lm_head.weight", None)
+        if begins:
+            _check_shapes(what, found, model, f"the {CONFIG_FILE} that these weights were saved with")
+        return cls(folder, sha256, _tokenizer_of_transformers(folder), files)
+
+    def load(self, model: nn.Module) -> None:
+        """Put the weights into a model, one tensor after the other; they are rounded to its dtype.
+
+        Args:
+            model: not sharded, with the parameters that were compared.
+
+        Raises:
+            CheckpointError: a file changed since.
+        """
+        parameters = dict(model.named_parameters())
+        try:
+            with torch.no_grad():
+                for file in self.files:
+                    with safe_open(file, "pt") as tensors:
+                        for name in parameters.keys() & set(tensors.keys()):
+                            parameters.pop(name).copy_(tensors.get_tensor(name))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"cannot read the weights in {self.folder}: {error}") from None
+        if parameters:
+            raise CheckpointError(f"{self.folder} lacks weights that it had: {', '.join(sorted(parameters))}")
+
+
+def _folder_of_transformers(folder: Path, what: str) -> tuple[tuple[Path, ...], str | None, dict[str, Any]]:
+    """Return the tensor files of a folder, their checksum (None without files), and the shape of each tensor.
+
+    Raises:
+        CheckpointError: they cannot be read, or there are pickles in their place.
+    """
+    try:
+        files = _tensor_files(folder) if folder.is_dir() else ()
+        digests, found = {file.name: sha256_of(file) for file in files}, _shapes_in(files)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{what}: cannot read the weights in {folder}: {error}") from None
+    pickles = [] if files else [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
+    if pickles:
+        raise CheckpointError(
+            f"{what} has its weights in {', '.join(sorted(pickles))}, which is not read, since a pickle may run code; "
+            f"save them as safetensors, or give {folder / CONFIG_FILE} for weights drawn from train.seed"
+        )
+    return files, digest_of(digests) if files else None, found
+
+
+def _tensor_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of tensors in a folder of transformers: those of its index, or the one file."""
+    index, whole = folder / INDEX_FILE, folder / f"{WEIGHTS}.safetensors"
+    if whole.is_file():
+        return (whole,)
+    if not index.is_file():
+        return tuple(sorted(folder.glob("*.safetensors")))
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return tuple(folder / Path(name).name for name in sorted(set(names)))
+
+
+def _shapes_in(files: Iterable[Path]) -> dict[str, Any]:
+    """Return the shape of each tensor in some files."""
+    found: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return found
 
 
 def _exported_tokenizer(folder: Path) -> str | None:
@@ -67,13 +165,20 @@ def _exported_tokenizer(folder: Path) -> str | None:
     return digest_of_tokenizer(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def _check_shapes(path: Path, found: dict[str, Any], model: LongNetConfig) -> None:
-    with torch.device("meta"):
-        needed = {name: list(parameter.shape) for name, parameter in LongNet(model).named_parameters()}
+def _tokenizer_of_transformers(folder: Path) -> str | None:
+    """Return the checksum of a folder's tokenizer, as that of a token file that was made with it; None if unknown."""
+    try:
+        content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return digest_of_tokenizer({"kind": "huggingface", "content": content})
+
+
+def _check_shapes(what: str, found: dict[str, Any], model: LongNetConfig, remedy: str) -> None:
+    needed = parameter_sizes(model)
     for name in sorted(found.keys() | needed.keys()):
         if found.get(name) != needed.get(name):
             there, here = (part.get(name, "missing") for part in (found, needed))
             raise CheckpointError(
-                f"train.init={path} does not fit the model: the shape of {name} is {there} there and {here} here; "
-                "use the model section of that run"
+                f"{what} does not fit the model: the shape of {name} is {there} there and {here} here; use {remedy}"
             )

@@ -19,6 +19,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
             special[id(module.weight)] = "embedding"
         elif isinstance(module, LanguageModelHead):
             special.setdefault(id(module.weight), "head")
+    if (head := getattr(model, "output_layer", None)) is not None:  # of a decoder of transformers
+        special.setdefault(id(head.weight), "head")
     return {
         name: special.get(id(parameter), "matrix" if _dims(parameter) == 2 else "vector")
         for name, parameter in model.named_parameters()

@@ -14,6 +14,7 @@ examples:
   longnet export runs/quickstart exported
   longnet export runs/paper/checkpoints/step_00250000 exported --precision bf16
   longnet export runs/quickstart exported --to hf
+  longnet export runs/llama --to hf --output dilated-llama
 
 OUTPUT_DIR gets model.safetensors, config.json and tokenizer.json. To use it:
 
@@ -24,6 +25,8 @@ With --to hf, transformers loads it too:
 
   import longnet_dist.hf
   model = AutoModelForCausalLM.from_pretrained("exported")
+
+A run with model.path has --to hf alone: the folder is that of its model, with the trained weights and the pattern.
 """
 
 
@@ -38,10 +41,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
 
+    from longnet_dist.errors import ConfigError
     from longnet_dist.inference.runs import export_run
 
-    note = export_run(options.run, options.output, options.precision, options.to == "hf")
-    print(f"exported to {options.output}" + (f"\n{note}" if note else ""))
+    if (options.place is None) == (options.output is None):
+        raise ConfigError("give one output folder: longnet export RUN_DIR OUTPUT_DIR, or --output OUTPUT_DIR")
+    output = options.output or options.place
+    note = export_run(options.run, output, options.precision, options.to == "hf")
+    print(f"exported to {output}" + (f"\n{note}" if note else ""))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
     what = "Write a trained model into a folder of its own: weights, configuration and tokenizer."
     result = CommandParser("export", what, EXAMPLES)
     result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
-    result.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="new, or empty")
-    result.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default %(default)s)"
-    )
+    result.add_argument("place", nargs="?", type=Path, metavar="OUTPUT_DIR", help="new, or empty")
+    result.add_argument("--output", type=Path, metavar="OUTPUT_DIR", help="the same")
+    what = "of the weights (default fp32; of a model of model.path, that of its config.json)"
+    result.add_argument("--precision", choices=("fp32", "bf16"), help=what)
     result.add_argument(
         "--to", choices=("longnet", "hf"), default="longnet", help="hf: for transformers too (default %(default)s)"
     )

@@ -76,7 +76,9 @@ def _estimate(options: argparse.Namespace) -> Estimate:
     from longnet_dist.estimate.run_estimate import Estimate
     from longnet_dist.machine import host_memory_bytes
 
-    config = load_config(find_config(options.config), options.settings)
+    alone = options.config.startswith("model.path=")
+    words = [options.config, *options.settings] if alone else options.settings
+    config = load_config(None if alone else find_config(options.config), words)
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
     if here and device.type == "cuda":
@@ -134,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
     what = "Parameters, FLOPs, memory, step time and the longest sequence of a training run."
     result = CommandParser("plan", what, EXAMPLES.format(names=", ".join(run_names())))
-    result.add_argument("config", metavar="CONFIG", help="a configuration")
+    result.add_argument("config", metavar="CONFIG", help="a configuration; may be left out before model.path=FOLDER")
     result.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace its own")
     result.add_argument("--gpus", type=positive, metavar="n", help="ranks (default parallel.data × parallel.sequence)")
     names = ", ".join(device.name for device in GPUS)

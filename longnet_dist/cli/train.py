@@ -25,6 +25,7 @@ examples:
   longnet train paper data.path=corpus.tokens                  a process for each GPU of this machine
   longnet train paper parallel.sequence=4 train.steps=1000     every sequence split over four GPUs
   longnet train my.yaml --processes 2                          two processes, on CPUs too
+  longnet train model.path=llama/ model.segment_lengths=[2048,8192] ...   a Hugging Face model
   torchrun --nnodes=2 --nproc_per_node=8 ... -m longnet_dist train paper
   srun --ntasks-per-node=8 longnet train paper
   mpirun -n 16 longnet train paper
@@ -60,19 +61,21 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
     words = options.words + ["train.resume=auto"] * options.resume
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         config = words.pop(0)
+    elif any(word.startswith("model.path=") for word in words):
+        config = None
     elif as_rank:
         config = "quickstart"
     else:
         raise ConfigError(
             "a configuration must come first: longnet train CONFIG [key=value ...], where CONFIG is a YAML file or "
-            f"one of {', '.join(run_names())}"
+            f"one of {', '.join(run_names())}; with model.path=FOLDER it may be left out"
         )
     processes = Processes(["train", *arguments], options.processes, starts=not as_rank)
     train(config, words, processes, verify=options.verify)
 
 
 def train(
-    config_word: str,
+    config_word: str | None,
     overrides: Sequence[str],
     processes: Processes,
     conclude: Callable[[Config], None] = lambda config: None,
@@ -81,7 +84,7 @@ def train(
     """Train on the ranks of a launcher, or on those that are started here.
 
     Args:
-        config_word: a YAML file or the name of a packaged configuration.
+        config_word: a YAML file or the name of a packaged configuration; None: the words say all.
         overrides: ``key=value`` words.
         processes: how ranks are started.
         conclude: is called on rank 0 when training is done.
@@ -98,7 +101,8 @@ def train(
     from longnet_dist.extras import require_extra
 
     require_extra("train", "training")
-    config = load_config(find_config(config_word), overrides)  # a mistake in it needs no torch to be told
+    file = None if config_word is None else find_config(config_word)
+    config = load_config(file, overrides)  # a mistake in it needs no torch to be told
 
     from longnet_dist.cli.program.ranks import run_on_ranks
 

@@ -47,6 +47,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
     meanings = _attributes(section)
     if prefix == "model.":
         yield Key("model.name", "null", f"a named size, whose fields the others replace: {', '.join(MODEL_NAMES)}")
+        yield Key("model.path", "null", "a Hugging Face model (folder or config.json) to train in place of LongNet")
     for name, field in section.model_fields.items():
         if nested := section_of(field):
             yield from keys(nested, f"{prefix}{name}.")

@@ -16,22 +16,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from longnet_dist.config.model import LongNetConfig
 from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
 
 
-def load_config(path: Path | Traversable, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | Traversable | None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, replace single values and check the result.
 
     Args:
-        path: a YAML file, as from :func:`~longnet_dist.config.packaged.find_config`.
+        path: a YAML file, as from :func:`~longnet_dist.config.packaged.find_config`; None: the words say all.
         overrides: ``section.key=value`` words, which replace values of the file. The value of a key that is text or a
             path is the text as it is; ``null`` leaves out one that may be. Other values are YAML.
 
     Raises:
         ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value is invalid.
     """
-    values = read_yaml(path)
+    values = {} if path is None else read_yaml(path)
     given: set[str] = set()
     for word in overrides:
         key = set_override(values, word)
@@ -155,7 +156,7 @@ def _is_text(key: str) -> bool:
     """Say whether the value of a key is a text or a path."""
     field = _field(key)
     if field is None:
-        return key == "model.name"
+        return key in ("model.name", "model.path")
     kinds = set(_leaves(field.annotation)) - {type(None)}
     return bool(kinds) and kinds <= {str, Path}
 
@@ -209,6 +210,8 @@ def _known_part(location: tuple[int | str, ...]) -> str:
 
 def known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all keys below a section, after ``prefix``."""
+    if section is LongNetConfig:
+        yield f"{prefix}path"  # which takes the place of the others
     for name, field in section.model_fields.items():
         if nested := section_of(field):
             yield from known_keys(nested, f"{prefix}{name}.")

@@ -226,6 +226,39 @@ class LongNetConfig(BaseModel):
         return self.dim // self.heads
 
     @property
+    def query_dim(self) -> int:
+        """Return the width of a token's queries over all heads, ``H · D``."""
+        return self.heads * self.head_dim
+
+    @property
+    def inner_dim(self) -> int:
+        """Return the inner dim of the feed-forward network."""
+        return self.ffn_dim or 4 * self.dim
+
+    @property
+    def first_dim(self) -> int:
+        """Return the outputs of the feed-forward network's first linear layer, which may be gates too."""
+        return self.inner_dim * (2 if self.ffn == "gated" else 1)
+
+    @property
+    def block_matrices(self) -> tuple[tuple[int, int], ...]:
+        """Return the shapes of a block's matrices: queries, keys, values, output; the two of the feed-forward."""
+        dim, kv, inner = self.dim, (self.kv_heads or self.heads) * self.head_dim, self.inner_dim
+        return (dim, dim), (kv, dim), (kv, dim), (dim, dim), (self.first_dim, dim), (dim, inner)
+
+    @property
+    def block_vectors(self) -> int:
+        """Return the numbers in a block's biases and norms."""
+        # Three norms of the model's width and one of the inner width, each with weight and bias.
+        norms = 3 * 2 * self.dim + 2 * self.inner_dim + (2 * self.head_dim if self.qk_norm else 0)
+        return sum(rows for rows, _ in self.block_matrices) + norms
+
+    @property
+    def outer_vectors(self) -> int:
+        """Return the numbers in the norm behind the last block."""
+        return 2 * self.dim
+
+    @property
     def logits_rows(self) -> int:
         """Return the number of tokens whose logits the loss computes at once.
 

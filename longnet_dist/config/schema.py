@@ -8,15 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     field_validator,
     model_validator,
 )
 
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.optim.optimizers import OPTIMIZERS
@@ -36,6 +39,15 @@ def _expanded(path: Path) -> Path:
 
 
 Place = Annotated[Path, AfterValidator(_expanded)]
+
+
+def _model_of_kind(fields: Any) -> Any:
+    """Return a model of transformers for fields with ``path`` or ``config``; others as they are."""
+    named = isinstance(fields, dict) and any(fields.get(name) is not None for name in ("path", "config"))
+    return HuggingFaceConfig(**fields) if named else fields
+
+
+Model = Annotated[SerializeAsAny[LongNetConfig], BeforeValidator(_model_of_kind)]
 
 DEEPSPEED_KEYS_OF_OURS = {
     "train_batch_size": "train.batch_size",
@@ -433,11 +445,31 @@ class DeepSpeedConfig(Section):
 class Config(Section):
     """A Config describes a whole training run, in five sections."""
 
-    model: LongNetConfig
+    model: Model
     data: DataConfig = DataConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _check_settings_of_blocks(self) -> Self:
+        """Refuse settings that a model of transformers cannot follow, since its blocks are not ours."""
+        train, fields = self.train, TrainConfig.model_fields
+        if not isinstance(self.model, HuggingFaceConfig):
+            return self
+        for key in ("offload_activations", "cache_qkv", "resident_blocks", "offload_qkv", "matmul"):
+            if getattr(train, key) != fields[key].default:
+                raise ConfigError(
+                    f"train.{key}={getattr(train, key)} is for LongNet's own blocks, but the run trains the model of "
+                    f"model.path={self.model.path}; leave it out (train.activation_checkpointing=full saves memory)"
+                )
+        if train.activation_checkpointing == "selective" or train.compile is True:
+            key = "compile=true" if train.compile is True else "activation_checkpointing=selective"
+            raise ConfigError(
+                f"train.{key} is for LongNet's own blocks, but the run trains the model of model.path="
+                f"{self.model.path}; use train.compile=auto and train.activation_checkpointing=full or none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,6 +8,7 @@ stream.
 
 from __future__ import annotations
 
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.model_cost import block_parameters, first_dim, inner_dim, key_dim
 
@@ -19,6 +20,8 @@ _AFTER_ATTENTION = ("norm_out", "y", "norm2", "fc1", "gelu", "norm3")
 def saved_by_block(layout: RunLayout) -> int:
     """Return the bytes that a block saves from forward to backward, on the device or offloaded, for a micro-batch."""
     mode, tensors = layout.config.train.activation_checkpointing, _tensors(layout)
+    if isinstance(layout.config.model, HuggingFaceConfig) and mode == "none":
+        return layout.local_tokens * sum(tensors.values())
     saved = {"none": list(tensors), "selective": ["x", "out", "lse"], "full": ["x"]}[mode]
     return layout.local_tokens * sum(tensors[name] for name in saved)
 
@@ -30,6 +33,8 @@ def saved_qkv(layout: RunLayout) -> int:
 
 def backward_peak_of_block(layout: RunLayout) -> int:
     """Return the peak of the bytes in the backward of the last block, beyond what all blocks have saved."""
+    if isinstance(layout.config.model, HuggingFaceConfig):
+        return _peak_of_transformers(layout)
     if layout.config.train.activation_checkpointing == "none":
         return _peak_with_autograd(layout)
     return _peak_with_checkpointing(layout)
@@ -77,6 +82,19 @@ def _peak_with_checkpointing(layout: RunLayout) -> int:
     )
 
 
+def _peak_of_transformers(layout: RunLayout) -> int:
+    """Return the peak in a block of transformers: what is recomputed, and gradients in feed-forward or attention."""
+    train, model, tokens, itemsize = layout.config.train, layout.config.model, layout.local_tokens, layout.itemsize
+    recomputed = 0 if train.activation_checkpointing == "none" else tokens * sum(_tensors(layout).values())
+    tile = min(train.feed_forward_tile or tokens, tokens)
+    # The gradients of the product, of its two factors and of the activation; a tile is recomputed before.
+    inner = tile * (4 if tile == tokens else 8) * inner_dim(model) * itemsize
+    rows = tokens * 3 * model.dim * itemsize
+    return (
+        recomputed + rows + max(inner, tokens * attention_backward_bytes(layout)) + block_parameters(model) * itemsize
+    )
+
+
 def attention_backward_bytes(layout: RunLayout) -> int:
     """Return the bytes for each token in the backward of attention: gradients of q, k, v, and wider sums of them.
 
@@ -88,9 +106,9 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     model, itemsize = layout.config.model, layout.itemsize
     gradients = _gradients(layout)
     if layout.device_type == "cuda":
-        return gradients + WIDE * (model.dim if _copies_dq(layout) else 2 * model.heads)
-    numbers = model.dim + 2 * key_dim(model)
-    block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_tokens * model.dim))
+        return gradients + WIDE * (model.query_dim if _copies_dq(layout) else 2 * model.heads)
+    numbers = model.query_dim + 2 * key_dim(model)
+    block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_tokens * model.query_dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
     return gradients + wide + int(block * numbers * itemsize) + WIDE * model.heads
 
@@ -105,12 +123,14 @@ def _gradients(layout: RunLayout) -> int:
     """Return the bytes for each token of the gradients of q, k and v that the backward of attention returns."""
     model, itemsize = layout.config.model, layout.itemsize
     wide = layout.device_type == "cuda" and not _copies_dq(layout)
-    return model.dim * (WIDE if wide else itemsize) + 2 * key_dim(model) * itemsize
+    return model.query_dim * (WIDE if wide else itemsize) + 2 * key_dim(model) * itemsize
 
 
 def _copies_dq(layout: RunLayout) -> bool:
     """Say whether dQ is rounded from its float32 sum into a tensor of the run's precision, on a GPU."""
-    return layout.itemsize < WIDE and layout.config.train.activation_checkpointing == "none"
+    train = layout.config.train
+    autograd = train.activation_checkpointing == "none" or isinstance(layout.config.model, HuggingFaceConfig)
+    return layout.itemsize < WIDE and autograd
 
 
 def _tensors(layout: RunLayout) -> dict[str, int]:
@@ -120,6 +140,8 @@ def _tensors(layout: RunLayout) -> dict[str, int]:
     the GELU or the gated product: it is recomputed from ``fc1`` wherever it is read.
     """
     model, itemsize = layout.config.model, layout.itemsize
+    if isinstance(model, HuggingFaceConfig):
+        return _tensors_of_transformers(layout, model)
     width, keys, inner = model.dim * itemsize, key_dim(model) * itemsize, inner_dim(model) * itemsize
     first = first_dim(model) * itemsize
     statistics = 2 * WIDE
@@ -138,6 +160,31 @@ def _tensors(layout: RunLayout) -> dict[str, int]:
         "fc1": first,
         "gelu": 0 if layout.compiled else first,  # gated: the SiLU and the product
         "norm3": inner + statistics,
+    }
+
+
+def _tensors_of_transformers(layout: RunLayout, model: HuggingFaceConfig) -> dict[str, int]:
+    """Return the bytes for each token of what a block of transformers saves.
+
+    An RMSNorm saves its input in float32, the normed rows, and what the linear layers behind it read. Rotations save
+    nothing of the rows. A feed-forward network in tiles saves its input alone.
+    """
+    itemsize, train = layout.itemsize, layout.config.train
+    queries, keys = model.query_dim * itemsize, key_dim(model) * itemsize
+    norm = model.dim * (WIDE + 2 * itemsize) + WIDE
+    tiled = train.feed_forward_tile is not None and train.feed_forward_tile < layout.local_tokens
+    heads = (model.query_dim + key_dim(model)) * (WIDE + itemsize) if model.transformers.model_type == "qwen3" else 0
+    return {
+        "x": 0 if train.activation_checkpointing == "none" else model.dim * itemsize,
+        "norm1": norm,
+        "qk_norm": heads,
+        "q": queries,
+        "k": keys,
+        "v": keys,
+        "out": queries,
+        "lse": model.heads * WIDE,
+        "norm2": norm,
+        "feed_forward": 0 if tiled else 4 * inner_dim(model) * itemsize,
     }
 
 

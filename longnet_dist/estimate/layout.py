@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longnet_dist.comm.mesh import MeshShape
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.window import Shards
@@ -73,7 +74,7 @@ class RunLayout:
     @property
     def compiled(self) -> bool:
         """Say whether ``torch.compile`` compiles the row-wise parts of the blocks."""
-        return self.config.train.compiles(self.device_type)
+        return self.config.train.compiles(self.device_type) and not isinstance(self.config.model, HuggingFaceConfig)
 
     @property
     def merges_overlaps(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.estimate.activations import (
     WIDE,
     attention_backward_bytes,
@@ -130,7 +131,8 @@ def _logits(layout: RunLayout) -> int:
     model, tokens, itemsize = layout.config.model, layout.local_tokens, layout.itemsize
     chunk = min(model.logits_rows, tokens) * model.vocab_size * (2 * WIDE + itemsize)
     weight_sums = model.vocab_size * model.dim * (WIDE + itemsize)
-    return chunk + weight_sums + 3 * tokens * model.dim * itemsize
+    norm = WIDE + itemsize if isinstance(model, HuggingFaceConfig) else 0  # it keeps its input in float32, and normed
+    return chunk + weight_sums + tokens * model.dim * (3 * itemsize + norm)
 
 
 def _host(layout: RunLayout) -> dict[str, int]:

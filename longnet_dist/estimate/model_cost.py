@@ -14,6 +14,7 @@ backward counts twice as much.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
@@ -23,25 +24,23 @@ from longnet_dist.optim.optimizers import OPTIMIZERS, Role, Shape
 
 
 def num_parameters(model: LongNetConfig) -> int:
-    """Count the parameters of a :class:`~longnet_dist.LongNet`; tied weights count once."""
+    """Count the parameters of a model; tied weights count once."""
     embedding = (model.vocab_size + (model.mask_id is not None)) * model.dim
     head = 0 if model.tie_embeddings else model.vocab_size * model.dim
-    return embedding + model.layers * block_parameters(model) + 2 * model.dim + head
+    return embedding + model.layers * block_parameters(model) + model.outer_vectors + head
 
 
 def parameter_shapes(model: LongNetConfig) -> Iterator[tuple[Role, Shape, int]]:
-    """Yield the role and shape of the parameters of a :class:`~longnet_dist.LongNet`, and how many are alike.
+    """Yield the role and shape of the parameters of a model, and how many are alike.
 
     Norms and biases are counted as vectors of one number each.
     """
     yield "embedding", (model.vocab_size + (model.mask_id is not None), model.dim), 1
     if not model.tie_embeddings:
         yield "head", (model.vocab_size, model.dim), 1
-    yield "matrix", (model.dim, model.dim), 2 * model.layers
-    yield "matrix", (key_dim(model), model.dim), 2 * model.layers
-    yield "matrix", (first_dim(model), model.dim), model.layers
-    yield "matrix", (model.dim, inner_dim(model)), model.layers
-    yield "vector", (1,), 2 * model.dim + model.layers * (block_parameters(model) - block_matrix_weights(model))
+    for shape, number in Counter(model.block_matrices).items():
+        yield "matrix", shape, number * model.layers
+    yield "vector", (1,), model.outer_vectors + model.layers * model.block_vectors
 
 
 def optimizer_numbers(model: LongNetConfig, optimizer: str) -> int:
@@ -55,16 +54,12 @@ def optimizer_numbers(model: LongNetConfig, optimizer: str) -> int:
 
 def block_parameters(model: LongNetConfig) -> int:
     """Count the parameters of a block: matrices, biases and norms."""
-    dim, kv_dim, inner = model.dim, key_dim(model), inner_dim(model)
-    biases = 2 * dim + 2 * kv_dim + first_dim(model) + dim
-    # Three norms of the model's width and one of the inner width, each with weight and bias.
-    norms = 3 * 2 * dim + 2 * inner + (2 * model.head_dim if model.qk_norm else 0)
-    return block_matrix_weights(model) + biases + norms
+    return block_matrix_weights(model) + model.block_vectors
 
 
 def block_matrix_weights(model: LongNetConfig) -> int:
     """Count the weights of a block's linear layers, without biases."""
-    return model.dim * (2 * model.dim + 2 * key_dim(model) + first_dim(model) + inner_dim(model))
+    return sum(prod(shape) for shape in model.block_matrices)
 
 
 def matrix_weights(model: LongNetConfig) -> int:
@@ -99,9 +94,9 @@ def key_dim(model: LongNetConfig) -> int:
 
 def inner_dim(model: LongNetConfig) -> int:
     """Return the inner dim of the feed-forward network."""
-    return model.ffn_dim or 4 * model.dim
+    return model.inner_dim
 
 
 def first_dim(model: LongNetConfig) -> int:
     """Return the outputs of the feed-forward network's first linear layer, which may be gates too."""
-    return inner_dim(model) * (2 if model.ffn == "gated" else 1)
+    return model.first_dim

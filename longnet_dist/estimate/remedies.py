@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.estimate.run_estimate import SPARE, Estimate
 from longnet_dist.optim.optimizers import OPTIMIZERS
 
@@ -145,8 +146,9 @@ def _activations(estimate: Estimate) -> Iterator[Settings]:
         "train__offload_qkv": 0,
     }
     yield plain | {"train__activation_checkpointing": "none", "train__feed_forward_tile": None}
-    offloads = (False, True) if estimate.device.type == "cuda" else (False,)
-    for mode, tile, offload in product(("selective", "full"), (None, TILE), offloads):
+    ours = not isinstance(estimate.layout.config.model, HuggingFaceConfig)
+    offloads = (False, True) if ours and estimate.device.type == "cuda" else (False,)
+    for mode, tile, offload in product(("selective", "full") if ours else ("full",), (None, TILE), offloads):
         yield plain | {
             "train__activation_checkpointing": mode,
             "train__feed_forward_tile": tile,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.estimate.activations import WIDE
 from longnet_dist.estimate.devices import Device
 from longnet_dist.estimate.layout import RunLayout
@@ -94,12 +95,16 @@ def _recomputed_blocks(layout: RunLayout) -> tuple[float, float]:
 def _matmul_flops(layout: RunLayout) -> float:
     """Return the FLOPs of all matmuls of a step, with those that are recomputed.
 
-    The last matmul of a block, ``fc2``, is not recomputed: no gradient needs its result.
+    The last matmul of a block, ``fc2``, is not recomputed: no gradient needs its result. A block of transformers is
+    recomputed whole, and its tiles once more.
     """
     model = layout.config.model
     with_qkv, with_rest = _recomputed_blocks(layout)
-    qkv = model.dim * (model.dim + 2 * key_dim(model))
-    recomputed = with_qkv * qkv + with_rest * model.dim * (model.dim + first_dim(model))
+    qkv = model.dim * (model.query_dim + 2 * key_dim(model))
+    recomputed = with_qkv * qkv + with_rest * model.dim * (model.query_dim + first_dim(model))
+    if isinstance(model, HuggingFaceConfig):
+        tiled = layout.config.train.feed_forward_tile is not None
+        recomputed = with_rest * block_matrix_weights(model) + tiled * model.layers * 3 * model.dim * inner_dim(model)
     blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _extra_forwards(layout)) + 2 * recomputed
     head = model.vocab_size * model.dim * 6  # the loss computes its gradients in forward, so nothing is recomputed
     return _tokens(layout) * (blocks + head)

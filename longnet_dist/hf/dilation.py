@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from longnet_dist.config.hf_model import check_full_attention
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.hf.interface import dilated_forward, dilated_mask
@@ -15,7 +16,6 @@ from longnet_dist.private_interfaces import attention_of, set_attention
 
 Dilated = TypeVar("Dilated")
 _PATCHED = "writes_dilated_attention"
-_SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_softcap")
 
 
 def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
@@ -44,7 +44,7 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
     if not isinstance(pattern, DilatedPattern):
         raise ConfigError(f"the pattern must be a DilatedPattern, not {type(pattern).__name__}")
     text = config.get_text_config()
-    _check(text)
+    check_full_attention(text)
     setattr(text, FIELD, _fields(pattern))
     if isinstance(model, PreTrainedModel) or hasattr(model, "set_attn_implementation"):
         key = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
@@ -88,22 +88,6 @@ def _fields(pattern: DilatedPattern) -> dict[str, Any]:
     if shift := getattr(pattern, "shift", None):
         fields["shift"] = list(shift)
     return fields
-
-
-def _check(config: PreTrainedConfig) -> None:
-    types = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if types - {"full_attention"} or (window is not None and not types):
-        found = ", ".join(sorted(types - {"full_attention"})) or f"sliding_window={window}"
-        raise ConfigError(
-            f"dilated attention takes the place of full attention, but the model has windows or other layers "
-            f"({found}); use a configuration in which every layer has full attention"
-        )
-    for name in _SOFT_CAPS:
-        if getattr(config, name, None) is not None:
-            raise ConfigError(f"dilated attention has no soft cap, but {name}={getattr(config, name)}")
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ConfigError("dilated attention has no cross-attention, but the model is an encoder-decoder")
 
 
 __all__ = ["dilate", "pattern_of", "register"]

@@ -44,7 +44,7 @@ class Decoder:
     ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
-        self.device = model.embedding.weight.device
+        self.device = next(model.parameters()).device
         self._refused = None if allowed is None else ~allowed.to(self.device)
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
         # Between two steps texts change in place, in tensors of the cache and in the ids, so a step can be replayed.

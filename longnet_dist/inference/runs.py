@@ -19,9 +19,11 @@ from longnet_dist.checkpoint.format import CheckpointState, load_weights, newest
 from longnet_dist.checkpoint.identity import code_versions, digest_of
 from longnet_dist.checkpoint.lock import Lock, held_by_first
 from longnet_dist.checkpoint.run_folder import RunFolder
+from longnet_dist.checkpoint.run_model import new_model
 from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
@@ -228,17 +230,18 @@ def continue_text(
     return ["".join(text) for text in pieces]
 
 
-def export_run(path: Path, output: Path, precision: Precision, for_transformers: bool = False) -> str:
+def export_run(path: Path, output: Path, precision: Precision | None = None, for_transformers: bool = False) -> str:
     """Write the trained model into a folder of its own, for :func:`longnet_dist.model.pretrained.from_pretrained`.
 
     Args:
         path: folder of a run, or one of its checkpoints.
         output: new, or empty.
-        precision: of the weights.
-        for_transformers: whether ``AutoModelForCausalLM`` loads the folder too, after ``import longnet_dist.hf``.
+        precision: of the weights; None: fp32, or for a model of ``model.path`` the dtype of its config.json.
+        for_transformers: whether ``AutoModelForCausalLM`` loads the folder too, after ``import longnet_dist.hf``; a
+            model of ``model.path`` has no other export.
 
     Returns:
-        What was done with the tokenizer, in a sentence; empty unless it is for transformers.
+        What was done with the tokenizer, in a sentence; empty unless a LongNet is exported for transformers.
 
     Raises:
         LongNetError: no such run, or the output cannot be written; for transformers, a model that is not causal.
@@ -248,9 +251,18 @@ def export_run(path: Path, output: Path, precision: Precision, for_transformers:
         require_extra("hf", "an export for transformers")
     run = _Run.open(path)
     tokenizer = run.folder.tokenizer()
-    model = LongNet(run.config.model)
+    of_transformers = isinstance(run.config.model, HuggingFaceConfig)
+    if of_transformers and not for_transformers:
+        raise ConfigError(f"{path} trained a model of transformers, which is exported for it alone; use --to hf")
+    model = new_model(run.config.model)
     load_weights(run.checkpoint, model)
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = None if precision is None else torch.bfloat16 if precision == "bf16" else torch.float32
+    if of_transformers:
+        from longnet_dist.hf.decoder.exported import export_decoder
+
+        export_decoder(model, output, tokenizer.to_json(), dtype)
+        return ""
+    model.to(dtype or torch.float32)
     if not for_transformers:
         save_pretrained(model, output, tokenizer.to_json())
         return ""
@@ -298,7 +310,7 @@ class _Run:
     def model(self, group: dist.ProcessGroup | None, device: torch.device, execution: Execution = _PLAIN) -> LongNet:
         """Return the trained model, in evaluation mode and the precision of its training."""
         overlap = self.config.parallel.overlap
-        model = LongNet(self.config.model, group=group, overlap=overlap, execution=execution)
+        model: LongNet = new_model(self.config.model, group=group, overlap=overlap, execution=execution)
         load_weights(self.checkpoint, model)
         bf16 = self.config.precision(device.type) == "bf16"
         return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()

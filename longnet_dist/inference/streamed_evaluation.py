@@ -74,7 +74,7 @@ def evaluate_stream(
 
     def read(shards: Shards) -> tuple[Tensor, Tensor, int]:
         if planned.documents is not None:
-            plan_chunk([block.self_attn for block in model.blocks], planned, shards, dtype, device)
+            plan_chunk(model.attentions, planned, shards, dtype, device)
         tokens, labels = windows.local([0], shards.window(stream.rank))
         num_bytes = windows.num_bytes(labels)
         if device.type == "cuda":

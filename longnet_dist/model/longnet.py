@@ -116,6 +116,16 @@ class LongNet(nn.Module):
         if execution is not None:
             execution.attach(self)
 
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """Return the attention of each layer."""
+        return [cast(Block, block).self_attn for block in self.blocks]
+
+    @property
+    def block_types(self) -> list[type[nn.Module]]:
+        """Return the classes of the blocks."""
+        return [Block]
+
     def stream(self, total_rows: int, cu_seqlens: Any = None) -> Stream:
         """Return a stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
         ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)

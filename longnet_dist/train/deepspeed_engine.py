@@ -29,7 +29,6 @@ from longnet_dist.config.deepspeed import deepspeed_config
 from longnet_dist.config.schema import Config, Precision, TrainConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.extras import DESTRUCTIVE_DEEPSPEED, install_command
-from longnet_dist.model.block import Block
 from longnet_dist.optim.optimizers import OPTIMIZERS, ParameterOf
 from longnet_dist.private_interfaces import replace_view_updates
 
@@ -102,9 +101,7 @@ def _keys(extra: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{name}.")
 
 
-def build_engine(
-    model: nn.Module, config: Config, precision: Precision, micro_batch_size: int, accumulation: int
-) -> Any:
+def build_engine(model: Any, config: Config, precision: Precision, micro_batch_size: int, accumulation: int) -> Any:
     """Make a ``DeepSpeedEngine`` that trains ``model``. Every rank must call; torch.distributed must be up.
 
     Args:
@@ -119,7 +116,7 @@ def build_engine(
 
     if config.deepspeed.zero_stage == 3:
         # A block uses the weights of all its parts, in backward too: they are gathered around it, not around each part.
-        set_z3_leaf_modules(model, [Block])
+        set_z3_leaf_modules(model, model.block_types)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.train),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from longnet_dist.attention.plan_ahead import plan_stream
 from longnet_dist.checkpoint.format import CheckpointState, Progress, load_weights, restore
 from longnet_dist.checkpoint.run_folder import set_aside
+from longnet_dist.checkpoint.run_model import new_model
 from longnet_dist.checkpoint.writer import CheckpointWriter, remove_partial
 from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.flight_recorder import record_collectives, write_collectives
@@ -32,7 +33,6 @@ from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import Evaluation, evaluate
-from longnet_dist.model.longnet import LongNet
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.private_interfaces import default_store
 from longnet_dist.resilience.out_of_memory import explained
@@ -191,7 +191,7 @@ class Trainer:
 
     def _say_changes(self) -> None:
         if self.is_first and self.changes:
-            where = self.plan.resume.checkpoint or "train.init"
+            where = self.plan.resume.checkpoint or ("train.init" if self.config.train.init else "model.path")
             print("\n  ".join([f"going on from {where} with", *self.changes]))
         if self.is_first:
             for line in [*notes(self.config), *unread_keys(self.config.deepspeed.extra)]:
@@ -212,7 +212,7 @@ class Trainer:
 
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)
-        model = LongNet(
+        model = new_model(
             self.config.model,
             group=self.mesh.sequence_group,
             overlap=self.config.parallel.overlap,
@@ -220,9 +220,10 @@ class Trainer:
             deterministic=self.config.train.deterministic,
             execution=Execution.of(self.config.train, self.device.type),
         )
-        start = self.plan.resume.checkpoint or (self.plan.init and self.plan.init.folder)
-        if start:
-            load_weights(start, model)
+        if self.plan.resume.checkpoint:
+            load_weights(self.plan.resume.checkpoint, model)
+        elif self.plan.init:
+            self.plan.init.load(model)
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
@@ -313,10 +314,10 @@ class Trainer:
         sequence_length, chunk_length = self._sequence
         data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
         documents = self.batches.documents(step, data_rank, data_size, number, self.plan.accumulation)
-        model: LongNet = self.engine.module
+        model = self.engine.module
         stream = model.stream(sequence_length, cu_seqlens=documents)
         dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
-        plan_stream([block.self_attn for block in model.blocks], stream, chunk_length, dtype, self.device)
+        plan_stream(model.attentions, stream, chunk_length, dtype, self.device)
         if chunk_length < sequence_length:
             return MicroBatch(read, num_labels, documents)
         (shards,) = stream.chunks(chunk_length)

@@ -14,6 +14,7 @@ from longnet_dist.checkpoint.format import check_optimizer
 from longnet_dist.checkpoint.identity import RunIdentity, code_versions
 from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.schema import Config, TrainConfig
 from longnet_dist.data.batches import Batches, Windows, objective
 from longnet_dist.data.prepare import default_token_file
@@ -33,12 +34,14 @@ class RunSetup(RunLayout):
         folder: of the run.
         resume: the checkpoint to go on from, if any.
         init: the weights that a new run begins with, if any.
+        source: the weights in the folder ``model.path``, if any.
         token_file: of ``data.path``, opened once; None if the default corpus has still to be made.
     """
 
     folder: RunFolder
     resume: ResumePoint
     init: InitialWeights | None
+    source: InitialWeights | None = None
     token_file: TokenFile | None = None
 
     @classmethod
@@ -64,10 +67,13 @@ class RunSetup(RunLayout):
         if resume.checkpoint and resume.state:
             check_optimizer(resume.checkpoint, resume.state, config.train.optimizer)
         _check_end(config.train, folder, resume)
-        begins = config.train.init is not None and resume.checkpoint is None
-        init = InitialWeights.find(config.train.init, config.model) if config.train.init and begins else None
+        begins = resume.checkpoint is None
+        source = InitialWeights.of_model(config.model, begins)
+        init = source if begins else None
+        if config.train.init and begins:
+            init = InitialWeights.find(config.train.init, config.model)
         token_file = None if config.data.path is None else TokenFile.open(config.data.path)
-        plan = cls(**vars(layout), folder=folder, resume=resume, init=init, token_file=token_file)
+        plan = cls(**vars(layout), folder=folder, resume=resume, init=init, source=source, token_file=token_file)
         if token_file is not None:
             plan.training_data(token_file)
             if config.train.validate_every:
@@ -112,7 +118,7 @@ class RunSetup(RunLayout):
         state, ours = self.resume.state, self.identity(token_file)
         if state is None:
             other = self.init and self.init.tokenizer not in (None, ours.tokenizer)
-            return [f"another tokenizer than that of train.init={self.config.train.init}"] if other else []
+            return [f"another tokenizer than that of {self.init.folder}"] if self.init and other else []
         if state.identity is None:
             return [f"{self.resume.checkpoint} does not know its data, tokenizer and seed, so these are not compared"]
         if refused := state.identity.refused(ours):
@@ -170,6 +176,10 @@ class RunSetup(RunLayout):
         """Return the configuration as nested values, with what was ``auto`` or left out filled in."""
         values = self.config.model_dump(mode="json")
         values["data"]["path"] = str(token_file.path.resolve())
+        if isinstance(self.config.model, HuggingFaceConfig):
+            path = self.config.model.path
+            values["model"]["path"] = None if path is None else str(path.expanduser().resolve())
+            values["model"]["weights"] = None if self.source is None else self.source.sha256
         values["train"] |= {"precision": self.precision, "micro_batch_size": self.micro_batch_size}
         values["parallel"] |= {"data": self.mesh.data, "sequence": self.mesh.sequence}
         return values

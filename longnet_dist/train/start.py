@@ -59,7 +59,7 @@ class Start:
         facts = {f"the version of {name}": version for name, version in code.items()}
         facts |= {"the device": self.device.type, "the number of ranks": str(plan.num_ranks)}
         facts["the checkpoint to go on from"] = f"step {state.step} ({digest_of(state.sha256)})" if state else "none"
-        facts["train.init's weights"] = init.sha256 if init else "none"
+        facts["the weights to begin with"] = init.sha256 if init else "none"
         return facts if plan.token_file is None else facts | plan.identity(plan.token_file).facts()
 
 
