@@ -100,9 +100,8 @@ def write_tokens(folder: Path, rows: int) -> Path:
 def config_of(model: Path, rows: int, dense: bool) -> HuggingFaceConfig:
     """The model with the pattern of the dilated run, or with one segment of all rows."""
     found = DilatedPattern((rows,), (1,)) if dense else pattern_of(rows)
-    return HuggingFaceConfig(
-        path=model, segment_lengths=found.segment_lengths, dilation_rates=found.dilation_rates
-    )  # fmt: skip
+    fields: dict[str, Any] = {"segment_lengths": found.segment_lengths, "dilation_rates": found.dilation_rates}
+    return HuggingFaceConfig(**fields | {"path": model})
 
 
 def pattern_of(rows: int) -> DilatedPattern:

@@ -325,6 +325,7 @@ def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig)
     # A checkpoint of an older version lacks the fields that came later, whose defaults change nothing.
     defaults = {name: type(model).model_fields[name].get_default() for name in ours.keys() - saved.keys()}
     saved = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | saved
+    saved, ours = _with_dotted_names(saved), _with_dotted_names(ours)
     # The checksum of the weights that a run began with is part of its identity.
     for field in sorted((saved.keys() | ours.keys()) - MODEL_FIELDS_FREE_TO_CHANGE - {"weights"}):
         if saved.get(field) != ours.get(field):
@@ -332,3 +333,12 @@ def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig)
                 f"{folder} is a checkpoint of another model: model.{field} is {saved.get(field)!r} there and "
                 f"{ours.get(field)!r} here; use the same value, or another train.output_dir"
             )
+
+
+def _with_dotted_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model; those within its config.json, if it has one, under names of their own."""
+    inner = fields.get("config")
+    if not isinstance(inner, dict):
+        return fields
+    others = {name: value for name, value in fields.items() if name != "config"}
+    return others | {f"config.{name}": value for name, value in inner.items()}

@@ -17,20 +17,21 @@ from tqdm import tqdm
 
 from longnet_dist.checkpoint.format import CheckpointState, load_weights, newest_checkpoint, read_state
 from longnet_dist.checkpoint.identity import code_versions, digest_of
+from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.lock import Lock, held_by_first
 from longnet_dist.checkpoint.run_folder import RunFolder
 from longnet_dist.checkpoint.run_model import new_model
 from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
-from longnet_dist.config.hf_model import HuggingFaceConfig
+from longnet_dist.config.hf_model import FAMILIES, HuggingFaceConfig, read_model_config
 from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
 from longnet_dist.data.token_file import SplitName, TokenFile
-from longnet_dist.data.tokenizers import Tokenizer, encode_prompt, ids_with_text
+from longnet_dist.data.tokenizers import Tokenizer, encode_prompt, ids_with_text, load_tokenizer
 from longnet_dist.engine.execution import Execution
-from longnet_dist.errors import ConfigError, DataError
+from longnet_dist.errors import CheckpointError, ConfigError, DataError
 from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.inference.generation import Sampling, generate
@@ -38,7 +39,7 @@ from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
 from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.pretrained import CONFIG_FILE, from_pretrained, save_pretrained, tokenizer_of
+from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE, from_pretrained, save_pretrained, tokenizer_of
 
 COMPILED_FROM = 2**28  # tokens
 COMPILED_TILE = 2**16  # rows
@@ -174,6 +175,8 @@ def load_trained(path: Path) -> tuple[LongNet, Tokenizer]:
     Raises:
         LongNetError: no such run, or an exported encoder.
     """
+    if (path / CONFIG_FILE).is_file() and read_model_config(path).get("model_type") in FAMILIES:
+        return _exported_decoder(path)
     if (path / CONFIG_FILE).is_file():
         model = from_pretrained(path, LaunchEnvironment().device())
         if not isinstance(model, LongNet):
@@ -181,6 +184,19 @@ def load_trained(path: Path) -> tuple[LongNet, Tokenizer]:
         return model, tokenizer_of(path)
     run = _Run.open(path)
     return run.model(None, LaunchEnvironment().device()), run.folder.tokenizer()
+
+
+def _exported_decoder(path: Path) -> tuple[LongNet, Tokenizer]:
+    """Return a decoder of transformers from its own folder, in the dtype of its config.json, and its tokenizer."""
+    given: dict[str, Any] = {"path": path}
+    config = HuggingFaceConfig(**given)
+    weights = InitialWeights.of_model(config, begins=True)
+    if weights is None:
+        raise CheckpointError(f"{path} has a {CONFIG_FILE}, but no *.safetensors with weights; give a trained model")
+    model: LongNet = new_model(config)
+    weights.load(model)
+    dtype = config.transformers.dtype or torch.float32
+    return model.to(LaunchEnvironment().device(), dtype).eval(), load_tokenizer(str(path / TOKENIZER_FILE))
 
 
 def continue_text(

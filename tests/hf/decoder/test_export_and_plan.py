@@ -78,6 +78,8 @@ def test_the_exported_model_writes_what_the_run_writes(trained, tmp_path, capsys
     capsys.readouterr()
     generate.main([str(trained / "run"), "--prompt", "line 12 of", "--tokens", "20", "--temperature", "0"])
     assert capsys.readouterr().out.rstrip("\n") == expected
+    generate.main([str(tmp_path / "out"), "--prompt", "line 12 of", "--tokens", "20", "--temperature", "0"])
+    assert capsys.readouterr().out.rstrip("\n") == expected
 
 
 def test_a_run_is_evaluated_whole_and_as_a_stream(trained, capsys):
@@ -117,6 +119,16 @@ def test_weights_that_are_pickled_or_do_not_fit_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, which is not read, since a pickle may run code"):
         InitialWeights.of_model(model_of(source), begins=True)
     assert InitialWeights.of_model(model_of(source / "config.json"), begins=True) is None
+
+
+def test_a_folder_without_weights_writes_no_text(tmp_path):
+    source = write_decoder(tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    config = json.loads((source / "config.json").read_text())
+    fields = {"segment_lengths": [16], "dilation_rates": [1], "head_offsets": "modulo"}
+    (source / "config.json").write_text(json.dumps(config | {"dilated_pattern": fields}))
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors with weights; give a trained model"):
+        generate.main([str(source), "--prompt", "line"])
 
 
 def test_weights_in_several_files_are_one_model(tmp_path):

@@ -132,6 +132,11 @@ def test_a_run_begins_with_the_weights_of_the_folder_and_knows_them(tmp_path, so
     other = write_decoder(tmp_path / "other", seed=4)
     with pytest.raises(CheckpointError, match=r"is of a run with another model\.weights"):
         RunSetup.make(decoder_config(other, tmp_path / "run", data), 1, "cpu")
+    changed = shutil.copytree(source, tmp_path / "changed")
+    fields = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match=r"model\.config\.rms_norm_eps is 1e-06 there and 0\.001 here"):
+        RunSetup.make(decoder_config(changed, tmp_path / "run", data), 1, "cpu")
     with pytest.raises(CheckpointError, match=r"model\.segment_lengths is"):
         RunSetup.make(decoder_config(source, tmp_path / "run", data, "model.segment_lengths=[16,32,48]"), 1, "cpu")
 
