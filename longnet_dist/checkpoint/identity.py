@@ -50,6 +50,8 @@ class RunIdentity(BaseModel):
         splits = {"train": header.train, "validation": header.validation}
         edges = {name: f"tokens [{split.first}, {split.last})" for name, split in splits.items()}
         data = {"tokens": header.sha256, **edges}
+        if header.answers:
+            data["answers"] = header.answers.sha256
         return cls(settings=dict(_flat(resolved)), tokenizer=digest_of_tokenizer(header.tokenizer), data=data)
 
     def refused(self, ours: RunIdentity) -> str | None:

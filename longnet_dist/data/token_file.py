@@ -9,8 +9,9 @@ Layout, little-endian::
     48   JSON           see Header
     ..   tokens         num_tokens × uint8, uint16 or uint32
     ..   edges          uint64: first token of each document, then num_tokens; files of older versions have none
+    ..   answers        uint64: first token and end of each stretch of answers; most files have none
 
-A separator is the last token of the document before it.
+A separator is the last token of the document before it. Answers are the tokens that ``data.answers_only`` trains on.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class Split(BaseModel):
 
 
 class Edges(BaseModel):
-    """Edges says how many edges of documents follow the tokens.
+    """Edges says how many edges of documents, or of answers, follow the tokens.
 
     Attributes:
-        count: number of edges, one more than the documents with tokens.
+        count: number of edges: one more than the documents with tokens, or two for each stretch of answers.
         sha256: checksum of the edges, hexadecimal.
     """
 
@@ -90,6 +91,7 @@ class Header(BaseModel):
         source: where the text comes from.
         tokenizer: the tokenizer, for :func:`~longnet_dist.data.tokenizers.tokenizer_from_json`.
         edges: the edges of the documents; None in files of older versions.
+        answers: the edges of the stretches of answers; None if the file has none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,6 +107,7 @@ class Header(BaseModel):
     source: str
     tokenizer: dict[str, Any]
     edges: Edges | None = None
+    answers: Edges | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -114,7 +117,7 @@ class Header(BaseModel):
     @property
     def data_bytes(self) -> int:
         """Return the size of all that follows the header, bytes."""
-        return self.token_bytes + (self.edges.count * EDGE_BYTES if self.edges else 0)
+        return self.token_bytes + _edge_bytes(self.edges) + _edge_bytes(self.answers)
 
     @model_validator(mode="after")
     def _splits_cover_the_file(self) -> Self:
@@ -139,6 +142,8 @@ class TokenFile:
         tokens: (num_tokens,) uint8, uint16 or uint32, memory-mapped and read-only.
         edges: (count,) uint64, the first token of each document and the end of the last, memory-mapped and read-only;
             None in files of older versions.
+        answers: (count,) uint64, the first token and the end of each stretch of answers, memory-mapped and read-only;
+            None if the file has none.
     """
 
     def __init__(self, path: Path, header: Header, offset: int) -> None:
@@ -152,10 +157,12 @@ class TokenFile:
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(
             path, dtype=header.dtype, mode="r", offset=offset, shape=(header.num_tokens,)
         )
-        self.edges: npt.NDArray[np.uint64] | None = None
-        if header.edges:
-            place = offset + header.token_bytes
-            self.edges = np.memmap(path, dtype="<u8", mode="r", offset=place, shape=(header.edges.count,))
+        place = offset + header.token_bytes
+        self.edges = self._map_edges(header.edges, place)
+        self.answers = self._map_edges(header.answers, offset + header.data_bytes - _edge_bytes(header.answers))
+
+    def _map_edges(self, edges: Edges | None, place: int) -> npt.NDArray[np.uint64] | None:
+        return np.memmap(self.path, dtype="<u8", mode="r", offset=place, shape=(edges.count,)) if edges else None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> TokenFile:
@@ -264,11 +271,41 @@ class TokenFile:
         """
         self.require_edges()
         assert self.edges is not None
-        # Bisection reads a few pages of the map, where numpy's search would copy the unaligned array whole.
-        begin, end = bisect_right(self.edges, first), bisect_right(self.edges, last)
-        found = np.array(self.edges[begin:end]).astype(np.int64)
+        found = _inside(self.edges, first, last)
         if np.any(np.diff(found, prepend=first, append=max(last, first) + 1) < 1):
             raise self._damaged_edges()
+        return found
+
+    def require_answers(self) -> None:
+        """Check that the file says which tokens are answers.
+
+        Raises:
+            DataError: it does not.
+        """
+        if self.answers is None:
+            raise DataError(
+                f"data.answers_only=true trains on answers alone, but {self.path} does not say which tokens are "
+                f"answers; use a file of retrieval tasks, or data.answers_only=false"
+            )
+
+    def is_answer(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Say which of the tokens ``[first, last)`` are answers, ``(last - first,)``.
+
+        Raises:
+            DataError: the file does not say so, or its stretches of answers are damaged.
+        """
+        self.require_answers()
+        assert self.answers is not None
+        edges = _inside(self.answers, first, last - 1)
+        if np.any(np.diff(edges, prepend=first, append=max(last, first + 1)) < 1):
+            raise DataError(
+                f"the answers in {self.path} are damaged: they must rise; copy it again or prepare it again"
+            )
+        # Between a first token and an end the number of edges at or before a token is odd.
+        before = bisect_right(self.answers, first)
+        steps = np.zeros(last - first, np.int64)
+        steps[edges - first] = 1
+        found: npt.NDArray[np.bool_] = (before + np.cumsum(steps)) % 2 == 1
         return found
 
     def _damaged_edges(self) -> DataError:
@@ -300,6 +337,17 @@ class TokenFile:
         if name not in splits:
             raise DataError(f"a token file has the splits train, validation and all, not {name!r}")
         return splits[name]
+
+
+def _edge_bytes(edges: Edges | None) -> int:
+    return edges.count * EDGE_BYTES if edges else 0
+
+
+def _inside(edges: npt.NDArray[np.uint64], first: int, last: int) -> npt.NDArray[np.int64]:
+    """Return the edges in ``(first, last]``."""
+    # Bisection reads a few pages of the map, where numpy's search would copy the unaligned array whole.
+    begin, end = bisect_right(edges, first), bisect_right(edges, last)
+    return np.array(edges[begin:end]).astype(np.int64)
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:
@@ -354,8 +402,9 @@ def _check_length(path: Path, header: Header, offset: int) -> None:
 def _check_tokens(path: Path, header: Header, stream: BinaryIO) -> None:
     """Compare the checksums of everything behind the header, where ``stream`` is positioned."""
     parts = [("tokens", header.token_bytes, header.sha256)]
-    if header.edges:
-        parts.append(("edges of documents", header.edges.count * EDGE_BYTES, header.edges.sha256))
+    for what, edges in (("edges of documents", header.edges), ("answers", header.answers)):
+        if edges:
+            parts.append((what, _edge_bytes(edges), edges.sha256))
     total = header.data_bytes
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {path.name}", delay=1, leave=False) as progress:
         for what, size, promised in parts:

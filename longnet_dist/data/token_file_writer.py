@@ -88,6 +88,7 @@ class TokenFileWriter:
         self._digest = hashlib.sha256()
         self._edges = array("q"), array("q")  # first token, first byte of every piece
         self._documents = array("q")  # first token of every document
+        self._answers = array("q")  # first token and end of every stretch of answers
         self._batch, self._batch_bytes = Batch([], [], []), 0
         refuse_existing(self.path, self._overwrite)
         self._offset = self._data_offset()
@@ -141,6 +142,20 @@ class TokenFileWriter:
             if self._batch_bytes >= PIECE_BYTES:
                 self._pass_on()
 
+    def add_answers(self, first: int, last: int) -> None:
+        """Say that tokens ``[first, last)`` of the file are answers; stretches come in order.
+
+        Raises:
+            DataError: the stretch is empty, touches the one before it, or documents are shuffled.
+        """
+        before = self._answers[-1] if self._answers else 0
+        if self._shuffle is not None or not before < first < last:
+            raise DataError(
+                f"answers are stretches of tokens in order, with a token before each, in a file that is not shuffled; "
+                f"tokens {first} to {last - 1} after token {before} are none"
+            )
+        self._answers.extend((first, last))
+
     def flush(self) -> None:
         """Encode and write all that was added."""
         if self._batch.pieces:
@@ -185,18 +200,23 @@ class TokenFileWriter:
         if self._shuffle is not None:
             edges = self._shuffled(edges, self._shuffle)
         token, byte = self._boundary(self._target(), edges)
-        self.header = self._make_header(token, byte, self._write_edges(edges))
-        text = self.header.model_dump_json().encode().ljust(self._offset - PREAMBLE.size)
+        end = self._offset + self.num_tokens * self._dtype.itemsize
+        edges_of_documents, answers = self._write_edges(edges, end), None
+        if self._answers:
+            answers = self._write_edges(np.frombuffer(self._answers, np.int64), self._stream.tell())
+        self.header = self._make_header(token, byte, edges_of_documents, answers)
+        left_out = None if answers else {"answers"}  # which older versions do not know
+        text = self.header.model_dump_json(exclude=left_out).encode().ljust(self._offset - PREAMBLE.size)
         self._stream.seek(0)
         self._stream.write(PREAMBLE.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
         self._stream.flush()
         os.fsync(self._stream.fileno())
         os.replace(self._partial, self.path)
 
-    def _write_edges(self, edges: Integers) -> Edges:
-        """Write the edges of the documents behind the last token."""
+    def _write_edges(self, edges: Integers, place: int) -> Edges:
+        """Write edges at a place of the file."""
         data = edges.astype("<u8").tobytes()
-        self._stream.seek(self._offset + self.num_tokens * self._dtype.itemsize)
+        self._stream.seek(place)
         self._stream.write(data)
         return Edges(count=len(edges), sha256=hashlib.sha256(data).hexdigest())
 
@@ -289,7 +309,7 @@ class TokenFileWriter:
         self._stream.seek(self._offset + first * self._dtype.itemsize)
         return np.frombuffer(self._stream.read((last - first) * self._dtype.itemsize), dtype=self._dtype)
 
-    def _make_header(self, token: int, byte: int, edges: Edges | None = None) -> Header:
+    def _make_header(self, token: int, byte: int, edges: Edges | None = None, answers: Edges | None = None) -> Header:
         return Header(
             dtype=cast(Any, self._dtype.name),
             num_tokens=self.num_tokens,
@@ -302,6 +322,7 @@ class TokenFileWriter:
             source=self._source,
             tokenizer=self.tokenizer.to_json(),
             edges=edges,
+            answers=answers,
         )
 
     def _data_offset(self) -> int:

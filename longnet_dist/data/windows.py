@@ -48,11 +48,12 @@ class Windows:
         mask_id: id that replaces a masked token; required by ``"masked"``.
         seed: seed of the masks.
         documents: whether the documents of the file are kept apart.
+        answers_only: whether only answers are labels, in a file that names them; objective ``"causal"``.
 
     Raises:
         DataError: an id in the file is outside of the vocabulary, the split has no labelled position, or the file has
-            no edges of documents.
-        ConfigError: the length is less than 1, the objective is unknown, or the mask id is missing.
+            no edges of documents or no answers.
+        ConfigError: the length is less than 1, the objective is unknown or has no answers, or the mask id is missing.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Windows:
         mask_id: int | None = None,
         seed: int = 0,
         documents: bool = False,
+        answers_only: bool = False,
     ) -> None:
         if sequence_length < 1:
             raise ConfigError(f"data.sequence_length must be at least 1, not {sequence_length}")
@@ -76,7 +78,12 @@ class Windows:
         _refuse_foreign_ids(token_file, vocab_size)
         if documents:
             token_file.require_edges()
+        if answers_only and objective != "causal":
+            raise ConfigError("data.answers_only needs a causal model; use model.causal=true or answers_only=false")
+        if answers_only:
+            token_file.require_answers()
         self.token_file = token_file
+        self.answers_only = answers_only
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed
@@ -200,12 +207,22 @@ class Windows:
         """Count the labels of positions ``[start, stop)`` of a window."""
         if self._mask_id is not None:
             return int(self._is_masked(sample, start, stop).sum())
+        if self.answers_only:
+            return int(self._is_label(index, start, stop).sum())
         return stop - start - (len(self._last_tokens(index, start, stop)) if self.documents else 0)
 
     def _last_tokens(self, index: int, start: int, stop: int) -> Integers:
         """Return the positions in ``[start, stop)`` of a window at which documents end, counted from ``start``."""
         origin = self._first + index * self.sequence_length + start
         return self.token_file.edges_inside(origin, origin + stop - start) - origin - 1
+
+    def _is_label(self, index: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Say which of the positions ``[start, stop)`` of a window predict an answer, ``(stop - start,)``."""
+        origin = self._first + index * self.sequence_length
+        found = self.token_file.is_answer(origin + start + 1, origin + stop + 1)
+        if self.documents:
+            found[self._last_tokens(index, start, stop)] = False
+        return found
 
     def _is_masked(self, sample: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Say which of the positions ``[start, stop)`` of a sample are masked, ``(stop - start,)``."""
@@ -219,7 +236,9 @@ class Windows:
         if self._mask_id is not None:
             return self._masked(read[:-1], self._is_masked(sample, start, stop))
         tokens, labels = read[:-1], read[1:]
-        if self.documents:
+        if self.answers_only:
+            labels = np.where(self._is_label(index, start, stop), labels, IGNORE_INDEX)
+        elif self.documents:
             labels = labels.copy()
             labels[self._last_tokens(index, start, stop)] = IGNORE_INDEX
         return tokens, labels

@@ -46,7 +46,9 @@ class Evaluation:
             DataError: no token was predicted.
         """
         if num_labels == 0:
-            raise DataError("no token is predicted: every document read has one token; evaluate more tokens")
+            raise DataError(
+                "no token is predicted: every document read has one token, or no answer; evaluate more tokens"
+            )
         loss = loss_sum / num_labels
         bits_per_byte = loss_sum / math.log(2) / max(num_bytes, 1)
         return cls(loss, num_labels, math.exp(min(loss, 700.0)), bits_per_byte)

@@ -4,11 +4,16 @@ import re
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from longnet_dist.data.batches import Windows
+from longnet_dist.config.schema import DataConfig
+from longnet_dist.data.batches import Batches, Windows
 from longnet_dist.data.tasks import TASKS, make_sample, write_samples
 from longnet_dist.data.token_file import TokenFile
-from longnet_dist.errors import ConfigError
+from longnet_dist.data.token_file_writer import TokenFileWriter
+from longnet_dist.data.tokenizers import ByteTokenizer
+from longnet_dist.errors import ConfigError, DataError
+from tests.train.runs import write_corpus
 
 
 def answer_of(sample):
@@ -68,14 +73,79 @@ def test_every_task_states_its_source_and_refuses_less_than_its_least():
         make_sample("paskey", 0, 0, 1000, 0.5)
 
 
+def texts_of(windows):
+    for number in range(len(windows)):
+        tokens, labels = windows.local([number])
+        yield bytes(tokens[0].to(int).numpy().astype(np.uint8)), labels[0].numpy()
+
+
 def test_windows_of_a_written_file_are_samples(tmp_path):
     path = write_samples(tmp_path / "a.tokens", ["passkey", "copy"], 256, 9, seed=5, validation=0.25)
-    windows = Windows(TokenFile.open(path), "train", 256)
-    for number in range(windows.num_full):
-        tokens, labels = windows.local([number])
-        text = bytes(tokens[0].to(int).numpy().astype(np.uint8))
-        assert text[-1] == 0
-        assert (labels[0, :-1] == tokens[0, 1:]).all()
-        assert (b"The key was" in text) == (number % 2 == 0)
+    token_file = TokenFile.open(path, verify=True)
+    for split, count in (("train", 7), ("validation", 2)):
+        windows = Windows(token_file, split, 256)
+        assert len(windows) == count
+        for text, labels in texts_of(windows):
+            assert len(text) in (254, 255, 256)  # the last tokens of a split are labels only
+            assert (labels[:-1] == np.frombuffer(text, np.uint8)[1:]).all()
+            assert (b"The key was" in text) != (b"|" in text)
     with pytest.raises(ConfigError, match="a task"):
         write_samples(tmp_path / "b.tokens", [], 256, 9)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_answers_alone_are_labels_where_that_is_asked_for(tmp_path, documents):
+    path = write_samples(tmp_path / "a.tokens", ["passkey", "recall"], 1024, 6, seed=5, shortest=512)
+    token_file = TokenFile.open(path, verify=True)
+    samples = bytes(token_file.tokens).split(b"\0")
+    assert 6 < len(samples) < 12
+    expected, place = np.full(len(token_file.tokens), -100), 0
+    for number, text in enumerate(samples):
+        # The depth is unknown here, but a question has its place at the end whatever the depth is.
+        name = ("passkey", "recall")[number % 2]
+        answers = np.array(make_sample(name, 5, number, len(text), 0.5).answers)
+        expected[place + answers - 1] = np.frombuffer(text, np.uint8)[answers]
+        place += len(text) + 1
+    windows = Windows(token_file, "all", 1024, answers_only=True, documents=documents)
+    for index in range(len(windows)):
+        labels = windows.local([index])[1][0].numpy()
+        assert (labels == expected[index * 1024 : index * 1024 + len(labels)]).all()
+        for start, stop in ((0, 100), (480, 700), (700, 700), (511, 512), (900, len(labels))):
+            tokens, part = windows.local([index], (start, stop))
+            assert tokens.shape == part.shape == (1, stop - start)
+            assert (part[0].numpy() == labels[start:stop]).all()
+            assert windows.num_labels([index], (start, stop)) == (labels[start:stop] != -100).sum()
+
+
+def test_a_window_has_one_sample_or_two_or_four(tmp_path):
+    path = write_samples(tmp_path / "a.tokens", ["copy"], 1024, 60, shortest=256)
+    counts = [text.count(b"|") for text, _ in texts_of(Windows(TokenFile.open(path), "all", 1024))]
+    # A sample of copy has one or two bars, by the parity of its length; with its separator a length is even.
+    assert set(counts) == {1, 2, 4}
+    assert min(counts.count(number) for number in (1, 2, 4)) >= 12
+
+
+def test_answers_need_a_file_that_has_them_and_a_causal_model(tmp_path):
+    path = write_corpus(tmp_path / "text.tokens")
+    with pytest.raises(DataError, match="does not say which tokens are answers"):
+        Windows(TokenFile.open(path), "train", 64, answers_only=True)
+    answers = write_samples(tmp_path / "a.tokens", ["copy"], 128, 4)
+    with pytest.raises(ConfigError, match="needs a causal model"):
+        Windows(TokenFile.open(answers), "train", 64, objective="masked", mask_id=256, answers_only=True)
+    with pytest.raises(ValidationError, match="takes documents apart"):
+        DataConfig(packing="best_fit", documents=True, answers_only=True)
+    assert Batches(TokenFile.open(answers), "train", 128, 1, 0, answers_only=True).num_labels(0, 0, 1, (0, 128)) == 16
+
+
+def test_wrong_stretches_of_answers_are_refused(tmp_path):
+    with TokenFileWriter(tmp_path / "a.tokens", ByteTokenizer()) as writer:
+        writer.add_document([b"a text"])
+        writer.add_answers(2, 4)
+        with pytest.raises(DataError, match="answers are stretches of tokens in order"):
+            writer.add_answers(4, 5)
+    path = write_samples(tmp_path / "b.tokens", ["copy"], 128, 4)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"answers of .* are damaged"):
+        TokenFile.open(path, verify=True)

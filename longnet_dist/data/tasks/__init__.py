@@ -102,40 +102,74 @@ def make_sample(name: str, seed: int, number: int, length: int, depth: float) ->
 
 
 def write_samples(
-    path: str | Path, tasks: Sequence[str], length: int, num_samples: int, seed: int = 0, validation: float = 0.05
+    path: str | Path,
+    tasks: Sequence[str],
+    length: int,
+    num_windows: int,
+    seed: int = 0,
+    validation: float = 0.05,
+    shortest: int | None = None,
 ) -> Path:
-    """Write a token file of samples, for training: windows of ``length`` tokens are samples.
+    """Write a token file of samples, for training, in windows of ``length`` tokens.
 
-    A sample has ``length - 1`` tokens and is a document, which a separator ends. Tasks take turns; depths are uniform.
+    A sample is a document, which a separator ends, and its answers are the answers of the file. Tasks take turns, and
+    depths are uniform. With ``shortest`` a window has 1, 2, 4, … samples of one length each, each number as often, so
+    that a model learns from short samples what it then does over long ones.
 
     Args:
         path: of the file; an existing one is replaced.
         tasks: names.
-        length: tokens of a sample and its separator.
-        num_samples: samples of all tasks together.
+        length: tokens of a window.
+        num_windows: number of windows.
         seed: of the samples.
-        validation: share of the tokens for the validation split.
+        validation: share of the windows for the validation split.
+        shortest: fewest tokens of a sample and its separator; None: a window is one sample.
 
     Raises:
         ConfigError: no task, an unknown one, or too few tokens.
         DataError: the file cannot be written.
     """
-    if not tasks or num_samples < 1:
-        raise ConfigError(f"samples need a task and a number of at least 1, not {list(tasks)} and {num_samples}")
-    depths = np.random.default_rng([seed, num_samples]).random(num_samples)
-    source = f"{num_samples} samples of {', '.join(tasks)}; length {length}, seed {seed}"
-    with TokenFileWriter(path, ByteTokenizer(), validation=validation, overwrite=True, source=source) as writer:
-        for number, depth in enumerate(depths.tolist()):
-            name = tasks[number % len(tasks)]
-            writer.add_document([make_sample(name, seed, number, length - 1, depth).text])
-    if writer.num_tokens != num_samples * length - 1:
-        raise DataError(f"{path} has {writer.num_tokens} tokens instead of {num_samples * length - 1}")
+    if not tasks or num_windows < 1:
+        raise ConfigError(f"samples need a task and a number of at least 1, not {list(tasks)} and {num_windows}")
+    counts = [1]
+    while shortest and length % (2 * counts[-1]) == 0 and length // (2 * counts[-1]) >= shortest:
+        counts.append(2 * counts[-1])
+    rng = np.random.default_rng([seed, num_windows])
+    source = f"{num_windows} windows of {length} tokens with samples of {', '.join(tasks)}; seed {seed}"
+    # The last sample of the file has no separator.
+    held_out = min(max(int(num_windows * validation), 1), num_windows - 1) if validation else 0
+    share = (held_out * length - 0.5) / (num_windows * length - 1) if held_out else 0.0
+    number = 0
+    with TokenFileWriter(path, ByteTokenizer(), validation=share, overwrite=True, source=source) as writer:
+        for window in range(num_windows):
+            count = counts[int(rng.integers(len(counts)))]
+            for place, depth in enumerate(rng.random(count).tolist()):
+                name = tasks[number % len(tasks)]
+                sample = make_sample(name, seed, number, length // count - 1, depth)
+                writer.add_document([sample.text])
+                first = window * length + place * (length // count)
+                for answer in stretches(sample.answers):
+                    writer.add_answers(first + answer.start, first + answer.stop)
+                number += 1
+    if writer.num_tokens != num_windows * length - 1:
+        raise DataError(f"{path} has {writer.num_tokens} tokens instead of {num_windows * length - 1}")
     return Path(path)
+
+
+def stretches(places: Sequence[int]) -> list[range]:
+    """Return the runs of neighbours among ascending places."""
+    found: list[range] = []
+    for place in places:
+        if found and found[-1].stop == place:
+            found[-1] = range(found[-1].start, place + 1)
+        else:
+            found.append(range(place, place + 1))
+    return found
 
 
 def draw(rng: np.random.Generator, alphabet: str, number: int) -> str:
     """Return ``number`` random characters."""
-    return "".join(alphabet[place] for place in rng.integers(len(alphabet), size=number).tolist())
+    return np.frombuffer(alphabet.encode(), np.uint8)[rng.integers(len(alphabet), size=number)].tobytes().decode()
 
 
 def fill(rng: np.random.Generator, length: int) -> str:

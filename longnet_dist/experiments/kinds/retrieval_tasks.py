@@ -29,8 +29,8 @@ class RetrievalSettings(Settings):
 
     Attributes:
         tasks: names of tasks of ``data/tasks``.
-        training_samples: samples of all tasks together in the token file that runs are trained on; each has as many
-            tokens as the sequences of a run.
+        training_windows: windows of the token file that runs are trained on, each as long as the sequences of a run.
+        shortest: fewest tokens of a sample in them; a window has 1, 2, 4, … samples. None: it is one sample.
         lengths: tokens of the samples for tests.
         depths: where the model must look, from 0 (the beginning) to 1 (just before the question).
         samples: samples of each task, length and depth.
@@ -38,7 +38,8 @@ class RetrievalSettings(Settings):
     """
 
     tasks: tuple[str, ...]
-    training_samples: int
+    training_windows: int
+    shortest: int | None = None
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     samples: int
@@ -51,14 +52,15 @@ class RetrievalTasks(Kind):
 
     @staticmethod
     def prepare(run: Run) -> None:
-        """Write the token file of tasks, which runs of one length and number of samples share."""
+        """Write the token file of tasks, which runs of one length and number of windows share."""
         settings = settings_of(RetrievalSettings, run.settings)
         length = run.config().data.sequence_length
         folder = run.experiment.folder(run.output) / "data"
         names = "-".join(settings.tasks)
-        path = folder / f"{names}-{length}x{settings.training_samples}.tokens"
+        sizes = f"{settings.shortest or length}-{length}x{settings.training_windows}"
+        path = folder / f"{names}-{sizes}.tokens"
         if not path.exists():
-            write_samples(path, settings.tasks, length, settings.training_samples)
+            write_samples(path, settings.tasks, length, settings.training_windows, shortest=settings.shortest)
         run.data = path
 
     @staticmethod
