@@ -260,21 +260,30 @@ class DecodingLayer:
         wide = wide_dtype(dtype)
         return None if tables is None else RotaryTable(tables[0].to(wide), tables[-1].to(wide))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None) -> Tensor:
         """Keep the keys and values of the present rows, and return what their queries attend to.
 
         Args:
             q: ``(B, 1, H, D)``.
             k, v: ``(B, 1, Hkv, D)``.
+            sink: ``(H,)``, the logarithm of the weight of one more key of value 0; None for none.
 
         Returns:
             ``(B, 1, H, D)``; 0 for heads whose row no branch keeps.
         """
         present = self.decoding.present(self.grid)
         self._keep(present.slots, k, v)
-        keys, values = self.records[:, :, :, :-1]
-        heads = q.view(k.shape[0], k.shape[2], -1, q.shape[3])
-        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=present.seen.unsqueeze(2))
+        heads, seen = q.view(k.shape[0], k.shape[2], -1, q.shape[3]), present.seen.unsqueeze(2)
+        if sink is None:
+            keys, values = self.records[:, :, :, :-1]
+            out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen)
+        else:
+            # The last slot, which nobody reads, is the sink's key: its product is 0, and the mask adds its score.
+            self.records[:, :, :, -1] = 0
+            keys, values = self.records
+            scores = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf).expand(*heads.shape[:3], -1)
+            of_sink = sink.to(q.dtype).view(1, heads.shape[1], -1, 1).expand(*heads.shape[:3], 1)
+            out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=torch.cat([scores, of_sink], -1))
         return out.masked_fill(present.nothing.unsqueeze(2), 0.0).view_as(q)
 
     def _keep(self, slots: Tensor, k: Tensor, v: Tensor) -> None:

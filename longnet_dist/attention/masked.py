@@ -42,10 +42,10 @@ class MaskedAttention(DilatedAttention):
     pattern: MaskedPattern
 
     def __init__(self, dim: int, heads: int, pattern: DilatedPattern, **options: Any) -> None:
-        if options.get("backend", "auto") != "auto" or options.get("phantom_keys") is not None:
+        if options.get("backend", "auto") != "auto" or options.get("phantom_keys") or options.get("sinks"):
             raise ConfigError(
-                f"{pattern} is computed by FlexAttention or torch, without the backends and phantom keys of dilated "
-                f"attention; use attention_backend=auto and no phantom_keys"
+                f"{pattern} is computed by FlexAttention or torch, without the backends, sinks and phantom keys of "
+                f"dilated attention; use attention_backend=auto, no sinks and no phantom_keys"
             )
         super().__init__(dim, heads, pattern, **options)
 

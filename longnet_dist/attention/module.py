@@ -49,6 +49,7 @@ class DilatedAttention(nn.Module):
         kv_heads: key/value heads ``Hkv``, ``heads`` if not given; must divide ``heads``.
         causal: whether a row sees only itself and earlier rows.
         qk_norm: RMSNorm of every head's query and key, before the positions.
+        sinks: a learned sink ``(H,)`` in every softmax (:mod:`longnet_dist.attention.sink`), 0 at first.
         positions: RoPE or xPos on global rows; None for none.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device.
         sub_norm: LayerNorm before the last projection (MAGNETO, arXiv 2210.06423).
@@ -69,6 +70,7 @@ class DilatedAttention(nn.Module):
         kv_heads: int | None = None,
         causal: bool = True,
         qk_norm: bool = False,
+        sinks: bool = False,
         positions: Positions | None = None,
         group: dist.ProcessGroup | None = None,
         sub_norm: bool = False,
@@ -99,10 +101,15 @@ class DilatedAttention(nn.Module):
         self.k_norm = HeadNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.inner_attn_ln = nn.LayerNorm(dim, eps=norm_eps) if sub_norm else nn.Identity()
         self.out_proj = nn.Linear(dim, dim)
+        if sinks and phantom_keys is not None:
+            raise ConfigError("phantom keys are sinks of their own; use sinks=False, or phantom_keys=None")
+        self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.reset_parameters()
 
     def reset_parameters(self, gain: float = 1.0) -> None:
-        """Draw the weights: Xavier normal, with ``gain`` for the value and output projections; biases 0."""
+        """Draw the weights: Xavier normal, with ``gain`` for the value and output projections; biases and sinks 0."""
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
         for layer, factor in ((self.q_proj, 1.0), (self.k_proj, 1.0), (self.v_proj, gain), (self.out_proj, gain)):
             nn.init.xavier_normal_(layer.weight, factor)
             nn.init.zeros_(layer.bias)
@@ -142,7 +149,7 @@ class DilatedAttention(nn.Module):
             joined: Tensor = self(x.flatten(0, 1)[None], cu_seqlens=documents)
             return joined.view_as(x)
         if isinstance(cache, DecodingLayer):
-            out = cache.attend(*self.project(x, cache.table(x.dtype)))
+            out = cache.attend(*self.project(x, cache.table(x.dtype)), self.sinks)
         else:
             spec, table = self.prepare(x, start, total_rows, cache, documents)
             out, _ = attend(*self.project(x, table), spec, self.sink(spec, x.device))
@@ -167,16 +174,16 @@ class DilatedAttention(nn.Module):
         q, k, v = self.project(x, table)
         out = dilated_attention(
             q, k, v, self.pattern, causal=self.causal, backend=self.backend, deterministic=self.deterministic,
-            total_rows=total_rows, cu_seqlens=cu_seqlens,
+            total_rows=total_rows, cu_seqlens=cu_seqlens, sink=self.sinks,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         result: Tensor = self.out_proj(self.inner_attn_ln(out.flatten(2)))
         return result
 
     def sink(self, spec: AttentionSpec, device: torch.device) -> Tensor | None:
-        """Return the sink ``(n, H)`` of the rows of a call; None without phantom keys."""
+        """Return the sink of a call: the learned one ``(H,)``, or the phantom keys ``(n, H)``; None without either."""
         if self.phantom_keys is None:
-            return None
+            return self.sinks
         return self.phantom_keys.sink(self.pattern, spec.window, spec.shards.total_rows, spec.documents, device)
 
     def project(self, x: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:

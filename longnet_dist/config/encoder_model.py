@@ -130,6 +130,8 @@ class EncoderConfig(LongNetConfig):
             raise ConfigError("causal models have no phantom keys; use phantom_keys=false")
         if self.phantom_keys and (self.attention != "dilated" or self.full_layers):
             raise ConfigError("phantom keys fill the grids of dilated attention; use attention=dilated in all layers")
+        if self.phantom_keys and self.sinks:
+            raise ConfigError("phantom keys are sinks of their own; use sinks=false, or no phantom_keys")
         if self.phantom_keys and self.layer_shift:
             raise ConfigError("phantom keys fill grids that begin at row 0; use layer_shift=false, or no phantom_keys")
 

@@ -71,6 +71,8 @@ class LongNetConfig(BaseModel):
             key behind the query. It would scale up keys ahead of the query, so it is for causal models only.
         xpos_base: tokens over which xPos decays by its factor; a larger value decays more slowly.
         rope_theta: base of the wavelengths of RoPE, also in xPos.
+        sinks: give every query head a learned sink (:mod:`longnet_dist.attention.sink`): the logarithm of the weight of
+            one more key, of value 0, so that a head can attend to nothing. They begin at 0.
         qk_norm: apply an RMSNorm to the query and the key of every head, before the positions.
         tie_embeddings: use the embedding as the output projection.
         norm_eps: epsilon of all norms.
@@ -102,6 +104,7 @@ class LongNetConfig(BaseModel):
     positions: str = "xpos"
     xpos_base: PositiveInt = 512
     rope_theta: float = 10000.0
+    sinks: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
@@ -161,6 +164,11 @@ class LongNetConfig(BaseModel):
         if self.attention != "window" and self.window != type(self).model_fields["window"].default:
             raise ConfigError(
                 f"window={self.window} belongs to attention=window, but attention={self.attention}; leave window out"
+            )
+        if self.sinks and self.needs_whole_sequences:
+            raise ConfigError(
+                f"sinks join the softmax of dilated and full attention, but attention={self.attention}; use "
+                f"attention=dilated or full, or sinks=false"
             )
         layers = self.full_layers
         if len(set(layers)) < len(layers) or not all(0 <= layer < self.layers for layer in layers):
@@ -248,10 +256,11 @@ class LongNetConfig(BaseModel):
 
     @property
     def block_vectors(self) -> int:
-        """Return the numbers in a block's biases and norms."""
+        """Return the numbers in a block's biases, norms and sinks."""
         # Three norms of the model's width and one of the inner width, each with weight and bias.
         norms = 3 * 2 * self.dim + 2 * self.inner_dim + (2 * self.head_dim if self.qk_norm else 0)
-        return sum(rows for rows, _ in self.block_matrices) + norms
+        sinks = self.heads if self.sinks else 0
+        return sum(rows for rows, _ in self.block_matrices) + norms + sinks
 
     @property
     def outer_vectors(self) -> int:

@@ -130,7 +130,7 @@ class DataConfig(Section):
     answers_only: bool = False
 
     @property
-    def windows(self) -> dict[str, bool]:
+    def windows(self) -> dict[str, Any]:
         """Return what training, validation and evaluation do alike with the text."""
         return {"documents": self.documents, "answers_only": self.answers_only}
 

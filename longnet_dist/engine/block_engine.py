@@ -54,8 +54,9 @@ class BlockEngine:
         compile = execution.compiles(block.training, cache is not None)
         matmul = self._matmul(block, x) if compile else REFERENCE
         weights = dict(block.named_parameters())
+        weights.pop("self_attn.sinks", None)  # no row-wise part has them
         parts = RowParts(weights, table, attention.head_dim, attention.norm_eps, execution.tile, compile, matmul)
-        run = BlockRun(parts, spec, execution, (x.shape[0], x.shape[1]), self._saved_tensors())
+        run = BlockRun(parts, spec, execution, (x.shape[0], x.shape[1]), self._saved_tensors(), attention.sinks)
         return run.forward(x.flatten(0, 1)).view_as(x)
 
     def _plain(

@@ -23,6 +23,7 @@ from longnet_dist.attention.functional import (
     attention_forward,
     start_attention_backward,
 )
+from longnet_dist.attention.sink import delta_of, sink_gradient
 from longnet_dist.engine.rows import RowParts
 from longnet_dist.engine.saved_tensors import SavedTensors
 from longnet_dist.ops.matmul.choice import Normed
@@ -41,6 +42,7 @@ class BlockRun:
         execution: its options, which say what it saves.
         shape: ``(B, n)``, the sequences and their tokens on this rank.
         saved: the tensors saved for backward; None if there will be none.
+        sink: the learned sinks ``(H,)``; None for none.
     """
 
     parts: RowParts
@@ -48,6 +50,7 @@ class BlockRun:
     execution: Execution
     shape: tuple[int, int]
     saved: SavedTensors | None
+    sink: Tensor | None = None
     _shared: list[Tensor] = field(default_factory=list, init=False)
     _moments: list[Normed] = field(default_factory=list, init=False)
     _for_attention: _ForAttention | None = field(default=None, init=False)
@@ -56,16 +59,16 @@ class BlockRun:
         """Return the block's output ``(B·n, E)`` for its input ``(B·n, E)``."""
         if self.execution.checkpointing == "none":
             q, k, v = (torch.unflatten(part, 0, self.shape) for part in self.parts.graph_before(x))
-            out, _ = attend(q, k, v, self.spec)
+            out, _ = attend(q, k, v, self.spec, self.sink)
             return self.parts.graph_after(x, out.flatten(0, 1))
-        out = _Attention.apply(x, self, *self.parts.before.values())  # type: ignore[no-untyped-call]
+        out = _Attention.apply(x, self, self.sink, *self.parts.before.values())  # type: ignore[no-untyped-call]
         z: Tensor = _Output.apply(x, out, self, *self.parts.after.values())  # type: ignore[no-untyped-call]
         return z
 
     def attention(self, x: Tensor) -> Tensor:
         """Return the attention's output ``(B·n, H, D)``, without graph."""
         qkv = q, k, v = self._qkv(x)
-        out, lse, shared = attention_forward(q, k, v, self.spec)
+        out, lse, shared = attention_forward(q, k, v, self.spec, self.sink)
         if self.saved is not None:
             self.saved.put("x", x)
             if self.execution.checkpointing != "full":
@@ -98,7 +101,7 @@ class BlockRun:
             )
         if out is None or lse is None:  # "full": the attention is computed again
             qkv = self._qkv(x)
-            out, lse, shared = attention_forward(qkv[0], qkv[1], qkv[2], self.spec)
+            out, lse, shared = attention_forward(qkv[0], qkv[1], qkv[2], self.spec, self.sink)
         else:
             qkv = [kept for kept in map(self.saved.take, "qkv") if kept is not None]
             lse, shared = lse.transpose(1, 2), self._shared
@@ -110,22 +113,26 @@ class BlockRun:
         self._for_attention = _ForAttention(x, dx, qkv, out, lse, delta, shared)
         return dout, gradients
 
-    def attention_backward(self, dout: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients of the block's input and of the weights before the attention."""
+    def attention_backward(self, dout: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Return the gradients of the block's input, of the sinks and of the weights before the attention."""
         kept, self._for_attention = self._for_attention, None
         assert kept is not None
         dout = torch.unflatten(dout, 0, self.shape)
-        start = start_attention_backward(dout, kept.out, kept.lse, self.spec, kept.delta, narrow=False)
+        delta, dsink = kept.delta, None
+        if self.sink is not None:
+            delta = delta_of(dout, kept.out, kept.lse, None) if delta is None else delta
+            dsink = sink_gradient(self.sink, kept.lse, delta)
+        start = start_attention_backward(dout, kept.out, kept.lse, self.spec, delta, narrow=False)
         x, dx, qkv, shared = kept.x, kept.dx, kept.qkv, kept.shared
         del kept  # and with it the output: the kernel may not need it any more, as it has LSE and delta
         q, k, v = qkv or self._qkv(x)
         # P = exp(s - LSE), dS = P ∘ (dO Vᵀ - delta)  ⇒  dQ, dK, dV, as wide as they were summed.
         gradients = attention_backward(start, q, k, v, shared, self.spec)
-        del q, k, v, qkv, start, dout
+        del q, k, v, qkv, start, dout, delta
         assert self.saved is not None
         self.saved.fetch_below()  # "full" waits until now, when most memory is free again
         # x reaches z through q, k and v too  ⇒  dx grows by J_LNᵀ du.
-        return dx, self.parts.add_projection_gradients(x, tuple(part.flatten(0, 1) for part in gradients), dx)
+        return dx, dsink, self.parts.add_projection_gradients(x, tuple(part.flatten(0, 1) for part in gradients), dx)
 
     def _qkv(self, x: Tensor) -> list[Tensor]:
         return [torch.unflatten(part, 0, self.shape) for part in self.parts.projections(x)]
@@ -147,15 +154,15 @@ class _Attention(torch.autograd.Function):
     """Compute the attention and all before it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: BlockRun, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, run: BlockRun, sink: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.run = run
         return run.attention(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dx, gradients = ctx.run.attention_backward(dout)
-        return dx, None, *gradients
+        dx, dsink, gradients = ctx.run.attention_backward(dout)
+        return dx, None, dsink, *gradients
 
 
 class _Output(torch.autograd.Function):

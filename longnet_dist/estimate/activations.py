@@ -14,6 +14,7 @@ from longnet_dist.estimate.model_cost import block_parameters, first_dim, inner_
 
 WIDE = 4  # bytes of a float32
 SDPA_BLOCK_NUMBERS = 1 << 22  # numbers of a block of queries in attention/kernels/backends/sdpa.py
+SINK_TILE = 1 << 16  # tokens of a tile in attention/sink.py
 _AFTER_ATTENTION = ("norm_out", "y", "norm2", "fc1", "gelu", "norm3")
 
 
@@ -104,13 +105,23 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     float32, and the tokens of one block have theirs twice.
     """
     model, itemsize = layout.config.model, layout.itemsize
-    gradients = _gradients(layout)
+    gradients = _gradients(layout) + _sink_gradient(layout)
     if layout.device_type == "cuda":
         return gradients + WIDE * (model.query_dim if _copies_dq(layout) else 2 * model.heads)
     numbers = model.query_dim + 2 * key_dim(model)
     block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_tokens * model.query_dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
     return gradients + wide + int(block * numbers * itemsize) + WIDE * model.heads
+
+
+def _sink_gradient(layout: RunLayout) -> int:
+    """Return the bytes for each token of delta and the gradient of sinks, which sums products tile by tile."""
+    model = layout.config.model
+    if not model.sinks:
+        return 0
+    copies = 3 if layout.itemsize < WIDE else 1  # both factors, wide, and their product
+    tile = min(1.0, SINK_TILE / layout.local_tokens)
+    return 3 * model.heads * WIDE + int(tile * copies * model.dim * WIDE)
 
 
 def _qkv(layout: RunLayout) -> int:

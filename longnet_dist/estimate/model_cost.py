@@ -53,7 +53,7 @@ def optimizer_numbers(model: LongNetConfig, optimizer: str) -> int:
 
 
 def block_parameters(model: LongNetConfig) -> int:
-    """Count the parameters of a block: matrices, biases and norms."""
+    """Count the parameters of a block: matrices, biases, norms and sinks."""
     return block_matrix_weights(model) + model.block_vectors
 
 

@@ -251,6 +251,7 @@ def _check_exportable(config: EncoderConfig) -> None:
         "head_offsets": config.head_offsets != "blocked",
         "kv_heads": (config.kv_heads or config.heads) != config.heads,
         "qk_norm": config.qk_norm,
+        "sinks": config.sinks,
         "ffn": config.ffn != "plain",
         "positions": config.positions not in ("none", "xpos"),
         "phantom_keys": config.phantom_keys == config.causal,

@@ -88,6 +88,7 @@ class Block(nn.Module):
             kv_heads=config.kv_heads,
             causal=config.causal,
             qk_norm=config.qk_norm,
+            sinks=config.sinks,
             positions=positions,
             group=group,
             sub_norm=style.sub_norm,

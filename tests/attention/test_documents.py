@@ -306,7 +306,7 @@ def test_a_layer_takes_documents(positions, edges):
     """Positions count from the first row of a document; xPos has its own span in each."""
     torch.manual_seed(0)
     pattern = DilatedPattern([8, 20, 64], [1, 2, 4])
-    layer = DilatedAttention(16, 4, pattern, kv_heads=2, positions=positions, qk_norm=True).double()
+    layer = DilatedAttention(16, 4, pattern, kv_heads=2, positions=positions, qk_norm=True, sinks=True).double()
     x = torch.randn(2, 31, 16, dtype=torch.float64)
     packed = layer(x, cu_seqlens=edges)
     for item in range(2):

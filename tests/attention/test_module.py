@@ -58,12 +58,34 @@ def test_gradient_differs_from_torchscales_by_its_detached_weights_alone(name):
     assert (exact - stored).norm() > 0.1 * stored.norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "qk_norm": True, "sub_norm": True, "causal": False}])
+@pytest.mark.parametrize(
+    "options", [{"sinks": True}, {"kv_heads": 2, "qk_norm": True, "sub_norm": True, "causal": False}]
+)
 def test_gradients_are_those_of_finite_differences(options):
     torch.manual_seed(0)
     module = DilatedAttention(8, 4, PATTERN, positions=Positions(xpos_base=64), **options).double()
     x = torch.randn(1, 9, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, x, atol=1e-6)
+
+
+def test_a_sink_is_one_more_key_of_value_zero():
+    """Against the definition: a softmax over the keys and the sink, of which the sink's part is left out."""
+    torch.manual_seed(0)
+    module = DilatedAttention(8, 2, DilatedPattern([16], [1]), sinks=True).double()
+    with torch.no_grad():
+        module.sinks.copy_(torch.tensor([0.7, -2.0]))
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
+    q, k, v = (part.transpose(1, 2) for part in module.project(x, None))
+    scores = (q @ k.transpose(2, 3) / 2).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
+    sinks = module.sinks.view(1, 2, 1, 1).expand(1, 2, 9, 1)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    expected = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), expected)
+    with torch.no_grad():
+        module.sinks.fill_(-1e4)
+    without = DilatedAttention(8, 2, DilatedPattern([16], [1])).double()
+    without.load_state_dict({name: value for name, value in module.state_dict().items() if name != "sinks"})
+    torch.testing.assert_close(module(x), without(x))
 
 
 def test_grouped_heads_are_repeated_key_value_heads():

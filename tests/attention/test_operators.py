@@ -100,7 +100,8 @@ def test_the_operators_keep_torchs_rules(short):
 
 @pytest.mark.parametrize("positions", [None, Positions(), Positions(xpos_base=64)], ids=["none", "rope", "xpos"])
 def test_a_layer_is_one_graph(positions):
-    layer = DilatedAttention(32, 4, PATTERN, kv_heads=2, positions=positions, qk_norm=True, sub_norm=True).double()
+    options = {"qk_norm": True, "sinks": True, "sub_norm": True}
+    layer = DilatedAttention(32, 4, PATTERN, kv_heads=2, positions=positions, **options).double()
     x = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
     call = compiled(layer)
     for edges in (None, [0, 9, 50], [[0, 50], [3, 8, 20]]):

@@ -103,6 +103,7 @@ def test_the_attention_of_layers_is_chosen_by_name():
         ({"full_layers": [2]}, r"numbers of layers from 0 to 1, not \[2\]"),
         ({"full_layers": [1, 1]}, r"not \[1, 1\]"),
         ({"attention": "full", "full_layers": [1]}, "leave full_layers out"),
+        ({"attention": "window", "sinks": True}, "or sinks=false"),
         ({"attention": "full", "segment_lengths": [3, 4]}, "as many of each"),
     ],
 )

@@ -58,7 +58,12 @@ def assert_same(result, expected):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)
 
 
-FIELDS = {"causal": {}, "bidirectional": {"qk_norm": True, "causal": False}, "gated": {"ffn": "gated", "qk_norm": True}}
+FIELDS = {
+    "causal": {},
+    "bidirectional": {"qk_norm": True, "causal": False},
+    "gated": {"ffn": "gated", "qk_norm": True},
+    "sinks": {"sinks": True},
+}
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)

@@ -16,7 +16,7 @@ from tests.estimate.live_bytes import LiveBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODELS: tuple[dict[str, Any], ...] = ({}, {"kv_heads": 1}, {"ffn_dim": 200}, {"positions": "none"}, {"qk_norm": True},
-                                      {"ffn": "gated", "ffn_dim": 200})  # fmt: skip
+                                      {"ffn": "gated", "ffn_dim": 200}, {"sinks": True})  # fmt: skip
 
 
 class BuffersOfTriton:

@@ -7,7 +7,7 @@ from longnet_dist.model.longnet import LongNet
 
 VARIANTS = (
     {"kv_heads": 1},
-    {"qk_norm": True, "ffn_dim": 100},
+    {"qk_norm": True, "ffn_dim": 100, "sinks": True},
     {"ffn": "gated", "ffn_dim": 44},
     {"tie_embeddings": True, "vocab_size": 1000},
     {"causal": False},

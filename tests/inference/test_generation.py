@@ -29,12 +29,20 @@ def unaligned_model(**fields):
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "dim": 16, "layers": 2, "heads": 4}
     pattern = {"segment_lengths": (8, 30, 100, 300), "dilation_rates": (1, 3, 7, 20)}
-    return LongNet(LongNetConfig(**(sizes | pattern | fields))).double().eval()
+    model = LongNet(LongNetConfig(**(sizes | pattern | fields))).double().eval()
+    for block in model.blocks:
+        if block.self_attn.sinks is not None:
+            torch.nn.init.normal_(block.self_attn.sinks)
+    return model
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}, {"layer_offsets": True, "layer_shift": True}],
+    [
+        {},
+        {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked", "sinks": True},
+        {"layer_offsets": True, "layer_shift": True},
+    ],
 )
 @pytest.mark.parametrize(("length", "chunk"), [(1, 16), (2, 1), (67, 16), (101, 1000), (150, 40)])
 def test_every_step_equals_the_forward_of_the_whole_text(fields, length, chunk):
@@ -63,8 +71,10 @@ def test_prompts_of_any_lengths_are_continued_together():
     assert len(set(alone)) == len(alone)
 
 
-def test_a_row_that_no_branch_keeps_attends_to_nothing():
-    model = unaligned_model(segment_lengths=(30, 60), dilation_rates=(7, 9))  # 4 heads do not cover the rows
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_row_that_no_branch_keeps_attends_to_nothing(sinks):
+    # 4 heads do not cover the rows
+    model = unaligned_model(segment_lengths=(30, 60), dilation_rates=(7, 9), sinks=sinks)
     with torch.no_grad():
         tokens = torch.randint(97, (1, 90))
         whole = model(tokens).logits

@@ -22,7 +22,7 @@ def batch(rows=45, vocab=20):
 
 VARIANTS = [
     {},
-    {"positions": "rope", "qk_norm": True, "kv_heads": 2, "tie_embeddings": True, "loss_chunk": 7},
+    {"positions": "rope", "qk_norm": True, "kv_heads": 2, "tie_embeddings": True, "loss_chunk": 7, "sinks": True},
     {"positions": "none", "ffn_dim": 48},
     {"causal": False, "tie_embeddings": True},
 ]

@@ -12,7 +12,7 @@ VARIANTS = [
     {"kv_heads": 2, "xpos_base": 64},
     {"positions": "rope", "qk_norm": True, "tie_embeddings": True, "loss_chunk": 5},
     {"causal": False},
-    {"layers": 3, "layer_offsets": True, "layer_shift": True, "xpos_base": 64},
+    {"layers": 3, "layer_offsets": True, "layer_shift": True, "xpos_base": 64, "sinks": True},
 ]
 
 

@@ -63,7 +63,11 @@ def streamed_step(chunk, fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked"}, {"layer_offsets": True, "layer_shift": True}],
+    [
+        {},
+        {"kv_heads": 2, "positions": "rope", "head_offsets": "blocked", "sinks": True},
+        {"layer_offsets": True, "layer_shift": True},
+    ],
     ids=["mha", "gqa", "layers differ"],
 )
 @pytest.mark.parametrize(("ranks", "chunk"), [(1, 75), (1, 64), (1, 9), (1, 1), (2, 25), (2, 32), (3, 14), (3, 36)])

@@ -33,7 +33,7 @@ def parameters_of(model):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_roles_and_shapes_are_those_of_a_model(tied, causal):
-    config = LongNetConfig(**TINY, tie_embeddings=tied, causal=causal, kv_heads=1, ffn_dim=24, qk_norm=True)
+    config = LongNetConfig(**TINY, tie_embeddings=tied, causal=causal, kv_heads=1, ffn_dim=24, qk_norm=True, sinks=True)
     model = LongNet(config)
     roles = parameter_roles(model)
     assert {name for name, role in roles.items() if role == "embedding"} == {"embedding.weight"}

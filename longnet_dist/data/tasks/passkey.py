@@ -14,7 +14,7 @@ class Passkey(Task):
     """Repeat the five digits that stand once in the filler, at ``depth``."""
 
     source = "Landmark Attention (arXiv 2305.16300), section 4.2"
-    least = 64
+    least = 48
 
     @staticmethod
     def sample(rng: np.random.Generator, length: int, depth: float) -> Sample:
