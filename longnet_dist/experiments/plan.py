@@ -31,6 +31,8 @@ class RunPlan(_Strict):
         series: which runs are joined by a line; the run's own name if not given.
         seeds: a run is made for each; their spread is the error bar.
         init: another run, ``name`` or ``experiment/name``, with whose weights it begins.
+        trained: a run ``experiment/name`` whose training is this one's too; it is trained once, and measured here as
+            this experiment does. Sections of a configuration are those of that run.
         model, data, train, parallel, deepspeed: sections of a configuration.
         settings: of this run's measurement.
     """
@@ -39,6 +41,7 @@ class RunPlan(_Strict):
     series: str = ""
     seeds: tuple[int, ...] = (0,)
     init: str | None = None
+    trained: str | None = None
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -122,6 +125,7 @@ class Run:
         vocab_size: ids of the token file, for models that do not say; None: unknown.
 
     Attributes:
+        trained_as: experiment and name of the training; those of this run, unless its plan says otherwise.
         values: nested values of the configuration, without folders, seed and token file.
         settings: of the measurement.
 
@@ -142,11 +146,25 @@ class Run:
         self.experiment, self.name, self.seed, self.output, self.data = experiment, name, seed, output, data
         self.plan = experiment.runs[name]
         self.settings = experiment.settings | self.plan.settings
-        self.values = copy.deepcopy(merged(experiment.base, self.plan.sections))
+        self.trained_as, plan = self._training()
+        self.values = copy.deepcopy(merged(self.trained_as[0].base, plan.sections))
         for word in overrides:
             set_override(self.values, word)
         if vocab_size is not None:
             self.values = merged({"model": {"vocab_size": vocab_size}}, self.values)
+
+    def _training(self) -> tuple[tuple[Experiment, str], RunPlan]:
+        if self.plan.trained is None:
+            return (self.experiment, self.name), self.plan
+        experiment, _, name = self.plan.trained.partition("/")
+        other = Experiment.read(experiment, self.experiment.smoke)
+        if self.plan.sections or other.runs.get(name) is None:
+            raise ConfigError(
+                f"the run {self.name} is trained as {self.plan.trained}, which must be a run of that experiment, and "
+                f"has no sections of its own; it has {', '.join(self.plan.sections) or 'none'}, and {experiment} has "
+                f"the runs {', '.join(other.runs)}"
+            )
+        return (other, name), other.runs[name]
 
     @property
     def key(self) -> str:
@@ -156,7 +174,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Return the folder of the trained run."""
-        return self.experiment.folder(self.output) / self.key
+        experiment, name = self.trained_as
+        return experiment.folder(self.output) / f"{name}-seed{self.seed}"
 
     @property
     def record(self) -> Path:
@@ -168,9 +187,9 @@ class Run:
         """Return the folder of the run with whose weights this one begins; None for none."""
         if self.plan.init is None:
             return None
-        experiment, _, name = self.plan.init.rpartition("/")
-        folder = self.output / experiment if experiment else self.experiment.folder(self.output)
-        return folder / f"{name}-seed{self.seed}"
+        other, _, name = self.plan.init.rpartition("/")
+        experiment = Experiment.read(other, self.experiment.smoke) if other else self.experiment
+        return Run(experiment, name, self.seed, self.output).folder
 
     def config(self) -> Config:
         """Return the configuration of the training.
@@ -190,22 +209,22 @@ def runs_of(experiment: Experiment, names: Sequence[str], output: Path, **option
 
     Args:
         experiment: whose runs.
-        names: of the wanted runs; all if empty.
+        names: of the wanted runs, or with their seeds, such as ``full-2k-seed1``; all if empty.
         output: folder of all experiments.
         options: further arguments of :class:`Run`.
 
     Raises:
         ConfigError: there is no such run.
     """
+    keys = [(name, seed) for name, plan in experiment.runs.items() for seed in plan.seeds]
     for name in names:
-        if name not in experiment.runs:
+        if name not in {run for run, _ in keys} | {f"{run}-seed{seed}" for run, seed in keys}:
             raise ConfigError(
                 f"the experiment {experiment.name} has no run {name!r}; it has {', '.join(experiment.runs)}"
             )
-    for name, plan in experiment.runs.items():
-        if not names or name in names:
-            for seed in plan.seeds:
-                yield Run(experiment, name, seed, output, **options)
+    for name, seed in keys:
+        if not names or name in names or f"{name}-seed{seed}" in names:
+            yield Run(experiment, name, seed, output, **options)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,22 @@ from longnet_dist.machine import cpu_name
 from longnet_dist.telemetry.json_lines import read_jsonl
 
 
-def run_all(runs: Sequence[Run], train: Callable[[Run], None], launch: LaunchEnvironment) -> None:
+def run_all(
+    runs: Sequence[Run],
+    train: Callable[[Run], None],
+    launch: LaunchEnvironment,
+    is_late: Callable[[], bool] = lambda: False,
+) -> bool:
     """Train and measure runs of one experiment, and write its report after each.
 
     Args:
         runs: in order; all are checked before the first begins.
         train: trains one run to its end, or goes on with it.
         launch: this process, which is alone.
+        is_late: says whether nothing more may begin.
+
+    Returns:
+        whether all runs are finished.
 
     Raises:
         LongNetError: a setting that cannot be, or what ends any training or evaluation.
@@ -40,10 +49,14 @@ def run_all(runs: Sequence[Run], train: Callable[[Run], None], launch: LaunchEnv
         if done:
             print(f"{run.experiment.name}: {run.key} is finished: {run.record}")
             continue
+        if is_late():
+            return False
         print(f"{run.experiment.name}: {run.key}", flush=True)
         if kind.trains:
             kind.prepare(run)
             train(run)
+        if is_late():
+            return False
         _free_memory()
         measured = kind.measure(run, launch)
         run.record.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +64,7 @@ def run_all(runs: Sequence[Run], train: Callable[[Run], None], launch: LaunchEnv
         write_text(run.record, json.dumps(record, indent=1, allow_nan=False) + "\n")
         write_report(run.experiment, run.output)
     write_report(runs[0].experiment, runs[0].output)
+    return True
 
 
 def is_finished(run: Run) -> bool:

@@ -82,7 +82,12 @@ def evaluate_run(
     asked = {"the arguments": f"{list(contexts)}, {num_tokens}, {split}"}
     run, windows = agreed(store, launch, "evaluate", opened, lambda part: part[0].facts(*part[1].values()) | asked)
     with run.model_on(launch, store=store) as (model, mesh, device):
-        return {context: evaluate(model, part, num_tokens, 1, mesh, device) for context, part in windows.items()}
+        # As many windows at once as take no more memory than one of the longest.
+        most = max(contexts)
+        return {
+            context: evaluate(model, part, num_tokens, most // context, mesh, device)
+            for context, part in windows.items()
+        }
 
 
 def measure_run(

@@ -9,7 +9,7 @@ from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.errors import ConfigError
 from longnet_dist.experiments import experiment_names
 from longnet_dist.experiments.kinds import KINDS
-from longnet_dist.experiments.plan import Experiment, runs_of
+from longnet_dist.experiments.plan import Experiment, RunPlan, runs_of
 from longnet_dist.experiments.runner import is_finished, run_all
 from tests.experiments import forked
 from tests.train.runs import write_corpus
@@ -70,7 +70,7 @@ def test_measures_are_those_of_their_runs(output):
     assert losses[0] == pytest.approx(last_of_full, abs=0.5)
     assert len(set(losses)) == 3
     positions = found["prompt"]["dilated-32k"]["measured"]["positions"]
-    assert [part[:2] for part in positions] == [[0, 32], [32, 64], [64, 128]]
+    assert [part[:2] for part in positions] == [[0, 64], [64, 128], [128, 256]]
     window = found["retrieval"]["window"]["measured"]["results"]
     assert {result["length"] for result in window} == {256}
     assert len(found["retrieval"]["dilated"]["measured"]["results"]) == 2 * 2 * 2
@@ -92,6 +92,31 @@ def test_full_sizes_are_valid_configurations(tmp_path):
             assert all(
                 tokens // step % config.train.checkpoint_every == 0 for tokens in run.settings.get("checkpoints", ())
             )
+
+
+def test_a_run_may_be_the_training_of_another_experiment(tmp_path):
+    (ours,) = runs_of(Experiment.read("prompt"), ["full-2k"], tmp_path)
+    theirs, second = runs_of(Experiment.read("context"), ["full-2k"], tmp_path)
+    assert (ours.folder, ours.values) == (theirs.folder, theirs.values)
+    assert ours.record != theirs.record
+    assert ours.settings != theirs.settings
+    assert [run.key for run in runs_of(Experiment.read("context"), ["full-2k-seed1"], tmp_path)] == [second.key]
+    (adapted,) = runs_of(Experiment.read("adapt"), ["dilated"], tmp_path)
+    (full,) = runs_of(Experiment.read("compute"), ["full-8k"], tmp_path)
+    assert adapted.init_folder == full.folder
+    experiment = Experiment.read("prompt")
+    for plan in (RunPlan(trained="context/none"), RunPlan(trained="context/full-2k", model={"dim": 8})):
+        with pytest.raises(ConfigError, match="must be a run of that experiment, and has no sections of its own"):
+            list(runs_of(experiment.model_copy(update={"runs": {"a": plan}}), (), tmp_path))
+
+
+def test_nothing_begins_when_it_is_late(tmp_path):
+    experiment = Experiment.read("distance", smoke=True)
+    runs = list(runs_of(experiment, (), tmp_path))
+    answers = iter([False, False, True])
+    assert not run_all(runs, forked.never, LaunchEnvironment(), lambda: next(answers))
+    assert [is_finished(run) for run in runs] == [True, False]
+    assert run_all(runs, forked.never, LaunchEnvironment(), lambda: False)
 
 
 def test_mistakes_are_refused(tmp_path):

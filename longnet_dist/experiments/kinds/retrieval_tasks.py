@@ -34,6 +34,7 @@ class RetrievalSettings(Settings):
         lengths: tokens of the samples for tests.
         depths: where the model must look, from 0 (the beginning) to 1 (just before the question).
         samples: samples of each task, length and depth.
+        most_tokens: tokens of all these samples together, which limits their number at long lengths, down to one.
         chunk: tokens that are computed at once.
     """
 
@@ -43,6 +44,7 @@ class RetrievalSettings(Settings):
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     samples: int
+    most_tokens: int = 2**62
     chunk: int = 65536
 
 
@@ -69,7 +71,9 @@ class RetrievalTasks(Kind):
 
         def solve(model: LongNet, windows: Windows | None, device: torch.device) -> list[dict[str, Any]]:
             places = [(t, n, d) for t in settings.tasks for n in settings.lengths for d in settings.depths]
-            found = (evaluate_retrieval(model, *place, settings.samples, settings.chunk, device) for place in places)
+            numbers = [max(1, min(settings.samples, settings.most_tokens // length)) for _, length, _ in places]
+            given = zip(places, numbers, strict=True)
+            found = (evaluate_retrieval(model, *place, number, settings.chunk, device) for place, number in given)
             return [asdict(result) for result in found]
 
         return {"results": measure_run(run.folder, None, 1, launch, solve)}
