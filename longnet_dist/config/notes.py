@@ -56,6 +56,7 @@ def _of_validation(train: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _of_length(config: Config) -> Iterator[tuple[str, str]]:
+    yield "shortest_length", "" if config.train.length_warmup else "train.length_warmup=0"
     length, chunk = config.data.sequence_length, config.train.chunk_length
     whole = chunk is not None and chunk >= length
     yield "chunk_length", f"data.sequence_length={length} is not longer" if whole else ""

@@ -24,6 +24,7 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.optim.optimizers import OPTIMIZERS
 from longnet_dist.optim.schedules import SCHEDULES
+from longnet_dist.optim.sequence_lengths import length_of, lengths_of
 from longnet_dist.registry import ATTENTION_BACKENDS
 
 Precision = Literal["fp32", "bf16"]
@@ -213,6 +214,9 @@ class TrainConfig(Section):
             registered.
         learning_rate: peak learning rate of the schedule.
         warmup_steps: steps of linear warm-up.
+        length_warmup: steps in which sequences grow to ``data.sequence_length``, doubling. A sample is cut into shorter
+            sequences, so a step has as many tokens as ever; 0: samples are whole from the first step on.
+        shortest_length: fewest tokens of a sequence in ``length_warmup``.
         schedule: decay after warm-up: ``polynomial``, ``cosine``, or ``wsd`` (stable, then linear).
         decay_power: power of the polynomial decay; 1 is linear.
         decay_fraction: share of all steps in which ``wsd`` decays, at the end.
@@ -274,6 +278,8 @@ class TrainConfig(Section):
     optimizer: str = "adamw"
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: int = Field(750, ge=0)
+    length_warmup: int = Field(0, ge=0)
+    shortest_length: PositiveInt = 2048
     schedule: str = "polynomial"
     decay_power: PositiveFloat = 1.0
     decay_fraction: float = Field(0.2, gt=0, le=1)
@@ -470,7 +476,7 @@ class Config(Section):
         train, fields = self.train, TrainConfig.model_fields
         if not isinstance(self.model, HuggingFaceConfig):
             return self
-        for key in ("offload_activations", "cache_qkv", "resident_blocks", "offload_qkv", "matmul"):
+        for key in ("offload_activations", "cache_qkv", "resident_blocks", "offload_qkv", "matmul", "length_warmup"):
             if getattr(train, key) != fields[key].default:
                 raise ConfigError(
                     f"train.{key}={getattr(train, key)} is for LongNet's own blocks, but the run trains the model of "
@@ -495,7 +501,18 @@ class Config(Section):
                 f"tokens of a model with model.causal=false see later ones, so sequences of {length} cannot be "
                 f"trained in chunks of train.chunk_length={chunk_length}; leave chunk_length out"
             )
+        if self.train.length_warmup and not lengths_of(self.train.shortest_length, length):
+            raise ConfigError(
+                f"train.length_warmup={self.train.length_warmup} lets sequences double from "
+                f"train.shortest_length={self.train.shortest_length} on, which is more than half of "
+                f"data.sequence_length={length}; use a smaller shortest_length or length_warmup=0"
+            )
         return self
+
+    def length_of_step(self, step: int) -> int:
+        """Return the tokens of a sequence in a step, counted from 0; fewer than those of a sample in the warm-up."""
+        train = self.train
+        return length_of(step, train.length_warmup, train.shortest_length, self.data.sequence_length)
 
     def precision(self, device_type: str) -> Precision:
         """Resolve the precision for a device type, ``"cuda"`` or ``"cpu"``.

@@ -117,6 +117,7 @@ def _check_whole_sequences(layout: RunLayout) -> None:
         ("parallel.sequence", layout.mesh.sequence, layout.mesh.sequence > 1, 1),
         ("train.chunk_length", layout.chunk_length, layout.num_chunks > 1, data.sequence_length),
         ("data.documents", "true", data.documents, "false"),
+        ("train.length_warmup", layout.config.train.length_warmup, layout.config.train.length_warmup > 0, 0),
     ):
         if split:
             raise ConfigError(

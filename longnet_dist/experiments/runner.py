@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from longnet_dist.checkpoint.run_folder import RunFolder, write_text
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.model import LongNetConfig
+from longnet_dist.config.schema import Config
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.model_cost import flops_per_token, num_parameters
@@ -111,12 +113,18 @@ def _facts(run: Run, kind: type[Kind]) -> dict[str, Any]:
     header, steps = TokenFile.open(config.data.path).header, read_jsonl(RunFolder(run.folder).metrics_file)
     return facts | {
         "parameters": num_parameters(model),
-        "flops_per_token": flops_per_token(model, config.data.sequence_length),
+        "flops_per_token": _mean_flops(config),
         "tokens": config.train.steps * config.train.batch_size * config.data.sequence_length,
         "data": {"source": header.source, "tokens": header.num_tokens, "sha256": header.sha256},
         "device_minutes": sum(step["step_seconds"] for step in steps) * ranks / 60,
         "training_loss": steps[-1]["loss"] if steps else None,
     }
+
+
+def _mean_flops(config: Config) -> float:
+    """Return the FLOPs of a training token, the mean over all steps, whose sequences may grow."""
+    lengths = Counter(config.length_of_step(step) for step in range(config.train.steps))
+    return sum(count * flops_per_token(config.model, length) for length, count in lengths.items()) / config.train.steps
 
 
 def _environment() -> dict[str, str | int]:

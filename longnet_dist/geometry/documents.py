@@ -53,6 +53,15 @@ class Documents:
         rows = np.clip(self.array_stops, start, stop) - np.clip(self.array_starts, start, stop)
         return int(rows.sum()) == stop - start
 
+    def cut(self, length: int, period: int) -> Documents:
+        """Return documents that end at every ``length``-th row of each ``period`` rows as well."""
+        rows = np.arange(0, int(self.array_stops[-1]), period)[:, None] + np.arange(0, period, length)
+        cuts = rows[rows < self.array_stops[-1]]
+        document = np.searchsorted(self.array_starts, cuts, side="right") - 1
+        inside = (document >= 0) & (self.array_starts[document] < cuts) & (cuts < self.array_stops[document])
+        starts, stops = (np.sort(np.append(part, cuts[inside])) for part in (self.array_starts, self.array_stops))
+        return Documents(tuple(starts.tolist()), tuple(stops.tolist()))
+
     def padding(self, start: int, stop: int) -> list[slice]:
         """Return the rows of window ``[start, stop)`` that lie outside all documents, counted from ``start``."""
         cuts = np.clip(np.stack([self.array_starts, self.array_stops], 1), start, stop)

@@ -52,7 +52,9 @@ class Throughput:
         config = layout.config
         self._device, self._ranks = device, layout.num_ranks
         self._tokens = config.train.batch_size * config.data.sequence_length
-        self._flops = self._tokens * flops_per_token(config.model, config.data.sequence_length)
+        self._model = config.model
+        self._flops_per_token: dict[int, float] = {}
+        self._length = config.data.sequence_length
         self._peak_tflops = config.train.peak_tflops or device_of(device).peak_tflops
         if self._peak_tflops is None and device.type == "cuda":
             _log.warning(
@@ -60,9 +62,17 @@ class Throughput:
                 torch.cuda.get_device_name(device),
             )
 
-    def step(self, seconds: float) -> Speed:
-        """Return the measures of a step that took ``seconds`` on all ranks."""
-        tflops = self._flops / seconds / self._ranks / 1e12
+    def step(self, seconds: float, length: int | None = None) -> Speed:
+        """Return the measures of a step that took ``seconds`` on all ranks.
+
+        Args:
+            seconds: of the step.
+            length: tokens of a sequence in it; those of a sample if not given.
+        """
+        length = length or self._length
+        if length not in self._flops_per_token:
+            self._flops_per_token[length] = flops_per_token(self._model, length)
+        tflops = self._tokens * self._flops_per_token[length] / seconds / self._ranks / 1e12
         mfu = None if self._peak_tflops is None else tflops / self._peak_tflops
         return Speed(self._tokens / seconds, tflops, mfu, *self._memory())
 

@@ -32,8 +32,10 @@ from longnet_dist.data.batches import Windows
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.inference.evaluation import Evaluation, evaluate
 from longnet_dist.optim.schedules import learning_rate
+from longnet_dist.optim.sequence_lengths import growth
 from longnet_dist.private_interfaces import default_store
 from longnet_dist.resilience.out_of_memory import explained
 from longnet_dist.resilience.stop_signals import stop_requests
@@ -196,6 +198,10 @@ class Trainer:
         if self.is_first:
             for line in [*notes(self.config), *unread_keys(self.config.deepspeed.extra)]:
                 print(f"note: {line}")
+            train = self.config.train
+            if self.step < train.length_warmup:
+                lengths = growth(train.length_warmup, train.shortest_length, self.config.data.sequence_length)
+                print(f"sequences grow: {lengths}")
 
     def _open_folder(self, stack: ExitStack) -> MetricsLog:
         """Put the run's folder in order and write what describes the run, once a step has been done."""
@@ -255,7 +261,7 @@ class Trainer:
                 self._recent.add(result.loss, result.grad_norm)
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._refuse_divergence(skipped_in_a_row, result)
-                speed = throughput.step(seconds)
+                speed = throughput.step(seconds, self.config.length_of_step(self.step - 1))
                 bits = result.loss / math.log(2) / bytes_per_token
                 shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed}"
                 bar.set_postfix_str(shown + f", {self.skipped} skipped" * bool(self.skipped), refresh=False)
@@ -314,6 +320,9 @@ class Trainer:
         sequence_length, chunk_length = self._sequence
         data_rank, data_size = self.mesh.data_rank, self.mesh.shape.data
         documents = self.batches.documents(step, data_rank, data_size, number, self.plan.accumulation)
+        sample, length = self.config.data.sequence_length, self.config.length_of_step(step)
+        if length < sample:
+            documents = (documents or Documents.whole(sequence_length)).cut(length, sample)
         model = self.engine.module
         stream = model.stream(sequence_length, cu_seqlens=documents)
         dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
