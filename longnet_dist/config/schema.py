@@ -119,8 +119,6 @@ class DataConfig(Section):
         packing: how samples are filled: ``contiguous`` (stretches of the token file), or ``best_fit`` (whole documents,
             of which only those longer than a sample are cut; the rest of a sample is padding), which needs
             ``documents=true``.
-        answers_only: train and validate on answers alone, in a token file that says which tokens are answers, as those
-            of retrieval tasks do. ``longnet evaluate`` does the same.
     """
 
     path: Place | None = None
@@ -128,12 +126,6 @@ class DataConfig(Section):
     sequence_length: PositiveInt = 2048
     documents: bool = False
     packing: Literal["contiguous", "best_fit"] = "contiguous"
-    answers_only: bool = False
-
-    @property
-    def windows(self) -> dict[str, Any]:
-        """Return what training, validation and evaluation do alike with the text."""
-        return {"documents": self.documents, "answers_only": self.answers_only}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -141,11 +133,6 @@ class DataConfig(Section):
             raise ConfigError(
                 "data.packing=best_fit packs documents that are kept apart, but data.documents is false; use "
                 "data.documents=true or data.packing=contiguous"
-            )
-        if self.packing == "best_fit" and self.answers_only:
-            raise ConfigError(
-                "data.packing=best_fit takes documents apart whose answers data.answers_only asks for; use "
-                "data.packing=contiguous"
             )
         return self
 

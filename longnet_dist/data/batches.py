@@ -29,8 +29,7 @@ class Batches:
     from ``s·batch_size + sample_offset`` on, whatever the number of ranks.
 
     Args:
-        token_file, split, sequence_length, seed, vocab_size, objective, mask_id, documents, answers_only: as for
-            :class:`Windows`.
+        token_file, split, sequence_length, seed, vocab_size, objective, mask_id, documents: as for :class:`Windows`.
         batch_size: sequences of a step, over all ranks.
         packing: ``"best_fit"`` fills samples with whole documents (:class:`~.best_fit.FittedWindows`).
         sample_offset: samples seen before a step, minus ``batch_size`` for each earlier step; not 0 if the run had
@@ -52,7 +51,6 @@ class Batches:
         objective: Objective = "causal",
         mask_id: int | None = None,
         documents: bool = False,
-        answers_only: bool = False,
         packing: Packing = "contiguous",
         sample_offset: int = 0,
     ) -> None:
@@ -62,8 +60,7 @@ class Batches:
         if packing == "best_fit":
             self.windows: Windows = FittedWindows(token_file, split, sequence_length, **options)
         else:
-            options |= {"documents": documents, "answers_only": answers_only}
-            self.windows = Windows(token_file, split, sequence_length, **options)
+            self.windows = Windows(token_file, split, sequence_length, **options, documents=documents)
         self.batch_size = batch_size
         self.sample_offset = sample_offset
         self.seed = seed

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from longnet_dist.data.shuffle import permuted
 from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.data.windows import IGNORE_INDEX, Integers, Windows
+from longnet_dist.errors import DataError
 
 
 class FittedWindows(Windows):
@@ -30,6 +31,11 @@ class FittedWindows(Windows):
     def __init__(
         self, token_file: TokenFile, split: SplitName, sequence_length: int, *, seed: int = 0, **options: Any
     ) -> None:
+        if token_file.answers is not None:
+            raise DataError(
+                f"data.packing=best_fit takes the windows of {token_file.path} apart, whose answers are in them; use "
+                f"data.packing=contiguous"
+            )
         super().__init__(token_file, split, sequence_length, seed=seed, **options, documents=True)
         first, last = token_file.split(split)
         edges = np.concatenate([[first], token_file.edges_inside(first, last - 1), [last]])

@@ -11,7 +11,8 @@ Layout, little-endian::
     ..   edges          uint64: first token of each document, then num_tokens; files of older versions have none
     ..   answers        uint64: first token and end of each stretch of answers; most files have none
 
-A separator is the last token of the document before it. Answers are the tokens that ``data.answers_only`` trains on.
+A separator is the last token of the document before it. In a file
+with answers these alone are trained and evaluated.
 """
 
 from __future__ import annotations
@@ -276,25 +277,12 @@ class TokenFile:
             raise self._damaged_edges()
         return found
 
-    def require_answers(self) -> None:
-        """Check that the file says which tokens are answers.
-
-        Raises:
-            DataError: it does not.
-        """
-        if self.answers is None:
-            raise DataError(
-                f"data.answers_only=true trains on answers alone, but {self.path} does not say which tokens are "
-                f"answers; use a file of retrieval tasks, or data.answers_only=false"
-            )
-
     def is_answer(self, first: int, last: int) -> npt.NDArray[np.bool_]:
         """Say which of the tokens ``[first, last)`` are answers, ``(last - first,)``.
 
         Raises:
-            DataError: the file does not say so, or its stretches of answers are damaged.
+            DataError: the stretches of answers are damaged.
         """
-        self.require_answers()
         assert self.answers is not None
         edges = _inside(self.answers, first, last - 1)
         if np.any(np.diff(edges, prepend=first, append=max(last, first + 1)) < 1):

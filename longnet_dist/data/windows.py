@@ -48,12 +48,13 @@ class Windows:
         mask_id: id that replaces a masked token; required by ``"masked"``.
         seed: seed of the masks.
         documents: whether the documents of the file are kept apart.
-        answers_only: whether only answers are labels, in a file that names them; objective ``"causal"``.
+
+    In a file that names its answers, these alone are causal labels.
 
     Raises:
-        DataError: an id in the file is outside of the vocabulary, the split has no labelled position, or the file has
-            no edges of documents or no answers.
-        ConfigError: the length is less than 1, the objective is unknown or has no answers, or the mask id is missing.
+        DataError: an id in the file is outside of the vocabulary, the split has no labelled position, the file has no
+            edges of documents, or it has answers and the objective none.
+        ConfigError: the length is less than 1, the objective is unknown, or the mask id is missing.
     """
 
     def __init__(
@@ -67,7 +68,6 @@ class Windows:
         mask_id: int | None = None,
         seed: int = 0,
         documents: bool = False,
-        answers_only: bool = False,
     ) -> None:
         if sequence_length < 1:
             raise ConfigError(f"data.sequence_length must be at least 1, not {sequence_length}")
@@ -78,12 +78,13 @@ class Windows:
         _refuse_foreign_ids(token_file, vocab_size)
         if documents:
             token_file.require_edges()
-        if answers_only and objective != "causal":
-            raise ConfigError("data.answers_only needs a causal model; use model.causal=true or answers_only=false")
-        if answers_only:
-            token_file.require_answers()
+        if token_file.answers is not None and objective != "causal":
+            raise DataError(
+                f"{token_file.path} names answers, which a causal model predicts, but the objective is {objective}; "
+                f"use model.causal=true or another file"
+            )
         self.token_file = token_file
-        self.answers_only = answers_only
+        self.answers_only = token_file.answers is not None
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed

@@ -325,7 +325,8 @@ class _Run:
                 f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
                 f"({tokenizer.name}); prepare it with the run's"
             )
-        return Windows(token_file, split, length, **objective(self.config.model), **self.config.data.windows)
+        documents = self.config.data.documents
+        return Windows(token_file, split, length, **objective(self.config.model), documents=documents)
 
     def model(self, group: dist.ProcessGroup | None, device: torch.device, execution: Execution = _PLAIN) -> LongNet:
         """Return the trained model, in evaluation mode and the precision of its training."""

@@ -162,15 +162,15 @@ class RunSetup(RunLayout):
         """Return the training split in shuffled batches of the whole world."""
         config = self.config
         length, batch_size, seed = config.data.sequence_length, config.train.batch_size, config.train.seed
-        options = objective(config.model) | config.data.windows | {"packing": config.data.packing}
+        options = objective(config.model) | {"documents": config.data.documents, "packing": config.data.packing}
         offset = self.samples_done - self.steps_done * batch_size
         return Batches(token_file, "train", length, batch_size, seed, **options, sample_offset=offset)
 
     def validation_data(self, token_file: TokenFile) -> Windows:
         """Return the validation split in windows of the training length."""
         config = self.config
-        options = objective(config.model) | config.data.windows
-        return Windows(token_file, "validation", config.data.sequence_length, **options)
+        length, documents = config.data.sequence_length, config.data.documents
+        return Windows(token_file, "validation", length, **objective(config.model), documents=documents)
 
     def resolved(self, token_file: TokenFile) -> dict[str, Any]:
         """Return the configuration as nested values, with what was ``auto`` or left out filled in."""

@@ -4,16 +4,13 @@ import re
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
-from longnet_dist.config.schema import DataConfig
 from longnet_dist.data.batches import Batches, Windows
 from longnet_dist.data.tasks import TASKS, make_sample, write_samples
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.token_file_writer import TokenFileWriter
 from longnet_dist.data.tokenizers import ByteTokenizer
 from longnet_dist.errors import ConfigError, DataError
-from tests.train.runs import write_corpus
 
 
 def answer_of(sample):
@@ -87,14 +84,14 @@ def test_windows_of_a_written_file_are_samples(tmp_path):
         assert len(windows) == count
         for text, labels in texts_of(windows):
             assert len(text) in (254, 255, 256)  # the last tokens of a split are labels only
-            assert (labels[:-1] == np.frombuffer(text, np.uint8)[1:]).all()
             assert (b"The key was" in text) != (b"|" in text)
+            assert (labels != -100).sum() == (16 if b"|" in text else 5)
     with pytest.raises(ConfigError, match="a task"):
         write_samples(tmp_path / "b.tokens", [], 256, 9)
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_answers_alone_are_labels_where_that_is_asked_for(tmp_path, documents):
+def test_answers_alone_are_labels(tmp_path, documents):
     path = write_samples(tmp_path / "a.tokens", ["passkey", "recall"], 1024, 6, seed=5, shortest=512)
     token_file = TokenFile.open(path, verify=True)
     samples = bytes(token_file.tokens).split(b"\0")
@@ -106,7 +103,7 @@ def test_answers_alone_are_labels_where_that_is_asked_for(tmp_path, documents):
         answers = np.array(make_sample(name, 5, number, len(text), 0.5).answers)
         expected[place + answers - 1] = np.frombuffer(text, np.uint8)[answers]
         place += len(text) + 1
-    windows = Windows(token_file, "all", 1024, answers_only=True, documents=documents)
+    windows = Windows(token_file, "all", 1024, documents=documents)
     for index in range(len(windows)):
         labels = windows.local([index])[1][0].numpy()
         assert (labels == expected[index * 1024 : index * 1024 + len(labels)]).all()
@@ -125,16 +122,13 @@ def test_a_window_has_one_sample_or_two_or_four(tmp_path):
     assert min(counts.count(number) for number in (1, 2, 4)) >= 12
 
 
-def test_answers_need_a_file_that_has_them_and_a_causal_model(tmp_path):
-    path = write_corpus(tmp_path / "text.tokens")
-    with pytest.raises(DataError, match="does not say which tokens are answers"):
-        Windows(TokenFile.open(path), "train", 64, answers_only=True)
-    answers = write_samples(tmp_path / "a.tokens", ["copy"], 128, 4)
-    with pytest.raises(ConfigError, match="needs a causal model"):
-        Windows(TokenFile.open(answers), "train", 64, objective="masked", mask_id=256, answers_only=True)
-    with pytest.raises(ValidationError, match="takes documents apart"):
-        DataConfig(packing="best_fit", documents=True, answers_only=True)
-    assert Batches(TokenFile.open(answers), "train", 128, 1, 0, answers_only=True).num_labels(0, 0, 1, (0, 128)) == 16
+def test_answers_need_a_causal_model_and_whole_windows(tmp_path):
+    answers = TokenFile.open(write_samples(tmp_path / "a.tokens", ["copy"], 128, 4))
+    assert Batches(answers, "train", 128, 1, 0).num_labels(0, 0, 1, (0, 128)) == 16
+    with pytest.raises(DataError, match="names answers, which a causal model predicts"):
+        Windows(answers, "train", 64, objective="masked", mask_id=256)
+    with pytest.raises(DataError, match="packing=best_fit takes the windows"):
+        Batches(answers, "train", 128, 1, 0, packing="best_fit")
 
 
 def test_wrong_stretches_of_answers_are_refused(tmp_path):

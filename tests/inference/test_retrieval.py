@@ -51,7 +51,7 @@ def next_of(seen):
         first, _, second = seen.replace("||", "|").partition("|")
         return first[len(second)] if len(second) < len(first) else " "
     if asked := re.search(r"@(\w*)$", seen):
-        return (seen[: asked.start()].partition("@")[2] + "    ")[len(asked[1])]
+        return seen[: asked.start()].partition("@")[2][len(asked[1]) :][:1] or " "
     return " "
 
 
