@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -27,9 +28,11 @@ from longnet_dist.errors import REQUEUE_STATUS
 from longnet_dist.experiments.plan import Experiment, Run, runs_of
 from longnet_dist.experiments.report import write_report
 from longnet_dist.experiments.runner import is_finished
+from longnet_dist.machine import usable_cores
 
 BY_VALUE = ("context", "retrieval", "variants", "adapt", "compute", "prompt", "size")
 WAIT_SECONDS = 1.0
+GRACE_SECONDS = 24.0  # for the last checkpoint
 WITHOUT_TEXT = ("retrieval", "distance")
 
 
@@ -119,6 +122,21 @@ def command_of(job: Job, data: Path | None, minutes: float) -> list[str]:
     return words if data is None or job.run.experiment.name in WITHOUT_TEXT else [*words, "--data", str(data)]
 
 
+def run_until(command: Sequence[str], deadline: float, log: IO[str], variables: dict[str, str]) -> int:
+    """Run a command and return its status; what still runs at ``deadline`` (monotonic seconds) is ended."""
+    process = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+    try:
+        process.wait(GRACE_SECONDS / 3)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return REQUEUE_STATUS
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run experiments as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = time.monotonic() + 60 * options.minutes
     gpus = [str(number) for number in range(torch.cuda.device_count())] or [""]
     schedule = Schedule(jobs_of(options.experiments, options.output, options.data, options.smoke))
+    threads_of_one = {"OMP_NUM_THREADS": str(max(1, usable_cores() // len(gpus)))}
     logs = options.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
 
@@ -139,8 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def do(job: Job) -> int:
             command = command_of(job, options.data, (end - time.monotonic()) / 60)
             with (logs / f"{job.name.replace('/', '-')}.log").open("a") as log:
-                environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-                return subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
+                return run_until(command, end + GRACE_SECONDS, log, {"CUDA_VISIBLE_DEVICES": gpu} | threads_of_one)
 
         schedule.work(do, lambda: time.monotonic() > end)
 

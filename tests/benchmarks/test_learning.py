@@ -1,10 +1,13 @@
 """Runs are handed out by value, and after the runs whose weights they need."""
 
 import json
+import sys
+import time
 
 import pytest
 
 from benchmarks import learning
+from longnet_dist.errors import REQUEUE_STATUS
 from longnet_dist.experiments import experiment_names
 
 
@@ -49,6 +52,13 @@ def test_nothing_begins_when_the_time_is_over(tmp_path):
     schedule = schedule_of(tmp_path, "size")
     schedule.work(lambda job: pytest.fail("began"), lambda: True)
     assert len(schedule.waiting) == 4
+
+
+def test_what_runs_too_long_is_ended(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        words = [sys.executable, "-c", "import os, time; print(os.environ['A'], flush=True); time.sleep(60)"]
+        assert learning.run_until(words, time.monotonic() + 2, log, {"A": "text"}) == REQUEUE_STATUS
+        assert learning.run_until([sys.executable, "-c", "raise SystemExit(3)"], time.monotonic() + 60, log, {}) == 3
 
 
 def test_reports_are_copied_and_finished_runs_are_left_out(tmp_path, capsys):

@@ -8,9 +8,10 @@ import pytest
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.errors import ConfigError
 from longnet_dist.experiments import experiment_names
-from longnet_dist.experiments.kinds import KINDS
+from longnet_dist.experiments.kinds import KINDS, retrieval_tasks
 from longnet_dist.experiments.plan import Experiment, RunPlan, runs_of
 from longnet_dist.experiments.runner import is_finished, run_all
+from longnet_dist.inference.retrieval import evaluate_retrieval
 from tests.experiments import forked
 from tests.train.runs import write_corpus
 
@@ -75,6 +76,25 @@ def test_measures_are_those_of_their_runs(output):
     assert {result["length"] for result in window} == {256}
     assert len(found["retrieval"]["dilated"]["measured"]["results"]) == 2 * 2 * 2
     assert found["distance"]["paper"]["measured"]["points"][0]["worst"] == 1
+
+
+def test_an_interrupted_measurement_goes_on(output, monkeypatch):
+    _, runs = run_smoke("retrieval", output)
+    kind, measured = KINDS["retrieval_tasks"], json.loads(runs[0].record.read_text())["measured"]
+    calls = []
+
+    def interrupted(model, *place):
+        calls.append(place)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluate_retrieval(model, *place)
+
+    monkeypatch.setattr(retrieval_tasks, "evaluate_retrieval", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kind.measure(runs[0], LaunchEnvironment())
+    assert kind.measure(runs[0], LaunchEnvironment()) == measured
+    assert len(calls) == len(measured["results"]) + 1
+    assert calls[3] == calls[4]
 
 
 def test_full_sizes_are_valid_configurations(tmp_path):

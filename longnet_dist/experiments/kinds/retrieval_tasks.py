@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longnet_dist.checkpoint.run_folder import write_text
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.tasks import write_samples
@@ -72,11 +75,18 @@ class RetrievalTasks(Kind):
         def solve(model: LongNet, windows: Windows | None, device: torch.device) -> list[dict[str, Any]]:
             places = [(t, n, d) for t in settings.tasks for n in settings.lengths for d in settings.depths]
             numbers = [max(1, min(settings.samples, settings.most_tokens // length)) for _, length, _ in places]
-            given = zip(places, numbers, strict=True)
-            found = (evaluate_retrieval(model, *place, number, settings.chunk, device) for place, number in given)
-            return [asdict(result) for result in found]
+            found = _measured_before(partial_file, run.settings)
+            for place, number in list(zip(places, numbers, strict=True))[len(found) :]:
+                found.append(asdict(evaluate_retrieval(model, *place, number, settings.chunk, device)))
+                write_text(partial_file, json.dumps({"settings": run.settings, "results": found}))
+            return found
 
-        return {"results": measure_run(run.folder, None, 1, launch, solve)}
+        # Long texts take minutes, so an interrupted measurement goes on where it was.
+        partial_file = run.record.with_suffix(".partial")
+        partial_file.parent.mkdir(parents=True, exist_ok=True)
+        results = measure_run(run.folder, None, 1, launch, solve)
+        partial_file.unlink(missing_ok=True)
+        return {"results": results}
 
     @staticmethod
     def table(experiment: Experiment, records: Sequence[Record]) -> list[list[str]]:
@@ -104,6 +114,15 @@ class RetrievalTasks(Kind):
             if place >= len(runs) * (len(tasks) - 1):
                 axes[place].set_xlabel("tokens of the text")
         return figure
+
+
+def _measured_before(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of an interrupted measurement with the same settings."""
+    if not file.exists():
+        return []
+    partial = json.loads(file.read_text(encoding="utf-8"))
+    found: list[dict[str, Any]] = partial["results"] if partial["settings"] == json.loads(json.dumps(settings)) else []
+    return found
 
 
 def _share(record: Record, task: str, length: int) -> float | None:
