@@ -60,6 +60,7 @@ def test_the_pattern_of_a_saved_model_is_the_default(tmp_path):
         (["model.name=tiny"], r"model\.name='tiny' is given too"),
         (["train.activation_checkpointing=selective"], r"use train\.compile=auto and train\.activation_checkpointing="),
         (["train.compile=true"], r"train\.compile=true is for LongNet's own blocks"),
+        (["train.length_warmup=4"], r"train\.length_warmup=4 is for LongNet's own blocks"),
         (["train.matmul=torch"], r"train\.matmul=torch is for LongNet's own blocks"),
         (["model.dilation_rates=[1]"], r"dilation_rates"),
     ],
