@@ -120,11 +120,15 @@ def attention(capability: int, dim: int) -> None:
         statistics = kernel.start_backward(dout, out, lse, dq, None, lse)
         statistics = kernel.start_backward(dout, out, lse, dq)
         kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
-    if dim == 64:  # a table of segments, and heads of a larger model: the portable kernels on any GPU
+    if dim == 64 or capability == 90:  # a table of segments, and heads of a larger model
         pattern = DilatedPattern([4096], [2], shift=[1024])
         piece = replace(dense_pieces(pattern, 0, ROWS, ROWS, True)[0], overlap_rates=(2,))
         call = Call(piece, (1, 0), True, 0.1, head_block=1, heads_before=1)
         launch._device_table = lambda table, device: torch.empty(len(table), 3, dtype=torch.int64)  # type: ignore[assignment]
+        if capability == 90:
+            from longnet_dist.attention.kernels.hopper import tables
+
+            tables._on_device = lambda integers, device: torch.from_numpy(integers)
         kernel.forward(call, q, k, v, out, lse)
         kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
     if capability < 90:

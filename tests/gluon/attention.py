@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -38,7 +39,8 @@ class EmulatedKernel(TritonKernel):
 
     def forward(self, call, q, k, v, out, lse):
         tensors = (q, k, v, out, out, lse)
-        for part in Problem(call, Geometry.of(q), Geometry.of(k)).parts():
+        split = launches.takes_tables(call.deterministic)
+        for part in Problem(call, Geometry.of(q), Geometry.of(k)).parts(split):
             buffers = part.seen(tuple(map(Geometry.of, (q, k, v, out, lse))), FORWARD_SIDES[:5])
             if launches.takes_forward(part, buffers):
                 self.launched["forward"] += 1
@@ -58,7 +60,7 @@ class EmulatedKernel(TritonKernel):
     def backward(self, call, given, sums):
         tensors = (given.dout, given.q, given.k, given.v, *given.statistics, *sums)
         q, k = Geometry.of(given.q), Geometry.of(given.k)
-        for part in Problem(call, q, k).parts():
+        for part in Problem(call, q, k).parts(launches.takes_tables(call.deterministic)):
             buffers = part.seen(tuple(map(Geometry.of, tensors)), BACKWARD_SIDES)
             if launches.takes_backward(part, buffers):
                 self.launched["backward"] += 1
@@ -98,10 +100,14 @@ def attended(q, k, v, dout, pattern, kernel, **options):
         return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def expected(q, k, v, dout, pattern, causal=True):
-    """The same of the oracle in float64."""
+def expected(q, k, v, dout, pattern, causal=True, edges=None):
+    """The same of the oracle in float64, document by document."""
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out, lse = oracle(*leaves, pattern, causal=causal)
+    out, lse = torch.zeros_like(leaves[0]), leaves[0].new_full(q.shape[:3], -torch.inf)
+    edges = [0, q.shape[1]] if edges is None else edges
+    for start, stop in pairwise(edges):
+        part = slice(start, stop)
+        out[:, part], lse[:, part] = oracle(*(x[:, part] for x in leaves), pattern, causal=causal)
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.double())]
 
 

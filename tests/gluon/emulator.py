@@ -9,6 +9,7 @@ kept.
 
 from __future__ import annotations
 
+import random
 import types
 
 import torch
@@ -77,7 +78,9 @@ class Emulated:
             }
             buffers = {}
             given = {name: value if name in constants else _argument(value, buffers) for name, value in given.items()}
-            for number in range(grid[0]):
+            order = list(range(grid[0]))
+            random.Random(self._seed).shuffle(order)  # no program may need another one
+            for number in order:
                 RUNNING.program = Program(number, 32 * num_warps, self._seed)
                 self._function(**given)
                 self.programs += 1

@@ -46,6 +46,11 @@ class Buffer:
             raise EmulationError(f"{what} reads what another program of the launch writes")
         return self.elements[offsets]
 
+    def copied(self, offsets):
+        """What the copy engine reads, whole tiles: NaN where the launch writes, for nobody may use that."""
+        self.check(offsets, "the copy engine")
+        return torch.where(self.writer[offsets] == -1, self.elements[offsets], torch.nan)
+
     def write(self, offsets, values, program, what):
         self.check(offsets, what)
         writers = self.writer[offsets]

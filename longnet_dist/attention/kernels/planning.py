@@ -26,8 +26,14 @@ def planned_device(device: torch.device, layout: RunLayout) -> Device:
         return found  # no other device has kernels of its own
     head_dim, train = layout.config.model.head_dim, layout.config.train
     dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+    model, tables = layout.config.model, layout.config.data.documents
     choice = describe_kernels(
-        device, dtype, head_dim, backend=train.attention_backend, deterministic=train.deterministic
+        device,
+        dtype,
+        head_dim,
+        backend=train.attention_backend,
+        deterministic=train.deterministic,
+        tables=tables or model.layer_shift or model.layer_offsets,
     )
     if choice.remedy:
         log_once(f"planned with slower attention kernels than this GPU has: {choice.reason}; {choice.remedy}")

@@ -42,6 +42,7 @@ def describe_kernels(
     backend: str = AUTO,
     deterministic: bool = False,
     capability: tuple[int, int] | None = None,
+    tables: bool = False,
 ) -> KernelChoice:
     """Say which kernels a call gets, and why. Nothing is compiled, launched or logged.
 
@@ -55,6 +56,8 @@ def describe_kernels(
         backend: as of ``dilated_attention``.
         deterministic: as of ``dilated_attention``.
         capability: compute capability of the GPU, by default that of ``device``.
+        tables: whether segments are of unequal lengths (documents, padding, shifted grids), or the call holds some
+            heads of a model.
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run on the device, in the dtype or deterministically.
@@ -64,7 +67,7 @@ def describe_kernels(
         remedy = "install triton" if device.type == "cuda" and not has_triton() else ""
         reason = "; ".join(f"backend {other!r} {obstacle}" for other, obstacle in passed_over)
         return KernelChoice(name, name, name, reason, remedy)
-    return BACKENDS[name].describe(name, device, dtype, head_dim, deterministic, capability)
+    return BACKENDS[name].describe(name, device, dtype, head_dim, deterministic, capability, tables)
 
 
 def _choose(

@@ -15,8 +15,8 @@ ROW_WISE = {"_gelu_norm_kernel": 2, "_gelu_norm_gradients_kernel": 2, "_join_gra
             "_norm_gradients_kernel": 15}  # fmt: skip
 HOPPER = {
     (80, 64): {},
-    (90, 64): {"hopper_backward_kernel": 3},
-    (90, 128): {"hopper_backward_kernel": 2, "hopper_forward_kernel": 2},
+    (90, 64): {"hopper_backward_kernel": 4},
+    (90, 128): {"hopper_backward_kernel": 3, "hopper_forward_kernel": 3},
 }
 
 

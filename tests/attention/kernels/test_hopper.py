@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from longnet_dist.attention.kernels.hopper.tables import tile_table
 from longnet_dist.attention.stream import Stream
+from longnet_dist.geometry.documents import Documents, segment_table
 from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.window import Piece
 from tests.cases import seeds
 from tests.gluon.attention import EmulatedKernel, attended, expected, inputs
 
@@ -24,7 +27,7 @@ def check(actual, wanted):
     for place, (a, b) in enumerate(zip(actual, wanted, strict=True)):
         assert torch.equal(a.isinf(), b.isinf())
         a, b = (torch.where(x.isinf(), 0.0, x.double()) for x in (a, b))
-        assert (a - b).norm() <= (1e-5 if place == 1 else 0.004) * b.norm(), place
+        assert (a - b).norm() <= (1e-5 if place == 1 else 0.006) * b.norm() + 1e-4, place  # a row alone: gradient 0
 
 
 # Ragged tiles, offsets of both rules, grouped heads, both masks, merged overlaps, a batch.
@@ -82,6 +85,104 @@ def test_keys_from_compact_buffers(dim):
     assert (torch.cat(outputs, 1) - wanted[0]).norm() < 0.004 * wanted[0].norm()
     assert len(leaves) == 3
     assert kernel.launched["backward"] > 3
+
+
+# Documents of one row or longer than every segment, edges at those of segments, padding on both sides, merged overlaps,
+# shifted grids, last rows that the copy engine does not see.
+@pytest.mark.parametrize(
+    ("dim", "rows", "heads", "kv_heads", "edges", "lengths", "rates", "offsets", "shift", "causal"),
+    [
+        (128, 364, 2, 1, [0, 1, 130, 258, 364], [128, 256], [1, 2], "modulo", None, True),
+        (128, 304, 2, 2, [3, 8, 130, 290, 300], [100, 200], [1, 2], "blocked", [30, 70], False),
+        (128, 333, 2, 1, [0, 200, 333], [128, 256], [2, 4], "modulo", [64, 64], True),
+        (64, 300, 2, 1, [5, 6, 140, 290], [64, 128, 256], [1, 2, 4], "modulo", [32, 32, 32], True),
+        (64, 200, 2, 2, [0, 20, 200], [100], [2], "modulo", None, False),
+    ],
+)
+def test_documents(dim, rows, heads, kv_heads, edges, lengths, rates, offsets, shift, causal):
+    kernel, pattern = EmulatedKernel(), DilatedPattern(lengths, rates, offsets, shift)
+    given = inputs(rows, heads, kv_heads, dim)
+    actual = attended(*given, pattern, kernel, causal=causal, cu_seqlens=edges)
+    check(actual, expected(*given, pattern, causal, edges))
+    assert kernel.launched["backward"] > 0
+    assert (kernel.launched["forward"] > 0) == (dim == 128)
+
+
+def test_a_shifted_grid_without_documents():
+    kernel, pattern = EmulatedKernel(), DilatedPattern([128, 256], [1, 2], shift=[64, 192])
+    given = inputs(340, 2, 1, 128)
+    check(attended(*given, pattern, kernel), expected(*given, pattern))
+    assert kernel.launched["portable"] == 0
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_some_heads_of_a_model(dim):
+    kernel, pattern = EmulatedKernel(), DilatedPattern([128, 256], [2, 4])
+    given = inputs(270, 5, 5, dim)
+    some = [x[:, :, 3:].contiguous() for x in given]
+    actual = attended(*some, pattern, kernel, first_head=3, total_heads=5, cu_seqlens=[0, 100, 270])
+    check(actual, [x[:, :, 3:] for x in expected(*given, pattern, True, [0, 100, 270])])
+    assert kernel.launched["backward"] > 0
+
+
+def test_documents_that_must_be_bitwise_what_they_are_alone_take_the_portable_kernels():
+    kernel, pattern = EmulatedKernel(), DilatedPattern([64], [1])
+    given = inputs(64, 1, 1, 128)
+    attended(*given, pattern, kernel, cu_seqlens=[0, 30, 64], deterministic=True)
+    assert kernel.launched["forward"] + kernel.launched["backward"] == 0
+
+
+@pytest.mark.parametrize("half", [0, 96, -96])
+@pytest.mark.parametrize("of_queries", [True, False])
+def test_a_table_lists_the_tiles_that_have_work(half, of_queries):
+    """Every tile in which some head has a query and a key, each once, and the longest segment first."""
+    documents = Documents.of_edges([2, 3, 90, 700, 705, 1500])
+    table, width, rate, rows = segment_table(documents, 256, 64), 256, 3, 16
+    piece = Piece(0, width, rate, 0, len(table), 0, 2, 1500, 1500, False, half, table=table)
+    found = tile_table(piece, of_queries, rows, False, torch.device("cpu"))
+    segments = found.integers[: 3 * found.tiles].view(-1, 3)
+    numbers = found.integers[3 * found.tiles :]
+    listed = [(*map(int, segment), int(number)) for segment, number in zip(segments, numbers, strict=True)]
+    assert len(set(listed)) == found.tiles
+    wanted = set()
+    for start, stop, lead in zip(table.starts, table.stops, table.leads, strict=True):
+        middle = min(max(start + abs(half) - lead, start), stop)
+        queries = range(middle if half > 0 else start, middle if half < 0 else stop)
+        keys = range(middle if half < 0 else start, middle if half > 0 else stop)
+        own = queries if of_queries else keys
+        if len(queries) and len(keys):
+            tiles = -(-len(own[::rate]) // rows)
+            wanted |= {(int(start), int(stop), int(lead), number) for number in range(tiles)}
+    assert set(listed) == wanted
+    lengths = [stop - start for start, stop, _, _ in listed]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def random_edges(rng, rows, lengths):
+    """Edges anywhere, or where segments begin, with documents of one row, and padding before and behind."""
+    count = rng.randint(2, min(rows + 1, 7))
+    edges = set(rng.sample(range(rows + 1), count))
+    if rng.random() < 0.5:
+        first = rng.randrange(rows)
+        edges |= {first, first + 1}
+    if rng.random() < 0.5:
+        edges |= set(range(min(edges), max(edges) + 1, rng.choice(lengths)))
+    return sorted(edges)
+
+
+@pytest.mark.parametrize("seed", seeds(1, 100))
+def test_random_documents(seed):
+    dim, rows, heads, kv_heads, batch, pattern, causal = random_problem(seed)
+    rng = random.Random(seed)
+    lengths = pattern.segment_lengths
+    if seed % 2:
+        shift = rng.randrange(min(lengths)) // 4 * 4
+        shifts = [shift] * len(lengths) if rng.random() < 0.5 else [rng.randrange(width) for width in lengths]
+        pattern = DilatedPattern(lengths, pattern.dilation_rates, pattern.head_offsets, shifts)
+    edges = random_edges(rng, rows, lengths)
+    given = inputs(rows, heads, kv_heads, dim, batch, seed=seed)
+    kernel = EmulatedKernel(seed=seed)
+    check(attended(*given, pattern, kernel, causal=causal, cu_seqlens=edges), expected(*given, pattern, causal, edges))
 
 
 def random_problem(seed):

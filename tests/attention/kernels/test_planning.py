@@ -45,6 +45,14 @@ def test_the_kernels_for_hopper_are_planned_with_the_measured_rates(this_machine
     assert not caplog.records
 
 
+@pytest.mark.parametrize("settings", [{"data": {"documents": True}}, {"model": {"layer_shift": True}}])
+def test_documents_and_shifted_grids_are_planned_with_the_kernels_that_take_them(this_machine, settings):
+    layout = small_layout(**{"model": {"dim": 256, "heads": 2, **settings.pop("model", {})}, **settings})
+    taken = planned_device(CUDA, layout)
+    this_machine.setattr(support, "TABLES", False)
+    assert attention_seconds(taken, 128) < attention_seconds(planned_device(CUDA, layout), 128)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_triton_without_them_is_planned_slower_and_says_why_once(this_machine, head_dim, caplog):
     this_machine.setattr(triton, "__version__", "9.9.0")

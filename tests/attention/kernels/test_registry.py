@@ -66,6 +66,22 @@ def test_describes_the_kernels_of_a_hopper_gpu(tried_triton, head_dim, dtype, de
     assert bool(reason) == bool(found.reason)
 
 
+@pytest.mark.parametrize(
+    ("deterministic", "taken", "kernels", "reason"),
+    [
+        (False, True, ("hopper", "hopper"), ""),
+        (True, True, ("portable", "portable"), "cannot promise deterministic gradients"),
+        (False, False, ("portable", "portable"), "segments of one length and all heads of a model"),
+    ],
+)
+def test_describes_the_kernels_of_packed_documents(tried_triton, monkeypatch, deterministic, taken, kernels, reason):
+    monkeypatch.setattr(triton_backend.support, "TABLES", taken)
+    found = describe_kernels(CUDA, HALF, 128, deterministic=deterministic, capability=(9, 0), tables=True)
+    assert (found.forward, found.backward) == kernels
+    assert reason in found.reason
+    assert bool(reason) == bool(found.reason)
+
+
 def test_another_gpu_gets_the_portable_kernels(tried_triton):
     found = describe_kernels(CUDA, HALF, 64, capability=(8, 6))
     assert (found.forward, found.backward, found.remedy) == ("portable", "portable", "")

@@ -92,6 +92,7 @@ class Backend:
         head_dim: int,
         deterministic: bool,
         capability: tuple[int, int] | None,
+        tables: bool,
     ) -> KernelChoice:
         """Say which kernels a call gets that the backend can run; arguments of ``registry.describe_kernels``."""
         return KernelChoice(name, name, name)

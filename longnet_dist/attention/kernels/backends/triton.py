@@ -57,6 +57,7 @@ class TritonBackend(Backend):
         head_dim: int,
         deterministic: bool,
         capability: tuple[int, int] | None,
+        tables: bool,
     ) -> KernelChoice:
         if device.type != "cuda":
             return KernelChoice(name, name, name)
@@ -73,9 +74,11 @@ class TritonBackend(Backend):
             reason, remedy = f"the kernels for Hopper take bfloat16 and float16, not {dtype}", "train in bfloat16"
         elif head_dim not in support.BACKWARD_DIMS:
             reason = f"the kernels for Hopper take head dims {support.BACKWARD_DIMS}, not {head_dim}"
+        elif tables and not support.TABLES:
+            reason = "the kernels for Hopper take segments of one length and all heads of a model"
         if reason:
             return KernelChoice(name, "portable", "portable", reason, remedy)
-        forward = "hopper" if head_dim in support.FORWARD_DIMS else "portable"
+        forward = "hopper" if head_dim in support.FORWARD_DIMS and not (tables and deterministic) else "portable"
         if deterministic:
             reason = "the backward kernel for Hopper cannot promise deterministic gradients"
             return KernelChoice(name, forward, "portable", reason)

@@ -13,6 +13,7 @@ from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.hopper.backward.kernel import hopper_backward_kernel
 from longnet_dist.attention.kernels.hopper.forward.kernel import hopper_forward_kernel
 from longnet_dist.attention.kernels.hopper.gluon_api import ASSEMBLER_OPTIONS
+from longnet_dist.attention.kernels.hopper.tables import TileTable, tile_table
 from longnet_dist.attention.kernels.triton.launch import BACKWARD_SIDES, FORWARD_SIDES, Geometry, Launch, Problem, View
 
 
@@ -51,7 +52,9 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
     """One launch for a piece, on ``q, k, v``, ``out`` for the copy engine, ``out, lse``."""
     q, k, v, out, _ = buffers
     tiles, heads = FORWARD_TILES[problem.dim], q.shape[2]
-    turns = tiles.turns if problem.programs(problem.queries, QUERIES * tiles.turns, heads) >= ENOUGH else 1
+    table = _table(problem, True, QUERIES)
+    many = table is None and problem.programs(problem.queries, QUERIES * tiles.turns, heads) >= ENOUGH
+    turns = tiles.turns if many else 1
     rate, key_rate = problem.piece.dilation_rate, problem.key_rate
     views = (*(_matrix(x, y, 64, 64) for x, y in ((q, rate), (k, key_rate), (v, key_rate), (out, rate))), None, None)
     constants = {
@@ -65,10 +68,11 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "TURNS": turns,
         "LIMIT": problem.limit,
     }
-    strides, numbers = (x.stride[:3] for x in buffers), problem.numbers(problem.queries, QUERIES, heads)
+    strides = (x.stride[:3] for x in buffers)
+    programs, numbers = _work(problem, table, problem.queries, QUERIES, turns, heads)
     return Launch(
         hopper_forward_kernel,
-        problem.programs(problem.queries, QUERIES * turns, heads),
+        programs,
         views,
         (*strides, q.shape[1], k.shape[1], *numbers),
         constants,
@@ -112,28 +116,55 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "GROUPED": q.shape[2] > heads,
         "FRESH": problem.call.fresh,
     }
+    programs, numbers = _work(problem, _table(problem, False, KEYS), problem.keys, KEYS, 1, heads)
     return Launch(
         hopper_backward_kernel,
-        problem.programs(problem.keys, KEYS, heads),
+        programs,
         views,
-        (q.shape[1], k.shape[1], *problem.numbers(problem.keys, KEYS, heads, *buffers)),
+        (q.shape[1], k.shape[1], *(x.stride[:3] for x in buffers), *numbers),
         constants,
         OPTIONS,
         problem.first_rows(BACKWARD_SIDES),
     )
 
 
+def _table(problem: Problem, of_queries: bool, rows: int) -> TileTable | None:
+    if problem.piece.table is None:
+        return None
+    return tile_table(problem.piece, of_queries, rows, problem.call.fresh, problem.q.device)
+
+
+def _work(
+    problem: Problem, table: TileTable | None, rows: int, tile: int, turns: int, heads: int
+) -> tuple[int, tuple[Any, ...]]:
+    """Programs of a launch, and the integers of all kernels with the scale, the table and the heads before."""
+    before = problem.heads_before
+    if table is None:
+        return problem.programs(rows, tile * turns, heads), (*problem.numbers(rows, tile, heads), None, before)
+    programs = table.tiles * problem.q.shape[0] * heads
+    return programs, (*problem.numbers(table.tiles, 1, heads), table.integers, before)
+
+
 def _takes(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
     return (
         problem.fits
-        and problem.piece.table is None
+        and (problem.piece.table is None or takes_tables(problem.call.deterministic))
         and problem.call.head_block is not None
-        and not problem.call.heads_before
+        and (problem.heads_before is None or support.TABLES)
         and torch.cuda.get_device_capability(problem.q.device)[0] == support.COMPUTE_CAPABILITY
         and not problem.wide
         and all(_flat(x, problem.piece.dilation_rate) for x in queries)
         and all(_flat(x, problem.key_rate) for x in keys)
     )
+
+
+def takes_tables(deterministic: bool) -> bool:
+    """Whether documents and shifted grids run on the kernels for Hopper.
+
+    Not where a document must be bitwise what it is alone: whether the copy engine can see its last rows depends on the
+    rows behind it, and other rows go to other kernels.
+    """
+    return support.TABLES and not deterministic
 
 
 def _flat(x: Geometry, rate: int) -> bool:

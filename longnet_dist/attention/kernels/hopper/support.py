@@ -8,6 +8,11 @@ FORWARD_DIMS = (128,)
 """Head dims of the forward kernel. At 64 the portable kernel is as fast (benchmarks/results/attention_kernels.md)."""
 BACKWARD_DIMS = (64, 128)
 """Head dims of the backward kernel."""
+TABLES = True
+"""Whether the kernels take segments of unequal lengths (documents, padding, shifted grids), and some heads of a model.
+
+Where it is False these run on the portable kernels. It is the only switch.
+"""
 COMPUTE_CAPABILITY = 9
 FIRST_RELEASE, LAST_RELEASE = (3, 6), (3, 9)
 """Releases of Triton that ``tests/attention/kernels/test_compile.py`` was run on. Gluon changes with each."""

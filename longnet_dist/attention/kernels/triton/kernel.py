@@ -122,7 +122,7 @@ def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, l
     """On ``q, k, v``, ``out`` as a source of tiles, ``out, lse``."""
     whole = (q, k, v, out, lse)
     hopper, launches = _hopper(q.device), []
-    for part in Problem(call, q, k).parts():
+    for part in Problem(call, q, k).parts(bool(hopper and hopper.takes_tables(call.deterministic))):
         buffers = part.seen(whole, FORWARD_SIDES[:5])
         if hopper and hopper.takes_forward(part, buffers):
             launches.append(hopper.forward_launch(part, buffers))
@@ -188,7 +188,7 @@ def _backward(
     whole = (dout, q, k, v, statistics, dq, dk, dv)
     hopper = _hopper(q.device)
     launches: list[Launch] = []
-    for part in Problem(call, q, k).parts():
+    for part in Problem(call, q, k).parts(bool(hopper and hopper.takes_tables(call.deterministic))):
         buffers = part.seen(whole, BACKWARD_SIDES)
         if hopper and hopper.takes_backward(part, buffers):
             launches.append(hopper.backward_launch(part, buffers))

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -187,14 +188,23 @@ class Problem:
         whole = rows // piece.dilation_rate * piece.dilation_rate
         return max(piece.query_stop, 0 if piece.compact else piece.key_stop) - piece.window_start <= whole
 
-    def parts(self) -> Iterator[Problem]:
+    def parts(self, split_tables: bool = False) -> Iterator[Problem]:
         """Yield parts that the copy engine can see: all but the last segment, and that with other buffers.
 
         If the last row of the view is not whole, one that begins with the first row that makes it so takes its place.
+
+        Args:
+            split_tables: whether segments of a table that end there are a part of their own, without the copy engine;
+                else it is not used for any of them.
         """
         piece, rest = self.piece, self
-        if self.fits or piece.table is not None:  # else the copy engine is not used
+        if self.fits or (piece.table is not None and not split_tables):
             yield self
+            return
+        if piece.table is not None:
+            whole = self.q.shape[1] // piece.dilation_rate * piece.dilation_rate + piece.window_start
+            stops = np.minimum(piece.table.stops, max(piece.query_stop, 0 if piece.compact else piece.key_stop))
+            yield from (self._with(part) for part in _split_table(piece, stops <= whole, whole))
             return
         if piece.num_segments > 1:
             last = piece.first_segment + piece.num_segments - 1
@@ -288,6 +298,21 @@ def _describable(x: Geometry, rate: int) -> bool:
 @bounded_cache(maxsize=128)
 def _device_table(table: SegmentTable, device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([table.starts, table.stops, table.leads], 1)).to(device)
+
+
+def _split_table(piece: Piece, inside: npt.NDArray[np.bool_], whole: int) -> Iterator[Piece]:
+    """Yield the segments ``inside``, which end at row ``whole`` or before, and the others, where there are any."""
+    assert piece.table is not None
+    table = piece.table
+    for some in (inside, ~inside):
+        if not some.any():
+            continue
+        part = SegmentTable(table.starts[some], table.stops[some], table.leads[some])
+        found = replace(piece, table=part, num_segments=len(part))
+        if some is inside:
+            key_stop = piece.key_stop if piece.compact else min(piece.key_stop, whole)
+            found = replace(found, query_stop=min(piece.query_stop, whole), key_stop=key_stop)
+        yield found
 
 
 def _before_and_behind(piece: Piece, table: SegmentTable) -> tuple[Integers, Integers]:

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from longnet_dist.attention.kernels.hopper.gluon_api import fetch_block, fetch_elements, reinterpret
 from longnet_dist.attention.kernels.hopper.instructions import meet
-from longnet_dist.attention.kernels.triton.tiles import locate
+from longnet_dist.attention.kernels.triton.tiles import locate, numbered
 
 FETCHERS = gl.constexpr(32)  # threads that fetch
 MULTIPLIERS = gl.constexpr(256)  # threads that multiply
@@ -112,16 +112,28 @@ class Work(NamedTuple):
 
 
 @gluon.jit
-def work_of_program(shape, group, form):
-    """``shape``: the integers that ``numbers`` of a launch gives, but ``group``."""
+def work_of_program(shape, group, form, zero=None):
+    """``shape``: what ``numbers`` of a launch gives, but ``group``, then the table and the heads before.
+
+    With a table the tiles are those of all segments, and what is named so there is a tile. With ``zero``, which is 0
+    but not for the compiler, nothing is taken from an earlier call.
+    """
+    table = shape[13]
     tiles, segments, kv_heads, head_block, w, r = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
     program = gl.program_id(0)
+    if zero is not None:
+        program += zero
     first_key = program % tiles * 128
     segment = shape[6] + (program // tiles) % segments
     batch_head = program // tiles // segments
+    if table is not None:
+        segment = program % tiles
+        first_key = gl.load(table + 3 * tiles + segment).to(gl.int32) * 128
+        batch_head = program // tiles
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    name = numbered(kv_head, shape[14])
     origin, first, last, begin, keys = locate(
-        segment, kv_head, head_block, w, r, shape[7], shape[8], shape[9], shape[10], shape[11]
+        segment, name, head_block, w, r, shape[7], shape[8], shape[9], shape[10], shape[11], table
     )
     QUERIES: gl.constexpr = 64 * form.HALVES
     if form.CAUSAL:

@@ -27,18 +27,19 @@ def hopper_backward_kernel(
     rows, key_rows,
     dout_strides, q_strides, k_strides, v_strides, statistics_strides, dq_strides, dk_strides, dv_strides,
     tiles, segments, kv_heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table, heads_before,
     D: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
     GROUPED: gl.constexpr, FRESH: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV of 128 keys of a (batch, kv head, segment), and to dQ through the copy engine.
 
     ``q, k, v, dout, dq`` are descriptors of the view ``(B·rows / r, r·row_stride)``. ``statistics`` ``(B, n, H, 2)``
-    holds lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet.
+    holds lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet. ``table`` is a ``TileTable``,
+    or None.
     """
     shape = (
         tiles, segments, kv_heads, head_block, w, r, first_segment, window_start, query_start, query_stop, key_stop,
-        half, overlaps,
+        half, overlaps, table, heads_before,
     )  # fmt: skip
     sources = Sources(
         q, k, v, dout, statistics, q_strides, k_strides, v_strides, dout_strides, statistics_strides, rows, key_rows

@@ -38,6 +38,7 @@ from longnet_dist.attention.kernels.hopper.instructions import (
 )
 from longnet_dist.attention.kernels.hopper.masks import keep_before, keep_columns
 from longnet_dist.attention.kernels.hopper.multiplicity import multiplicity_product, write_columns
+from longnet_dist.attention.kernels.triton.tiles import numbered
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 NEVER = gl.constexpr(2**30)  # an index behind all queries
@@ -99,9 +100,9 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
         key_rows = key_rows.load(operand)
     factor = scale * LOG2_E
     if form.OVERLAPS:  # of all tiles of queries, which are a period apart
-        first_row = given.begin + first_key
-        write_columns(tiles.key_columns.index(W), first_row, given.kv_head, shape[5], factor, shape[12], True)
-        write_columns(tiles.query_columns.index(W), first, given.kv_head, shape[5], factor, shape[12], False)
+        first_row, kv_head = given.begin + first_key, numbered(given.kv_head, shape[14])
+        write_columns(tiles.key_columns.index(W), first_row, kv_head, shape[5], factor, shape[12], True)
+        write_columns(tiles.query_columns.index(W), first, kv_head, shape[5], factor, shape[12], False)
         group_barrier()
     mbarrier.wait(tiles.ready.index(0), 0, pred=num_tiles > 0)
     scores = _scores(key_rows, tiles.q.index(0), tiles, form, W)
@@ -119,6 +120,12 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     steps = group * num_tiles
     if form.HALVES == 1:
         _last_dquery(steps, tiles, work, target, form, W)
+    if shape[13] is not None:  # anew: what is kept through the loops takes registers
+        given = work_of_program(shape, group, form, opaque_zero())
+        work = Work(
+            given.batch, given.kv_head, group, given.origin, given.begin, given.first_key + W * 64, given.keys,
+            given.first, given.count, given.num_tiles, given.num_diagonal, given.tail, given.masked, 0,
+        )  # fmt: skip
     _add_key_gradients(results, dkey, dvalue, tiles.dq.index(W), work, shape[5], form)
     meet(FREE + W + ((steps + 1) % 2 * 2 if form.HALVES == 1 else 0), MULTIPLIERS)
 

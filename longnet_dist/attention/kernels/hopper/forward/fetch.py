@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from longnet_dist.attention.kernels.hopper.backward.fetch import FETCHERS, MULTIPLIERS
 from longnet_dist.attention.kernels.hopper.gluon_api import fetch_block, reinterpret
 from longnet_dist.attention.kernels.hopper.instructions import meet
-from longnet_dist.attention.kernels.triton.tiles import locate
+from longnet_dist.attention.kernels.triton.tiles import locate, numbered
 
 FREE = gl.constexpr(8)  # barriers of the hardware: the keys of slot s are read; STAGES further, its values
 
@@ -114,10 +114,12 @@ class Places(NamedTuple):
 
 @gluon.jit
 def work_of_turn(turn, shape, form):
-    """The ``turn``-th tile of the program; ``shape``: the integers that ``numbers`` of a launch gives.
+    """The ``turn``-th tile of the program; ``shape``: what ``numbers`` of a launch gives, the table, the heads before.
 
-    The longest first; a program with several takes the last with the first, the last but one with the second.
+    The longest first; a program with several takes the last with the first, the last but one with the second. With a
+    table it takes one, the tiles are those of all segments, and what is named so there is a tile.
     """
+    table = shape[14]
     tiles, segments, heads, group, head_block, w, r = shape[:7]
     places = gl.cdiv(tiles, form.TURNS)
     program = gl.program_id(0)
@@ -127,9 +129,14 @@ def work_of_turn(turn, shape, form):
         tile = gl.where(number % 2 == 0, tiles - 1 - number // 2, number // 2)
     segment = shape[7] + (program // places) % segments
     batch_head = program // places // segments
+    if table is not None:
+        segment = gl.minimum(number, tiles - 1)
+        tile = gl.load(table + 3 * tiles + segment).to(gl.int32)
+        batch_head = program // tiles
     batch, head = batch_head // heads, batch_head % heads
+    name = numbered(head // group, shape[15])
     origin, first, last, begin, keys = locate(
-        segment, head // group, head_block, w, r, shape[8], shape[9], shape[10], shape[11], shape[12]
+        segment, name, head_block, w, r, shape[8], shape[9], shape[10], shape[11], shape[12], table
     )
     first += tile * 128
     return Work(

@@ -27,18 +27,18 @@ from longnet_dist.attention.kernels.triton.tiles import UNSPECIALIZED
 def hopper_forward_kernel(
     q, k, v, running, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, rows, key_rows,
     tiles, segments, heads, group, head_block, w, r,
-    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale,
+    first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table, heads_before,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     CAUSAL: gl.constexpr, COMPACT: gl.constexpr, FRESH: gl.constexpr, LIMIT: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """``TURNS`` tiles of 128 queries of a (batch, head, segment) against all keys that they see.
 
     ``q, k, v, running`` are descriptors of the view ``(B·rows / r, r·row_stride)`` in blocks ``(64, 64)``; ``running``
-    is ``out``. With ``FRESH`` nothing was written there yet.
+    is ``out``. With ``FRESH`` nothing was written there yet. ``table`` is a ``TileTable``, or None.
     """
     shape = (
         tiles, segments, heads, group, head_block, w, r, first_segment, window_start, query_start, query_stop, key_stop,
-        half, overlaps,
+        half, overlaps, table, heads_before,
     )  # fmt: skip
     sources = Sources(q, k, v, running, q_strides, k_strides, v_strides, out_strides, rows, key_rows)
     results = Results(out, lse, lse_strides)

@@ -30,6 +30,7 @@ from longnet_dist.attention.kernels.hopper.gluon_api import group_barrier, reint
 from longnet_dist.attention.kernels.hopper.instructions import arrive, copies_read, uniform
 from longnet_dist.attention.kernels.hopper.masks import keep_columns
 from longnet_dist.attention.kernels.hopper.multiplicity import multiplicity_product, write_columns
+from longnet_dist.attention.kernels.triton.tiles import numbered
 
 
 class Results(NamedTuple):
@@ -65,8 +66,9 @@ def multiply(sources, results, tiles, shape, scale, form, W: gl.constexpr):
     work, all_seen = _work(0, shape, form, W)
     if form.OVERLAPS:  # of all tiles of the program, which are a period apart
         first, factor = work_of_turn(0, shape, form).first, scale * LOG2_E  # which is there without work, too
-        write_columns(tiles.query_columns.index(W), first, work.kv_head, work.r, factor, shape[13], True)
-        write_columns(tiles.key_columns.index(W), work.begin, work.kv_head, work.r, factor, shape[13], False)
+        kv_head = numbered(work.kv_head, shape[15])
+        write_columns(tiles.query_columns.index(W), first, kv_head, work.r, factor, shape[13], True)
+        write_columns(tiles.key_columns.index(W), work.begin, kv_head, work.r, factor, shape[13], False)
         group_barrier()
     scores = _begin(work, all_seen, base, done, tiles, form, W)
     scores = _end(scores, work, all_seen, base, form)

@@ -1,0 +1,78 @@
+"""The tiles of a piece whose segments are of unequal lengths, in the order in which programs take them.
+
+A launch has one program for each tile of each (batch, head). Without a table all segments count as whole ones, so that
+documents of a few tokens would leave most programs without work. A table lists only tiles that have some.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_dist.caches import bounded_cache
+from longnet_dist.geometry.documents import Integers
+from longnet_dist.geometry.window import Piece
+
+
+class TileTable(NamedTuple):
+    """The tiles of a launch.
+
+    Attributes:
+        tiles: their number, for each (batch, head).
+        integers: ``(4 · tiles,)`` int64 on the device: the first row, the end and the lead of the segment of each tile,
+            as in a ``SegmentTable``, then the number of each tile in its segment.
+    """
+
+    tiles: int
+    integers: Tensor
+
+
+@bounded_cache(maxsize=128)
+def tile_table(piece: Piece, of_queries: bool, rows: int, fresh: bool, device: torch.device) -> TileTable:
+    """List the tiles of a piece that has a table of segments, those of the longest segment first.
+
+    The tiles of a segment stay together, because they read the same keys or queries. The one with the most work in a
+    causal model comes first: the last queries, or the first keys.
+
+    Args:
+        piece: what is launched.
+        of_queries: whether the programs take tiles of queries; else of keys.
+        rows: of a tile.
+        fresh: whether tiles without work are listed too, because the launch writes all rows.
+        device: of the table.
+    """
+    assert piece.table is not None
+    table = piece.table
+    queries, keys = rows_of_segments(piece)
+    own, other = (queries, keys) if of_queries else (keys, queries)
+    sparse = -(-own // piece.dilation_rate)
+    counts = np.where((other > 0) | fresh, -(-sparse // rows), 0)
+    order = np.argsort(table.starts - table.stops, kind="stable")
+    counts = counts[order]
+    place = np.repeat(order, counts)
+    number = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if of_queries:
+        number = np.repeat(counts, counts) - 1 - number
+    segments = np.stack([table.starts[place], table.stops[place], table.leads[place]], 1)
+    return TileTable(len(place), _on_device(np.concatenate([segments.ravel(), number]), device))
+
+
+def _on_device(integers: Integers, device: torch.device) -> Tensor:
+    return torch.from_numpy(integers).to(device)
+
+
+def rows_of_segments(piece: Piece) -> tuple[Integers, Integers]:
+    """Return the rows ``(segments,)`` among which the queries of each segment lie, and its keys."""
+    assert piece.table is not None
+    starts, stops = piece.table.starts, piece.table.stops
+    query_start, query_stop = np.maximum(starts, piece.query_start), np.minimum(stops, piece.query_stop)
+    key_start, key_stop = starts, np.minimum(stops, piece.key_stop)
+    middle = starts + np.maximum(abs(piece.half) - piece.table.leads, 0)
+    if piece.half > 0:
+        query_start, key_stop = np.maximum(query_start, middle), np.minimum(key_stop, middle)
+    elif piece.half < 0:
+        query_stop, key_start = np.minimum(query_stop, middle), middle
+    return np.maximum(query_stop - query_start, 0), np.maximum(key_stop - key_start, 0)
