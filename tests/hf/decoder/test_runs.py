@@ -88,8 +88,10 @@ def test_stages_of_zero_and_micro_batches_change_nothing(tmp_path, source, data,
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_documents_are_trained_and_validated_apart(tmp_path, source, data):
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_documents_are_trained_and_validated_apart(tmp_path, source, data, packing):
     settings = ["data.documents=true", "train.validate_every=4", "train.validation_tokens=300"]
+    settings += [f"data.packing={packing}", "train.chunk_length=32"]
     one, two = (decoder_config(source, tmp_path / name, data, *settings) for name in ("one", "two"))
     expected = losses(1, one)
     assert losses(2, two) == pytest.approx(expected, rel=1e-5)
