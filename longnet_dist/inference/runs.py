@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,8 +41,9 @@ from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_strea
 from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE, from_pretrained, save_pretrained, tokenizer_of
+from longnet_dist.ops.compile_cache import prepare_compile_cache
 
-COMPILED_FROM = 2**28  # tokens
+COMPILED_FROM = 2**24  # tokens
 COMPILED_TILE = 2**16  # rows
 MEETING_TIME = timedelta(minutes=30)  # for ranks that do not know the run's own time-out yet
 _PLAIN = Execution()
@@ -143,6 +145,10 @@ def evaluate_run_streamed(
     """
     ranks = launch.world_size
 
+    def compiles(rows: int) -> bool:
+        """Say whether the model is compiled: for a shorter text that takes longer than it saves."""
+        return launch.device().type == "cuda" and rows >= COMPILED_FROM
+
     def opened() -> tuple[_Run, Windows]:
         if chunk_length < 1 or chunk_length % ranks:
             raise ConfigError(f"the chunk must be a positive multiple of the {ranks} ranks, but is {chunk_length} rows")
@@ -151,6 +157,8 @@ def evaluate_run_streamed(
         rows = rows if num_tokens is None else min(rows, num_tokens)
         if rows < ranks:
             raise ConfigError(f"every rank needs a row, but {rows} tokens are to be predicted on {ranks} ranks")
+        if compiles(rows):
+            prepare_compile_cache(run.config.train.compile_cache, os.environ)
         return run, run.windows(data, split, rows - rows % ranks)
 
     store = meeting_store(launch, MEETING_TIME)
@@ -159,9 +167,7 @@ def evaluate_run_streamed(
     state_path = state_path or run.folder.path / f"{data.stem}.stream.safetensors"
     lock = Lock(state_path.with_name(f"{state_path.name}.lock"), f"the state of the stream (--state {state_path})")
     rows = windows.length_of(0)
-    # For a shorter text compiling takes longer than it saves.
-    compile = launch.device().type == "cuda" and rows >= COMPILED_FROM
-    execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compile else Execution()
+    execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compiles(rows) else Execution()
     model_on = run.model_on(launch, execution, store)
     with held_by_first(lock, launch, store), model_on as (model, _, device):
         sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
