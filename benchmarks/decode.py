@@ -8,7 +8,7 @@ that a drift of the machine hits all. Position ``2^p`` means the tokens just bef
 are no longer than ``2^p`` are full: the dearest place.
 
 ``--bars`` measures a model of ``--layers 12 --dim 768 --heads 12`` with the paper's pattern, each with and without CUDA
-graphs. Its caches are filled with noise, without a prompt:
+graphs, with torch's attention and, on a GPU, with our kernels. Its caches are filled with noise, without a prompt:
 
 * ``one``: one text at each position;
 * ``streams``: ``--streams`` texts at random positions, tokens a second and the share of the memory's bandwidth that
@@ -100,11 +100,13 @@ def measure_bars(options: argparse.Namespace) -> None:
         places = [[2**power - options.tokens] for power in options.powers]
         if name != "one":
             places = [torch.randint(longest - options.tokens, (options.streams,), generator=generator).tolist()]
-        for rows, graphs in product(places, (False, True)):
-            point = measure_steps(filled(model, rows, longest + 1, graphs), model, rows, options)
-            result[name].append({"graphs": graphs} | point)
+        split = (False, True) if device.type == "cuda" else (False,)
+        for rows, graphs, split_keys in product(places, (False, True), split):
+            point = measure_steps(filled(model, rows, longest + 1, graphs, split_keys), model, rows, options)
+            result[name].append({"graphs": graphs, "split_keys": split_keys} | point)
             speed = f"{point['milliseconds_per_step']:.3f} ms a step, {point['tokens_per_second']:,.0f} tokens/s"
-            print(f"{name}, {len(rows)} texts from row {rows[0]:,}, graphs={graphs}: {speed}", flush=True)
+            how = f"graphs={graphs}, split_keys={split_keys}"
+            print(f"{name}, {len(rows)} texts from row {rows[0]:,}, {how}: {speed}", flush=True)
         if name == "one":
             result["prefill"] = prefill(model, longest, device)
             print("prefill", result["prefill"], flush=True)
@@ -139,9 +141,9 @@ def built(config: LongNetConfig) -> LongNet:
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def filled(model: LongNet, rows: list[int], max_rows: int, graphs: bool) -> Decoder:
+def filled(model: LongNet, rows: list[int], max_rows: int, graphs: bool, split_keys: bool) -> Decoder:
     """A decoder whose texts are at ``rows``, with noise in all caches."""
-    decoder = Decoder(model, len(rows), max_rows, graphs=graphs)
+    decoder = Decoder(model, len(rows), max_rows, graphs=graphs, split_keys=split_keys)
     cache = decoder._cache
     cache.rows.copy_(torch.tensor(rows))
     cache._going_on.fill_(1)

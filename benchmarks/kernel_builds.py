@@ -157,11 +157,20 @@ def attention(capability: int, dim: int) -> None:
 
 def row_wise() -> None:
     """Launch the row-wise kernels in widths of models from 768 to 4,096."""
+    from longnet_dist.attention.kernels.triton.decode import attend_to_slots
     from longnet_dist.attention.positions import RotaryTable
+    from longnet_dist.ops.gated_norm import triton as gated_norm
     from longnet_dist.ops.gelu_norm.triton import gelu_norm, gelu_norm_gradients
     from longnet_dist.ops.join_gradients import triton as join_gradients
     from longnet_dist.ops.norm_gradients import triton as norm_gradients
 
+    for length in (3072, 12288):
+        wide, inner = torch.empty(4, 2 * length, dtype=HALF), torch.empty(4, length, dtype=HALF)
+        gated_norm.gated_norm(wide, None, None, 1e-5)
+        gated_norm.gated_norm_gradients(inner, wide, 1e-5)
+    for group in (1, 3):
+        cached, seen = torch.empty(2, 4, 999, 64, dtype=HALF), torch.ones(2, 4, 999, dtype=torch.bool)
+        attend_to_slots(torch.empty(2, 4, group, 64, dtype=HALF), cached, cached, seen, ~seen[..., :1])
     for length in (3072, 8192):
         inner = torch.empty(4, length, dtype=HALF)
         gelu_norm(inner, None, None, 1e-5)

@@ -43,6 +43,8 @@ class Decoding:
     Attributes:
         rows: ``(B,)`` int64, the row of each text that comes next.
         layers: the cache of each layer.
+        split_keys: whether the keys of a head are split over the processors of a GPU, by kernels of our own, in layers
+            without sinks.
 
     Raises:
         ConfigError: positions that cannot span ``max_rows``.
@@ -61,7 +63,7 @@ class Decoding:
         device: torch.device,
         positions: Positions | None = None,
     ) -> None:
-        self.max_rows = max_rows
+        self.max_rows, self.split_keys = max_rows, False
         self.rows = torch.zeros(texts, dtype=torch.int64, device=device)
         self._going_on = torch.zeros_like(self.rows)
         self._present: dict[DilatedPattern, Present] = {}
@@ -276,6 +278,10 @@ class DecodingLayer:
         heads, seen = q.view(k.shape[0], k.shape[2], -1, q.shape[3]), present.seen.unsqueeze(2)
         if sink is None:
             keys, values = self.records[:, :, :, :-1]
+            if self.decoding.split_keys:
+                from longnet_dist.attention.kernels.triton.decode import attend_to_slots
+
+                return attend_to_slots(heads, keys, values, present.seen, present.nothing).view_as(q)
             out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen)
         else:
             # The last slot, which nobody reads, is the sink's key: its product is 0, and the mask adds its score.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longnet_dist.attention.kernels.registry import takes_triton
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.ops.graphs import Graph
@@ -25,12 +26,15 @@ class Decoder:
         allowed: ``(V,)`` bool, the ids that may follow; the logits of all others are ``-inf``. None: all.
         graphs: whether a step is captured once and replayed as a CUDA graph (:class:`~longnet_dist.ops.graphs.Graph`),
             so that the host launches it at once. The logits of a step are overwritten by the next one then.
+        split_keys: whether kernels of our own split the keys of a head over the processors of a GPU, in layers without
+            sinks.
 
     Attributes:
         device: of the model.
 
     Raises:
-        ConfigError: a bidirectional model, or positions that cannot span ``max_rows``.
+        ConfigError: a bidirectional model, positions that cannot span ``max_rows``, or ``split_keys`` where the kernels
+            do not run.
     """
 
     def __init__(
@@ -41,10 +45,18 @@ class Decoder:
         chunk_length: int = CHUNK_LENGTH,
         allowed: Tensor | None = None,
         graphs: bool = False,
+        split_keys: bool = False,
     ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device = weight.device
+        if split_keys and not takes_triton(self.device, weight.dtype):
+            raise ConfigError(
+                f"split_keys=True needs Triton, and a GPU with bf16, fp16 or fp32, not {weight.dtype} on "
+                f"{self.device}; use split_keys=False"
+            )
+        self._cache.split_keys = split_keys
         self._refused = None if allowed is None else ~allowed.to(self.device)
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
         # Between two steps texts change in place, in tensors of the cache and in the ids, so a step can be replayed.

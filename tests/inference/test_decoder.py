@@ -6,6 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from longnet_dist.errors import ConfigError
 from longnet_dist.inference import decoder as decoder_module
 from longnet_dist.inference.decoder import Decoder
 from longnet_dist.inference.generation import Sampling, generate
@@ -126,6 +127,28 @@ def test_a_decoder_with_graphs_gives_the_same_tokens(monkeypatch):
     assert list(generate(model, PROMPTS[:2], 60, Sampling(seed=3))) == expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@pytest.mark.parametrize("fields", FIELDS[:3], ids=str)
+def test_split_keys_give_the_same_logits(fields):
+    pytest.importorskip("triton")
+    decoders = [Decoder(unaligned_model(**fields).float(), 2, 200) for _ in range(2)]
+    decoders[1]._cache.split_keys = True
+    for decoder in decoders:
+        decoder.load([1, 2, 3], [0])
+        decoder.load(list(range(90)), [1])
+    for _ in range(12):
+        logits = [decoder.step() for decoder in decoders]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        for decoder in decoders:
+            decoder.follow(logits[0].argmax(-1))
+
+
+def test_split_keys_are_refused_where_their_kernels_do_not_run():
+    with pytest.raises(ConfigError, match=r"split_keys=True needs Triton, and a GPU .* not torch.float64 on cpu"):
+        Decoder(unaligned_model(), 1, 100, split_keys=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
@@ -134,3 +157,12 @@ def test_a_cuda_graph_computes_the_plain_step(fields):
     expected = texts_of(Decoder(model, len(PROMPTS), 500), 320)
     actual = texts_of(Decoder(model, len(PROMPTS), 500, graphs=True), 320)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_split_keys_replay_as_a_graph_too():
+    model = unaligned_model(kv_heads=2).float().cuda()
+    expected = texts_of(Decoder(model, len(PROMPTS), 500, split_keys=True), 100)
+    actual = texts_of(Decoder(model, len(PROMPTS), 500, split_keys=True, graphs=True), 100)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

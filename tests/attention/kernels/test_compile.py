@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 from benchmarks.triton_matrix import build, faults
 
-ROW_WISE = {"_gelu_norm_kernel": 2, "_gelu_norm_gradients_kernel": 2, "_join_gradients_kernel": 5,
+ROW_WISE = {"_gated_norm_kernel": 2, "_gated_norm_gradients_kernel": 2, "_parts_kernel": 2, "_merge_kernel": 2,
+            "_gelu_norm_kernel": 2, "_gelu_norm_gradients_kernel": 2, "_join_gradients_kernel": 5,
             "_norm_gradients_kernel": 15}  # fmt: skip
 HOPPER = {
     (80, 64): {},
