@@ -70,6 +70,10 @@ INTERFACES = {
         "transformers keeps the function that checkpoints in the modules that it checkpoints",
         ("enable", "gradient_checkpointing_func"),
     ),
+    "deepspeed.utils.tensor_fragment:tensor_fragment.get_hp_fragment": Interface(
+        "DeepSpeed gathers whole tensors of ZeRO 1 and 2, and has no public way to what a rank has",
+        ("optim_state_key",),
+    ),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._update_model_bit16_weights": Interface(
         "DeepSpeed makes views anew for every parameter after each update", ("group_index",)
     ),
@@ -243,6 +247,24 @@ def replace_view_updates(zero_optimizer: Any, make: Callable[[Callable[[int], No
         make: given DeepSpeed's own function of a group's number, returns the one to use.
     """
     zero_optimizer._update_model_bit16_weights = make(zero_optimizer._update_model_bit16_weights)
+
+
+def fragment_of(parameter: Any, state: str | None = None) -> tuple[tuple[int, int], Any]:
+    """Return what this rank has of a parameter with ZeRO 1 or 2: the numbers ``[first, last)``, and them.
+
+    Args:
+        parameter: of DeepSpeed's engine.
+        state: a name of the optimizer's states; None for the float32 weight.
+
+    Returns:
+        the range, and a view of the rank's flat tensor; ``(0, 0)`` and None if the rank has nothing of it.
+    """
+    private("deepspeed.utils.tensor_fragment:tensor_fragment.get_hp_fragment")
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return (0, 0), None
+    place = mapping.lp_fragment_address
+    return (place.start, place.start + place.numel), mapping.get_hp_fragment(state).detach()
 
 
 def attention_of(config: Any) -> str | None:

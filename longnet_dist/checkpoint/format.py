@@ -8,7 +8,9 @@ A checkpoint is a folder, complete as soon as it has its name::
         exp_avg_sq.safetensors
         state.json               progress, optimizer, model, identity of the run, SHA-256 of the files, versions
 
-Any number of ranks, mesh and ZeRO stage can go on from it, and reading it runs no code (no pickle). Nothing in training
+A large checkpoint has its tensors in parts, one of each rank (``checkpoint/parts.py``); ``state.json`` is written when
+all parts are on the disk. Any number of ranks, mesh and ZeRO stage can go on from both, and reading runs no code (no
+pickle). Nothing in training
 is random but the initial weights, and the order of samples is a function of seed and step (there is no dropout): so
 there is no state of a random generator to keep. ``checkpoint/writer.py`` writes checkpoints.
 """
@@ -19,22 +21,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from longnet_dist.checkpoint.identity import MODEL_FIELDS_FREE_TO_CHANGE, RunIdentity, digest_of
 from longnet_dist.checkpoint.parameter_roles import parameter_roles
+from longnet_dist.checkpoint.parts import SavedTensors, file_name, files_of, num_parts
 from longnet_dist.checkpoint.zero_tensors import (
     allocate_optimizer_states,
-    set_full_tensor,
+    held_range,
+    set_held,
     set_optimizer_steps,
     whole_shape,
 )
@@ -42,10 +45,11 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
 from longnet_dist.optim.optimizers import OPTIMIZERS
 
-FORMAT = 1
+FORMAT, FORMAT_OF_PARTS = 1, 2
 WEIGHTS = "model"
 ADAMW = "adamw"  # the optimizer of checkpoints that name none
 STATE_FILE = "state.json"
+HASHING_THREADS = 4  # of a rank; the ranks of a machine read the same files
 NAME = re.compile("step_[0-9]+")
 
 
@@ -91,7 +95,7 @@ class CheckpointState(Progress):
         versions: of this package, with a checksum of its sources, and of the packages that it computes with.
         identity: of the run; None in a checkpoint of a version that did not keep it.
         digest: SHA-256 of all the rest of the state, which the checksums of the tensor files are part of.
-        format: of the checkpoint.
+        format: of the checkpoint: 1 with whole tensors, 2 in parts.
     """
 
     optimizer: str = ADAMW
@@ -105,6 +109,12 @@ class CheckpointState(Progress):
     def sealed(self) -> CheckpointState:
         """Return the same state with its digest."""
         return self.model_copy(update={"digest": self._digest()})
+
+    @property
+    def weights_sha256(self) -> str:
+        """Return the SHA-256 of the file of the weights, or one of those of its parts."""
+        sums = [self.sha256[name] for name in files_of(self.sha256, WEIGHTS)]
+        return sums[0] if len(sums) == 1 else digest_of(sums)
 
     def is_intact(self) -> bool:
         """Say whether the state is what was sealed; one without a digest, of an older version, counts as such."""
@@ -137,9 +147,10 @@ def tensor_shapes(optimizer: str, model: nn.Module) -> dict[str | None, dict[str
     return shapes
 
 
-def tensor_files(optimizer: str = ADAMW) -> tuple[str, ...]:
-    """Return the names of the tensor files in a checkpoint of an optimizer."""
-    return tuple(f"{name}.safetensors" for name in (WEIGHTS, *state_names(optimizer)))
+def tensor_files(optimizer: str = ADAMW, parts: int = 1) -> tuple[str, ...]:
+    """Return the names of the tensor files in a checkpoint of an optimizer, in this number of parts."""
+    kinds = (WEIGHTS, *state_names(optimizer))
+    return tuple(file_name(kind, number, parts) for kind in kinds for number in range(parts))
 
 
 def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointState:
@@ -155,20 +166,48 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
     """
     state = parse_state(folder)
     # An optimizer of somebody else's file may not be registered here; weights are read without it.
-    known = tensor_files(state.optimizer) if state.optimizer in OPTIMIZERS.names() else (f"{WEIGHTS}.safetensors",)
-    for name in dict.fromkeys((*known, *state.sha256)):
-        try:
-            intact = sha256_of(folder / name) == state.sha256.get(name)
-        except OSError:
-            intact = False
-        if not intact:
-            raise DamagedCheckpointError(
-                f"{folder / name} is missing or damaged: its checksum is not that of {STATE_FILE}; "
-                f"remove {folder} to go on from the checkpoint before it"
-            )
+    kinds = (WEIGHTS, *(state_names(state.optimizer) if state.optimizer in OPTIMIZERS.names() else ()))
+    parts = num_parts(state.sha256)
+    known = [file_name(kind, number, parts) for kind in kinds for number in range(parts)]
+    if file := damaged_file(folder, state, dict.fromkeys((*known, *state.sha256))):
+        raise DamagedCheckpointError(
+            f"{file} is missing or damaged: its checksum is not that of {STATE_FILE}; "
+            f"remove {folder} to go on from the checkpoint before it"
+        )
     if model is not None:
         _check_same_model(folder, state.model, model)
     return state
+
+
+def damaged_file(folder: Path, state: CheckpointState, names: Iterable[str]) -> Path | None:
+    """Return the first of some files of a checkpoint that is missing or not what was written; None if none is."""
+
+    def is_intact(name: str) -> bool:
+        try:
+            return sha256_of(folder / name) == state.sha256.get(name)
+        except OSError:
+            return False
+
+    names = list(names)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        found = [folder / name for name, intact in zip(names, threads.map(is_intact, names), strict=True) if not intact]
+    return found[0] if found else None
+
+
+def saved_tensors(folder: Path, kind: str = WEIGHTS) -> SavedTensors:
+    """Open the tensors of a checkpoint, or of an exported model, whose weights have the same name.
+
+    Args:
+        folder: of the checkpoint.
+        kind: of the tensors: ``model`` or the name of an optimizer's state.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be read.
+    """
+    names = files_of((path.name for path in folder.iterdir()), kind) if folder.is_dir() else []
+    if (folder / STATE_FILE).is_file():
+        names = files_of(parse_state(folder).sha256, kind)
+    return SavedTensors([folder / name for name in names or [file_name(kind)]])
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -182,10 +221,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         CheckpointError: other names or shapes.
     """
     parameters = dict(model.named_parameters())
-    tensors = read_tensors(folder / f"{WEIGHTS}.safetensors", {name: p.shape for name, p in parameters.items()})
+    tensors = saved_tensors(folder)
+    tensors.check({name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors.read(name).view(parameter.shape))
 
 
 def check_optimizer(folder: Path, state: CheckpointState, optimizer: str) -> None:
@@ -204,7 +244,8 @@ def check_optimizer(folder: Path, state: CheckpointState, optimizer: str) -> Non
 def restore(engine: Any, folder: Path, optimizer_steps: int, optimizer: str = ADAMW) -> None:
     """Put master weights and optimizer states into an engine that has done no step yet. Every rank must call.
 
-    The model's own (for bf16 rounded) weights must be those of :func:`load_weights` already.
+    A rank reads only what it holds of them. The model's own (for bf16 rounded) weights must be those of
+    :func:`load_weights` already.
 
     Args:
         engine: DeepSpeed's.
@@ -215,31 +256,12 @@ def restore(engine: Any, folder: Path, optimizer_steps: int, optimizer: str = AD
     allocate_optimizer_states(engine)
     parameters = dict(engine.module.named_parameters())
     for state, shapes in tensor_shapes(optimizer, engine.module).items():
-        tensors = read_tensors(folder / f"{state or WEIGHTS}.safetensors", shapes)
-        for name in shapes:
-            set_full_tensor(engine, parameters[name], tensors[name].to(engine.device), state)
+        tensors = saved_tensors(folder, state or WEIGHTS)
+        tensors.check(shapes)
+        for name, shape in shapes.items():
+            part = held_range(engine, parameters[name], shape.numel())
+            set_held(engine, parameters[name], tensors.read(name, *part), state)
     set_optimizer_steps(engine, optimizer_steps)
-
-
-def read_tensors(file: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the CPU, which must have these names and shapes.
-
-    Raises:
-        CheckpointError: another kind of file (a pickle, say, which is not read), or other tensors.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the tensors of {file}: {error}") from None
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    for name in sorted(found.keys() | shapes.keys()):
-        if found.get(name) != shapes.get(name):
-            here, there = (list(part[name]) if name in part else "missing" for part in (shapes, found))
-            raise CheckpointError(
-                f"{file} does not fit the model: the shape of {name} is {there} there and {here} here; "
-                f"use the configuration and the checkpoint of one run"
-            )
-    return tensors
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -313,8 +335,9 @@ def parse_state(folder: Path) -> CheckpointState:
         raise DamagedCheckpointError(message) from None
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged or of another version: {error}") from None
-    if state.format != FORMAT:
-        raise CheckpointError(f"{folder} has format {state.format}, and this version reads {FORMAT}")
+    if state.format != (FORMAT if num_parts(state.sha256) == 1 else FORMAT_OF_PARTS):
+        known = f"{FORMAT}, and {FORMAT_OF_PARTS} in parts"
+        raise CheckpointError(f"{folder} has format {state.format}, and this version reads {known}")
     if not state.is_intact():
         raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged: its digest is not that of its content")
     return state

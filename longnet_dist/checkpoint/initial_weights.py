@@ -12,8 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from longnet_dist.checkpoint.format import STATE_FILE, WEIGHTS, newest_checkpoint, parse_state, sha256_of
+from longnet_dist.checkpoint.format import (
+    STATE_FILE,
+    WEIGHTS,
+    damaged_file,
+    newest_checkpoint,
+    parse_state,
+    sha256_of,
+)
 from longnet_dist.checkpoint.identity import digest_of, digest_of_tokenizer
+from longnet_dist.checkpoint.parts import SavedTensors, file_name, files_of
 from longnet_dist.checkpoint.run_model import parameter_sizes
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
@@ -53,19 +61,21 @@ class InitialWeights:
         """
         is_exported = (path / CONFIG_FILE).is_file() and not (path / STATE_FILE).is_file()
         folder = path if is_exported else newest_checkpoint(path)
-        file = folder / f"{WEIGHTS}.safetensors"
         try:
-            sha256, found = sha256_of(file), _shapes_in((file,))
-            tokenizer = _exported_tokenizer(folder) if is_exported else None
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"train.init={path}: cannot read the weights in {file}: {error}") from None
+            names = [file_name(WEIGHTS)] if is_exported else files_of(parse_state(folder).sha256, WEIGHTS)
+            files = tuple(folder / name for name in names)
+            found = {name: list(shape) for name, shape in SavedTensors(files).shapes.items()}
+            if is_exported:
+                sha256, tokenizer = sha256_of(files[0]), _exported_tokenizer(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"train.init={path}: cannot read the weights in {folder}: {error}") from None
         if not is_exported:
             state = parse_state(folder)
-            if state.sha256.get(file.name) != sha256:
+            if file := damaged_file(folder, state, files_of(state.sha256, WEIGHTS)):
                 raise CheckpointError(f"train.init={path}: {file} is damaged: its checksum is not that of {STATE_FILE}")
-            tokenizer = state.identity.tokenizer if state.identity else None
+            sha256, tokenizer = state.weights_sha256, state.identity.tokenizer if state.identity else None
         _check_shapes(f"train.init={path}", found, model, "the model section of that run")
-        return cls(folder, sha256, tokenizer, (file,))
+        return cls(folder, sha256, tokenizer, files)
 
     @classmethod
     def of_model(cls, model: LongNetConfig, begins: bool) -> InitialWeights | None:
@@ -109,11 +119,10 @@ class InitialWeights:
         """
         parameters = dict(model.named_parameters())
         try:
+            tensors = SavedTensors(self.files)
             with torch.no_grad():
-                for file in self.files:
-                    with safe_open(file, "pt") as tensors:
-                        for name in parameters.keys() & set(tensors.keys()):
-                            parameters.pop(name).copy_(tensors.get_tensor(name))
+                for name in parameters.keys() & tensors.shapes.keys():
+                    parameters.pop(name).copy_(tensors.read(name).view(tensors.shapes[name]))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"cannot read the weights in {self.folder}: {error}") from None
         if parameters:

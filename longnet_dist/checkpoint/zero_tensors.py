@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longnet_dist.private_interfaces import fragment_of
+
 
 def full_tensor(engine: Any, parameter: nn.Parameter, state: str | None = None) -> Tensor:
     """Return the float32 master weight of a parameter, or a state of its optimizer, gathered from its shards.
@@ -46,27 +48,78 @@ def set_full_tensor(engine: Any, parameter: nn.Parameter, value: Tensor, state: 
         value: float32, of the whole shape, the same on every rank.
         state: a name of ``OptimizerRule.states``; None for the master weight.
     """
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+    first, last = held_range(engine, parameter, value.numel())
+    set_held(engine, parameter, value.flatten()[first:last], state)
+
+
+def held_range(engine: Any, parameter: nn.Parameter, numel: int) -> tuple[int, int]:
+    """Return which numbers of a parameter, or of a state of it, this rank holds, as ``[first, last)``.
+
+    Together the ranks hold each number once, but with ZeRO stage 0 each rank holds all.
+
+    Args:
+        engine: DeepSpeed's.
+        parameter: of its model.
+        numel: of the whole tensor.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return 0, numel
+    if engine.zero_optimization_stage() == 3:
+        shard: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        return min(dist.get_rank() * shard, numel), min((dist.get_rank() + 1) * shard, numel)
+    return fragment_of(parameter)[0]
+
+
+def held(engine: Any, parameter: nn.Parameter, state: str | None = None) -> Tensor:
+    """Return the numbers of :func:`held_range` of the float32 master weight or of a state, one-dimensional.
+
+    No other rank is needed; optimizer states exist after the first step.
+
+    Args:
+        engine: DeepSpeed's.
+        parameter: of its model.
+        state: a name of ``OptimizerRule.states``; None for the weight.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        full_tensor(engine, parameter, state).copy_(value)
-        return
+        return full_tensor(engine, parameter, state).flatten()
     if stage == 3:
-        # DeepSpeed 0.19's own cut of a whole value does not know that the last shard may be padded.
-        value = _padded_shard(value, parameter.ds_tensor.numel())  # type: ignore[attr-defined]
-        set_weight, set_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+        get = safe_get_local_optimizer_state
+        shard: Tensor = safe_get_local_fp32_param(parameter) if state is None else get(parameter, state)
+        first, last = held_range(engine, parameter, whole_shape(parameter).numel())
+        return shard[: last - first]
+    _, fragment = fragment_of(parameter, state)
+    return parameter.new_empty(0, dtype=torch.float32) if fragment is None else fragment
+
+
+def set_held(engine: Any, parameter: nn.Parameter, value: Tensor, state: str | None = None) -> None:
+    """Set what :func:`held` returns; optimizer states must exist.
+
+    Args:
+        engine: DeepSpeed's.
+        parameter: of its model.
+        value: float32, one-dimensional, the numbers of :func:`held_range`.
+        state: a name of ``OptimizerRule.states``; None for the master weight.
+    """
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        whole = full_tensor(engine, parameter, state)
+        whole.copy_(value.view(whole.shape))
+    elif stage == 3:
+        shard: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        value = nn.functional.pad(value, (0, shard - value.numel()))  # the last shards are padded
+        if state is None:
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, state)
     else:
-        set_weight, set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
-    if state is None:
-        set_weight(parameter, value)
-    else:
-        set_state(parameter, value, state)
+        _, fragment = fragment_of(parameter, state)
+        if fragment is not None:
+            fragment.copy_(value)
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
@@ -132,8 +185,3 @@ def link_optimizer_states(engine: Any) -> None:
         return
     for parameters, partition in zip(groups, partitions, strict=True):
         lazy_init_hp_params_optimizer_state(parameters, partition, optimizer.state)
-
-
-def _padded_shard(value: Tensor, shard_size: int) -> Tensor:
-    flat = value.flatten()[dist.get_rank() * shard_size :][:shard_size]
-    return nn.functional.pad(flat, (0, shard_size - flat.numel()))

@@ -43,7 +43,7 @@ def _of_checkpoints(config: Config) -> Iterator[tuple[str, str]]:
     """Yield keys that need checkpoints, each with the reason why it has no effect, if there is one."""
     train = config.train
     none = "" if train.checkpoint_every else "train.checkpoint_every=0"
-    for key in ("keep_last", "keep_best", "checkpoint_async", "checkpoint_failures"):
+    for key in ("keep_last", "keep_best", "checkpoint_async", "checkpoint_parts", "checkpoint_failures"):
         yield key, none
     yield "keep_every", none or ("" if train.keep_last else "train.keep_last=0 keeps all checkpoints")
     no_sample = none or ("" if train.sample_tokens else "train.sample_tokens=0")

@@ -29,6 +29,7 @@ from longnet_dist.registry import ATTENTION_BACKENDS
 
 Precision = Literal["fp32", "bf16"]
 AUTO = "auto"
+PARTS_FROM_BYTES = 2**30  # the least size of a checkpoint that ranks write in parts unless asked
 
 
 def _expanded(path: Path) -> Path:
@@ -217,8 +218,11 @@ class TrainConfig(Section):
         validation_tokens: tokens of the validation split that one validation reads.
         checkpoint_every: steps between two checkpoints, with another at the end; 0: no checkpoints and no sample, for
             measurements.
-        checkpoint_async: write checkpoints during training, from a copy in the host memory of rank 0, 12 bytes for each
-            parameter; else training waits for the disk.
+        checkpoint_async: write checkpoints during training, from a copy in host memory, 12 bytes for each parameter;
+            else training waits for the disk.
+        checkpoint_parts: ``ranks``: each rank writes a part of a checkpoint, what it holds, at the same time; ``one``:
+            rank 0 gathers and writes whole tensors; ``auto``: ``ranks`` for checkpoints of 1 GiB or more. Any layout
+            reads both.
         keep_last: number of newest checkpoints to keep; older ones are deleted. 0: keep all.
         keep_every: keep, in addition, the checkpoints at multiples of this many steps; 0: none.
         keep_best: write a checkpoint after a validation whose loss is the least so far, and keep it until there is a
@@ -280,6 +284,7 @@ class TrainConfig(Section):
     validation_tokens: PositiveInt = 262144
     checkpoint_every: int = Field(1000, ge=0)
     checkpoint_async: bool = True
+    checkpoint_parts: Literal["auto", "one", "ranks"] = "auto"
     keep_last: int = Field(3, ge=0)
     keep_every: int = Field(0, ge=0)
     keep_best: bool = False
@@ -389,6 +394,14 @@ class TrainConfig(Section):
     def resident(self) -> int:
         """Return ``resident_blocks``, or its default, which does not raise the peak memory."""
         return self.resident_blocks or self.least_resident
+
+    def writes_parts(self, num_bytes: int, num_ranks: int) -> bool:
+        """Say whether each rank writes a part of a checkpoint of ``num_bytes``; else rank 0 writes it.
+
+        Many small files would take a file system longer than one.
+        """
+        parts = self.checkpoint_parts
+        return num_ranks > 1 and (num_bytes >= PARTS_FROM_BYTES if parts == "auto" else parts == "ranks")
 
     def compiles(self, device_type: str) -> bool:
         """Say whether the row-wise parts are compiled on a device type, ``"cuda"`` or ``"cpu"``."""

@@ -31,12 +31,14 @@ class Memory:
     Attributes:
         moment: when the peak is reached: ``loss``, ``last block`` or ``first block`` (of backward), or ``update``.
         device: bytes of each part at that moment, as torch's allocator counts them.
-        host: bytes of each part in host memory, not counting a CPU rank's tensors; ``CHECKPOINT`` is rank 0's alone.
+        host: bytes of each part in host memory, not counting a CPU rank's tensors.
+        in_parts: whether each rank has its part of ``CHECKPOINT``; else only rank 0 has it.
     """
 
     moment: str
     device: Mapping[str, int]
     host: Mapping[str, int]
+    in_parts: bool = False
 
     @property
     def device_bytes(self) -> int:
@@ -45,14 +47,15 @@ class Memory:
 
     def host_parts(self, local_ranks: int) -> dict[str, int]:
         """Return the host's parts, summed over the ``local_ranks`` ranks of a machine."""
-        return {name: size * (1 if name == CHECKPOINT else local_ranks) for name, size in self.host.items()}
+        alone = () if self.in_parts else (CHECKPOINT,)
+        return {name: size * (1 if name in alone else local_ranks) for name, size in self.host.items()}
 
 
 def memory_of(layout: RunLayout) -> Memory:
     """Estimate the peak memory of the rank that needs most."""
     moments = _moments(layout)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return Memory(moment, moments[moment], _host(layout))
+    return Memory(moment, moments[moment], _host(layout), _in_parts(layout))
 
 
 def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
@@ -136,19 +139,30 @@ def _logits(layout: RunLayout) -> int:
 
 
 def _host(layout: RunLayout) -> dict[str, int]:
-    """Return the host memory of rank 0, which alone writes checkpoints, without the tensors of a CPU rank."""
-    train, model = layout.config.train, layout.config.model
-    copied = train.checkpoint_async and train.checkpoint_every
-    # An asynchronous checkpoint copies weights and optimizer states, float32.
-    checkpoint = WIDE * (num_parameters(model) + optimizer_numbers(model, train.optimizer)) if copied else 0
+    """Return the host memory of the rank that needs most, without the tensors of a CPU rank."""
+    train, copied = layout.config.train, 0
+    if train.checkpoint_async and train.checkpoint_every:
+        copied = -(-_checkpoint_bytes(layout) // (layout.num_ranks if _in_parts(layout) else 1))
+    checkpoint = {CHECKPOINT: copied}
     if layout.device_type == "cpu":
-        return {CHECKPOINT: checkpoint}
+        return checkpoint
     return {
         "process": HOST_PROCESS_BYTES,
         "optimizer": state_of(layout).host,
         "activations": offloaded_bytes(layout),
-        CHECKPOINT: checkpoint,
+        **checkpoint,
     }
+
+
+def _checkpoint_bytes(layout: RunLayout) -> int:
+    """Return the bytes of a checkpoint: weights and optimizer states, float32."""
+    model = layout.config.model
+    return WIDE * (num_parameters(model) + optimizer_numbers(model, layout.config.train.optimizer))
+
+
+def _in_parts(layout: RunLayout) -> bool:
+    """Say whether each rank writes its part of a checkpoint."""
+    return layout.config.train.writes_parts(_checkpoint_bytes(layout), layout.num_ranks)
 
 
 def offloaded_bytes(layout: RunLayout) -> int:

@@ -170,7 +170,7 @@ def evaluate_run_streamed(
     execution = Execution("selective", tile=COMPILED_TILE, compile=True) if compiles(rows) else Execution()
     model_on = run.model_on(launch, execution, store)
     with held_by_first(lock, launch, store), model_on as (model, _, device):
-        sha256 = run.state.sha256["model.safetensors"], windows.token_file.header.sha256
+        sha256 = run.state.weights_sha256, windows.token_file.header.sha256
         dtype = str(next(model.parameters()).dtype)
         task = StreamTask(*sha256, split, windows.length_of(0), dtype, windows.documents)
         file = StateFile(state_path, task, resume)

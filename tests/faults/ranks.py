@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from longnet_dist.checkpoint.format import checkpoints, tensor_files
+from longnet_dist.checkpoint.format import ADAMW, WEIGHTS, checkpoints, saved_tensors, state_names
 from longnet_dist.cli import train
 from longnet_dist.cli.program.exit_status import run_cli
 
@@ -47,6 +46,10 @@ class Ranks:
             process.close()
 
     @property
+    def alive(self):
+        return [process.is_alive() for process in self._processes]
+
+    @property
     def pids(self):
         return [process.pid for process in self._processes]
 
@@ -77,7 +80,13 @@ def _run_rank(rank, world_size, port, folder, arguments):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = (rank, rank, world_size, world_size, "127.0.0.1", port)
     os.environ.update(zip(names, map(str, values), strict=True))
+    hang_on_request()
     run_cli(lambda: train.main(arguments))
+
+
+def hang_on_request():
+    """Let SIGUSR2 make the main thread sleep for ever, outside of any collective; other threads go on."""
+    signal.signal(signal.SIGUSR2, lambda *_: time.sleep(1e6))
 
 
 def wait_for_step(run, step):
@@ -118,10 +127,10 @@ def same_bits(run, expected):
     """The name of the last checkpoint of two runs, which must be equal in every bit, and alone with whole ones."""
     ends = [checkpoints(folder)[-1] for folder in (run, expected)]
     assert ends[0].name == ends[1].name
-    for name in tensor_files():
-        tensors, others = (load_file(end / name) for end in ends)
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(tensors[key], others[key]) for key in others), name
+    for kind in (WEIGHTS, *state_names(ADAMW)):
+        saved, others = (saved_tensors(end, kind) for end in ends)
+        assert saved.shapes == others.shapes
+        assert all(torch.equal(saved.read(name), others.read(name)) for name in others.shapes), kind
     assert not checkpoint_is_torn(run)
     return ends[0].name
 
