@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -28,6 +30,8 @@ class StepMetrics:
         tokens_per_second: tokens of this step for each second, over all ranks.
         skipped: number of skipped steps so far; a step is skipped if its loss or gradient is not finite or a spike.
         spikes: the spikes among them; left out of the file without ``train.skip_spikes``.
+        slowest_rank, slowest_rank_seconds, median_rank_seconds: rank that works longest in a step, its seconds without
+            waits, and the median of the others; only in some steps, and with several ranks.
         tflops_per_gpu, mfu, peak_memory_allocated, peak_memory_reserved: as in
             :class:`~longnet_dist.telemetry.throughput.Speed`; left out of the file if they are None.
     """
@@ -41,6 +45,9 @@ class StepMetrics:
     tokens_per_second: float
     skipped: int
     spikes: int | None = None
+    slowest_rank: int | None = None
+    slowest_rank_seconds: float | None = None
+    median_rank_seconds: float | None = None
     tflops_per_gpu: float | None = None
     mfu: float | None = None
     peak_memory_allocated: int | None = None
@@ -71,8 +78,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for logger in self._loggers:
-            logger.close()
+        for logger in list(self._loggers):
+            self._try(logger, logger.close)
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step; numbers that are not finite are null."""
@@ -86,8 +93,16 @@ class MetricsLog:
         self._log("validation", step, {name: value if math.isfinite(value) else None for name, value in fields.items()})
 
     def _log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
-        for logger in self._loggers:
-            logger.log(kind, step, fields)
+        for logger in list(self._loggers):
+            self._try(logger, partial(logger.log, kind, step, fields))
+
+    def _try(self, logger: Logger, record: Callable[[], None]) -> None:
+        """Record, or go on without a logger that a full or absent disk has broken: training does not end for it."""
+        try:
+            record()
+        except OSError as error:
+            self._loggers.remove(logger)
+            print(f"warning: {type(logger).__name__} records no more: {error}", file=sys.stderr)
 
 
 def draw_loss_curve(folder: RunFolder, bytes_per_token: float) -> None:

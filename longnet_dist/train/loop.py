@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -26,6 +26,7 @@ from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.flight_recorder import record_collectives, write_collectives
 from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh
+from longnet_dist.comm.waits import CollectiveWaits
 from longnet_dist.config.notes import notes
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
@@ -52,6 +53,7 @@ from longnet_dist.train.setup import RunSetup
 from longnet_dist.train.spikes import RecentSteps
 from longnet_dist.train.start import Start, own_folder
 from longnet_dist.train.step import MicroBatch, ReadRows, StepResult, train_step
+from longnet_dist.train.stragglers import Pace, Stragglers
 from longnet_dist.train.validations import Validations
 
 
@@ -81,8 +83,8 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
         record_collectives(records, config.parallel.flight_recorder, os.environ)
         watchdog = _watchdog(launch, timeout, partial(write_collectives, records, launch.rank))
         group = process_group(launch, device, timeout, store)
-        with group, watchdog, explained(launch.rank, start.needs):
-            return Trainer(plan, device).run()
+        with group, watchdog, explained(launch.rank, start.needs), CollectiveWaits(device) as waits:
+            return Trainer(plan, device, waits).run()
 
 
 @contextmanager
@@ -102,6 +104,7 @@ class Trainer:
     Args:
         plan: the same on every rank.
         device: of this rank.
+        waits: of its collectives, if these are timed.
 
     Attributes:
         step: training steps done.
@@ -112,9 +115,9 @@ class Trainer:
         spikes: the spikes among them.
     """
 
-    def __init__(self, plan: RunSetup, device: torch.device) -> None:
+    def __init__(self, plan: RunSetup, device: torch.device, waits: CollectiveWaits | None = None) -> None:
         self.plan, self.config, self.device = plan, plan.config, device
-        self.is_first = dist.get_rank() == 0
+        self.is_first, self._waits = dist.get_rank() == 0, waits or CollectiveWaits(device)
         self.token_file = plan.open_token_file()
         self.changes = plan.changes(self.token_file)
         self.batches = plan.training_data(self.token_file)
@@ -140,7 +143,8 @@ class Trainer:
             stop_requested = stack.enter_context(stop_requests())
             self._say_changes()
             identity = self.plan.identity(self.token_file)
-            writer = stack.enter_context(CheckpointWriter(folder.path, train, self.config.model, identity))
+            seconds = 60 * self.config.parallel.timeout_minutes
+            writer = stack.enter_context(CheckpointWriter(folder.path, train, self.config.model, identity, seconds))
             for metrics, stop in self._steps(bytes_per_token, stop_requested):
                 last = metrics.step == train.steps
                 if self.is_first:
@@ -244,14 +248,14 @@ class Trainer:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.data.sequence_length
         skipped_in_a_row = 0
-        throughput = Throughput(self.plan, self.device)
+        throughput, stragglers = Throughput(self.plan, self.device), Stragglers(self._waits)
         bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=not self.is_first, dynamic_ncols=True)
         with bar:
             while self.step < train.steps:
                 began = time.perf_counter()
                 rate = learning_rate(self.step + 1, train)
-                with self.profiler.step(self.step + 1):
-                    result = self._train_step(self.step, rate, stop_requested)
+                with self.profiler.step(self.step + 1), stragglers.step():
+                    result = self._train_step(self.step, rate, stop_requested, stragglers.report())
                     seconds = time.perf_counter() - began
                 self.step += 1
                 self.tokens += tokens_per_step
@@ -262,13 +266,18 @@ class Trainer:
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._refuse_divergence(skipped_in_a_row, result)
                 speed = throughput.step(seconds, self.config.length_of_step(self.step - 1))
+                pace, message = stragglers.add(seconds, result.reports)
+                if message and self.is_first:
+                    tqdm.write(f"note: {message}")
                 bits = result.loss / math.log(2) / bytes_per_token
                 shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed}"
                 bar.set_postfix_str(shown + f", {self.skipped} skipped" * bool(self.skipped), refresh=False)
                 bar.update()
-                yield self._metrics(result, rate, seconds, speed), result.stop
+                yield self._metrics(result, rate, seconds, speed, pace), result.stop
 
-    def _metrics(self, result: StepResult, learning_rate: float, seconds: float, speed: Speed) -> StepMetrics:
+    def _metrics(
+        self, result: StepResult, learning_rate: float, seconds: float, speed: Speed, pace: Pace | None
+    ) -> StepMetrics:
         return StepMetrics(
             step=self.step,
             loss=result.loss,
@@ -279,6 +288,7 @@ class Trainer:
             skipped=self.skipped,
             spikes=self.spikes if self.config.train.skip_spikes else None,
             **speed._asdict(),
+            **(pace._asdict() if pace else {}),
         )
 
     def _refuse_divergence(self, skipped_in_a_row: int, result: StepResult) -> None:
@@ -291,14 +301,18 @@ class Trainer:
             )
 
     def _train_step(
-        self, step: int, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
+        self,
+        step: int,
+        learning_rate: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+        report: Sequence[float] = (),
     ) -> StepResult:
         """Step ``step``, counted from 0."""
         sequence_length, chunk_length = self._sequence
         micro_batches = self._steps_ahead.of(step)
         is_spike = self._recent.is_spike if self.config.train.skip_spikes else None
         return train_step(
-            self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested, is_spike
+            self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested, is_spike, report
         )
 
     @property

@@ -48,12 +48,14 @@ class StepResult:
         grad_norm: norm of the gradient of ``loss``, before clipping.
         stop: whether a rank has been asked to stop.
         spike: whether the update was refused as a spike.
+        reports: sum over ranks of the numbers that each rank reported.
     """
 
     loss: float
     grad_norm: float
     stop: bool
     spike: bool = False
+    reports: tuple[float, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -69,6 +71,7 @@ def train_step(
     learning_rate: float,
     stop_requested: Callable[[], bool] = lambda: False,
     is_spike: Callable[[float, float], bool] | None = None,
+    report: Sequence[float] = (),
 ) -> StepResult:
     """Forward, backward and update, over all micro-batches of a step. Every rank of the world must call.
 
@@ -92,6 +95,7 @@ def train_step(
         stop_requested: whether this rank has been asked to stop; the ranks agree on it at the end of the step.
         is_spike: says of a step's loss and gradient norm whether it is a spike, which changes nothing then. If one rank
             says so, all skip the step.
+        report: numbers to sum over ranks with the loss, as many on each rank.
     """
     set_learning_rate(engine, learning_rate)
     stream: Stream = engine.module.stream(sequence_length)
@@ -122,9 +126,9 @@ def train_step(
             grad_norm = optimizer_step(engine, refuse if is_spike else None)
 
     assert grad_norm is not None
-    stop = loss_sum.new_tensor(float(stop_requested()))
-    total, num_stops = total_over_ranks(torch.stack([loss_sum, stop])).tolist()
-    return StepResult(total / max(1.0, float(num_labels)), grad_norm, num_stops > 0, any(spikes))
+    shared = torch.cat([loss_sum[None], loss_sum.new_tensor([float(stop_requested()), *report])])
+    total, num_stops, *reports = total_over_ranks(shared).tolist()
+    return StepResult(total / max(1.0, float(num_labels)), grad_norm, num_stops > 0, any(spikes), tuple(reports))
 
 
 def _forward(engine: Any, read: ReadRows, stream: Stream, shards: Shards) -> Any:

@@ -55,11 +55,11 @@ def tiny_config(output_dir, data, *settings):
     return load_config(write_config(output_dir.parent, output_dir.name, data), settings)
 
 
-def make_trainer(config):
+def make_trainer(config, waits=None):
     """A trainer of the rank that calls, inside ``run_distributed``."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     prepare_deepspeed(LaunchEnvironment(rank, world_size, rank, world_size), CPU)
-    return Trainer(RunSetup.make(config, world_size, "cpu"), CPU)
+    return Trainer(RunSetup.make(config, world_size, "cpu"), CPU, waits)
 
 
 def train(config):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from longnet_dist.checkpoint.run_folder import RunFolder, write_text
@@ -12,7 +14,10 @@ from longnet_dist.telemetry.loggers import LOGGERS, Kind, Logger
 
 @LOGGERS.register("jsonl")
 class JsonlLogger(Logger):
-    """Append a line for every step to ``metrics.jsonl``, and for every validation to ``validation.jsonl``."""
+    """Append a line for every step to ``metrics.jsonl``, and for every validation to ``validation.jsonl``.
+
+    Lines that a full or absent disk does not take are a warning. They are kept in memory and written with later ones.
+    """
 
     def __init__(self, folder: RunFolder, last_step: int, config: Mapping[str, Any]) -> None:
         super().__init__(folder, last_step, config)
@@ -20,7 +25,7 @@ class JsonlLogger(Logger):
         for file in files.values():
             kept = [line for line in read_jsonl(file) if line["step"] <= last_step]
             write_text(file, "".join(json_text(line) + "\n" for line in kept))
-        self._files = {kind: file.open("a", encoding="utf-8", buffering=1) for kind, file in files.items()}
+        self._files = {kind: _Lines(file) for kind, file in files.items()}
 
     def log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
         """Append a line to the file of the kind."""
@@ -30,3 +35,26 @@ class JsonlLogger(Logger):
         """Close both files."""
         for file in self._files.values():
             file.close()
+
+
+class _Lines:
+    """Append lines to a file; what cannot be written waits for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting, self._warned = b"", False
+
+    def write(self, line: str) -> None:
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: cannot write {self._path}: {error}; its lines wait in memory", file=sys.stderr)
+            self._warned = True
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
