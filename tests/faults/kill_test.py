@@ -72,9 +72,9 @@ def kill_test(folder, kills, in_checkpoint, seed=0):
     return {"kills": kills, "killed": killed, "torn": torn, "seconds": seconds, "end": end}
 
 
-def start(config, settings, restarts, log):
+def start(config, settings, restarts, log, script=ROOT / "launch" / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "launch" / "train.py"), str(config)]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *settings], stdout=log, stderr=log, env=environment)
 
@@ -107,7 +107,8 @@ def workers(agent):
 
 def is_rank(pid):
     try:
-        return b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return any(script in command for script in (b"launch/train.py", b"faults/train_or_hang.py"))
     except OSError:
         return False
 
