@@ -105,6 +105,14 @@ class RunFolder:
         write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_text(self.tokenizer_file, json.dumps(tokenizer.to_json(), ensure_ascii=False))
 
+    def was_begun_with(self, resume: str) -> bool:
+        """Say whether the last start of this run had the same path as ``train.resume``."""
+        if resume in ("auto", "never") or not self.config_file.is_file():
+            return False
+        train = read_yaml(self.config_file).get("train")
+        last = train.get("resume") if isinstance(train, dict) else None
+        return isinstance(last, str) and _place(last) == _place(resume)
+
     def config(self) -> Config:
         """Return the configuration of the run.
 
@@ -128,6 +136,10 @@ class RunFolder:
             raise CheckpointError(f"cannot read {self.tokenizer_file}: {error}") from None
 
 
+def _place(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """Hold the checkpoint that a run goes on from.
@@ -146,7 +158,8 @@ class ResumePoint:
 def resume_point(folder: RunFolder, resume: str, model: LongNetConfig) -> ResumePoint:
     """Find the checkpoint from which a run goes on, if it is not new. Nothing is written.
 
-    With ``auto`` a damaged checkpoint is passed over for the one before.
+    With ``auto`` a damaged checkpoint is passed over for the one before. So it is with the path of another run if this
+    folder's run was begun with the same path: the command that was interrupted goes on.
 
     Args:
         folder: of the run.
@@ -158,11 +171,11 @@ def resume_point(folder: RunFolder, resume: str, model: LongNetConfig) -> Resume
         CheckpointError: ``resume`` names no checkpoint, a damaged one, or one of another model; or all are damaged.
     """
     existing = checkpoints(folder.path)
-    if resume == "auto":
+    if resume == "auto" or (existing and folder.was_begun_with(resume)):
         return _newest_intact(existing, model)
     chosen = None if resume == "never" else newest_checkpoint(Path(resume).expanduser())
     is_ours = chosen is not None and existing and chosen.resolve() == existing[-1].resolve()
-    if not is_ours and (existing or folder.metrics_file.exists()):
+    if not is_ours and (existing or (folder.metrics_file.exists() and not folder.was_begun_with(resume))):
         raise ConfigError(
             f"train.output_dir={folder.path} already holds a run, which train.resume={resume} would overwrite; "
             f"use another train.output_dir, or train.resume=auto to go on with that run"

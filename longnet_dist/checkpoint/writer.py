@@ -84,6 +84,7 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._ranks: WritingRanks | None = None  # known with the first checkpoint
         self._failures = 0  # in a row
+        run.mkdir(parents=True, exist_ok=True)
         self._makes_folder = not checkpoint_folder(run, 0).parent.is_dir()
 
     def __enter__(self) -> Self:
@@ -132,7 +133,7 @@ class CheckpointWriter:
         ranks, world_size = WritingRanks.alone(), dist.get_world_size() if dist.is_initialized() else 1
         if world_size > 1 and self._train.writes_parts(self._num_bytes(engine), world_size):
             ranks = WritingRanks(default_store(), dist.get_rank(), world_size, self._timeout)
-        ranks.makes_folder = self._makes_folder
+        ranks.makes_parents, ranks.makes_folder = False, self._makes_folder
         return ranks
 
     def _num_bytes(self, engine: Any) -> int:
@@ -254,7 +255,7 @@ def write_checkpoint(
     """
     ranks = ranks or WritingRanks.alone()
     ranks.begin()
-    partial = Path(ranks.told("folder", lambda: _new_partial(folder, ranks.makes_folder)))
+    partial = Path(ranks.told("folder", lambda: _new_partial(folder, ranks)))
 
     def finish() -> str:
         sha256 = ranks.checksums()
@@ -287,14 +288,16 @@ def write_checkpoint(
         _flush(folder.parent)
 
 
-def _new_partial(folder: Path, makes_folder: bool) -> str:
+def _new_partial(folder: Path, ranks: WritingRanks) -> str:
     """Make a folder for a checkpoint that is being written.
 
     The folder around it is made only if it was never there: a file system that went away leaves an empty place, and
     what is written there is hidden when it comes back.
     """
+    if ranks.makes_folder:
+        folder.parent.mkdir(parents=ranks.makes_parents, exist_ok=True)
     partial = _partial(folder)
-    partial.mkdir(parents=makes_folder)
+    partial.mkdir()
     return str(partial)
 
 

@@ -31,13 +31,14 @@ class WritingRanks:
 
     Attributes:
         makes_folder: whether the folder of the checkpoints may have to be made.
+        makes_parents: whether the run's folder may have to be made, too.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout_seconds: float) -> None:
         # A connection of its own: requests of the main thread neither wait for this thread nor delay it.
         self._store = dist.HashStore() if size == 1 else store.clone()  # type: ignore[attr-defined]
         self.rank, self.size, self._timeout, self._round = rank, size, timeout_seconds, 0
-        self.makes_folder = True
+        self.makes_folder = self.makes_parents = True
         self._given_up = threading.Event()
 
     @classmethod

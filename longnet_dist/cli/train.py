@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train a model, on all GPUs of this machine or as a rank of a launcher"
 EXAMPLES = """\
-CONFIG is a YAML file or the name of a packaged configuration: {names}.
+CONFIG is a YAML file, - for standard input, or the name of a packaged configuration: {names}.
 key=value replaces a key of it: train.steps=500 model.dilation_rates=[1,2,4] data.path=~/book.tokens
 Text and paths are taken as they are; other values are YAML.
 longnet train --keys lists every key with its default.
@@ -70,8 +72,27 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
             "a configuration must come first: longnet train CONFIG [key=value ...], where CONFIG is a YAML file or "
             f"one of {', '.join(run_names())}; with model.path=FOLDER it may be left out"
         )
-    processes = Processes(["train", *arguments], options.processes, starts=not as_rank)
-    train(config, words, processes, verify=options.verify)
+    with read_once(config) as file:
+        command = [file if word == config else word for word in arguments]
+        processes = Processes(["train", *command], options.processes, starts=not as_rank)
+        train(file, words, processes, verify=options.verify)
+
+
+@contextmanager
+def read_once(word: str) -> Iterator[str]:
+    """Yield a configuration that can be read again and again: a copy of a pipe's content, for the ranks, too.
+
+    Args:
+        word: a file, a pipe, ``-`` for standard input, or a name.
+    """
+    path = Path("/dev/stdin" if word == "-" else word)
+    if not path.exists() or path.is_file() or path.is_dir():
+        yield word
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "standard_input.yaml"
+        copy.write_bytes(path.read_bytes())
+        yield str(copy)
 
 
 def train(

@@ -25,14 +25,14 @@ def find_config(word: str) -> Path | Traversable:
     A name of a packaged configuration takes precedence; write ``./name`` for a file of that name.
 
     Args:
-        word: name or path.
+        word: name, path, or ``-`` for standard input.
 
     Raises:
         ConfigError: it is neither a name nor a path.
     """
     if word in (names := run_names()):
         return files("longnet_dist.config") / "runs" / f"{word}.yaml"
-    path = Path(word)
+    path = Path("/dev/stdin" if word == "-" else word)
     if (word and path.exists()) or path.suffix in (".yaml", ".yml"):
         return path
     near = difflib.get_close_matches(word, names, n=1)

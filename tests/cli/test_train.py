@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from longnet_dist.checkpoint.format import checkpoints
+from longnet_dist.cli.program import ranks
 from longnet_dist.cli.train import main
 from longnet_dist.config.keys import keys
+from longnet_dist.config.loading import load_config
 from longnet_dist.errors import ConfigError
 from tests.train.runs import run, tiny_config, write_config, write_corpus
 
@@ -81,6 +84,37 @@ def test_a_request_to_stop_ends_with_75_and_the_same_command_goes_on(tmp_path, c
     done = longnet(*words, f"train.steps={step + 1}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == step + 1
+
+
+@pytest.mark.parametrize("word", ["-", "/dev/stdin", "fifo"])
+def test_a_configuration_from_a_pipe_is_read_once_for_all_ranks(tmp_path, corpus, word, monkeypatch):
+    text, reading = write_config(tmp_path, "run", corpus).read_text(), tmp_path / "fifo"
+    seen = []
+
+    def ranks_read(processes, work, check):
+        for _ in range(3):
+            (file,) = [part for part in processes.command if part.endswith(".yaml")]
+            assert load_config(Path(file), processes.command[2:]).train.steps == 7
+            seen.append(Path(file))
+
+    monkeypatch.setattr(ranks, "run_on_ranks", ranks_read)
+    os.mkfifo(reading)
+    writer = threading.Thread(target=reading.write_text, args=(text,))
+    writer.start()
+    if word == "fifo":
+        main([str(reading), "train.steps=7"])
+    else:
+        with reading.open() as pipe:
+            kept = os.dup(0)
+            os.dup2(pipe.fileno(), 0)
+            try:
+                main([word, "train.steps=7"])
+            finally:
+                os.dup2(kept, 0)
+                os.close(kept)
+    writer.join()
+    assert len(seen) == 3
+    assert not seen[0].exists()
 
 
 def wait_for(file, process):

@@ -1,5 +1,6 @@
 """Real processes that train together, to be stopped and killed."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from longnet_dist.checkpoint.format import ADAMW, WEIGHTS, checkpoints, saved_te
 from longnet_dist.cli import train
 from longnet_dist.cli.program.exit_status import run_cli
 
+SHOW_STACKS = signal.SIGRTMIN
 DEADLINE_SECONDS = 240.0  # of waiting for something that ought to come; nothing is measured by it
 
 # Forked from a process that has imported everything and done nothing. Forked from this one, in which other tests have
@@ -62,6 +64,9 @@ class Ranks:
         for rank in range(len(self._processes)) if ranks is None else ranks:
             self._processes[rank].join(deadline - time.monotonic())
             self.status[rank] = self._processes[rank].exitcode
+            if self.status[rank] is None:
+                self.send(rank, SHOW_STACKS)
+                time.sleep(1.0)
             assert self.status[rank] is not None, f"rank {rank} goes on: {self.output(rank)}"
         return [self.status[rank] for rank in sorted(self.status)]
 
@@ -81,6 +86,7 @@ def _run_rank(rank, world_size, port, folder, arguments):
     values = (rank, rank, world_size, world_size, "127.0.0.1", port)
     os.environ.update(zip(names, map(str, values), strict=True))
     hang_on_request()
+    faulthandler.register(SHOW_STACKS, all_threads=True)
     run_cli(lambda: train.main(arguments))
 
 

@@ -139,6 +139,39 @@ def test_neither_before_nor_at_the_end(tmp_path, corpus):
     assert not setup(tmp_path / "run", corpus, "train.steps=5").is_complete
 
 
+def begun_from(folder, corpus, path):
+    """The files of a run that a path began, as after its first step."""
+    plan, token_file = setup(folder, corpus, f"train.resume={path}"), TokenFile.open(corpus)
+    plan.folder.describe(plan.resolved(token_file), token_file.tokenizer)
+    plan.folder.metrics_file.write_text("")
+    return plan
+
+
+@pytest.mark.parametrize("given", ["checkpoint", "run", "relative"])
+def test_the_command_that_began_from_a_path_goes_on_after_an_interrupt(tmp_path, corpus, given, monkeypatch):
+    checkpoint = trained(tmp_path / "old", corpus)
+    monkeypatch.chdir(tmp_path)
+    path = {"checkpoint": checkpoint, "run": tmp_path / "old", "relative": "old"}[given]
+    begun_from(tmp_path / "new", corpus, path)
+    assert setup(tmp_path / "new", corpus, f"train.resume={path}").resume.checkpoint.resolve() == checkpoint
+    newer = trained(tmp_path / "new", corpus, f"train.resume={path}", step=3)
+    for again in (path, "auto", tmp_path / "old" / "." if given != "checkpoint" else path):
+        assert setup(tmp_path / "new", corpus, f"train.resume={again}").resume.checkpoint == newer
+    (newer / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="all checkpoints of the run are damaged"):
+        setup(tmp_path / "new", corpus, f"train.resume={path}")
+
+
+@pytest.mark.parametrize("other", ["another path", "never", "no path"])
+def test_another_command_does_not_overwrite_a_run(tmp_path, corpus, other):
+    path = trained(tmp_path / "old", corpus)
+    begun_from(tmp_path / "new", corpus, "auto" if other == "no path" else path)
+    trained(tmp_path / "new", corpus, step=3)
+    word = {"another path": trained(tmp_path / "third", corpus), "never": "never", "no path": path}[other]
+    with pytest.raises(ConfigError, match="already holds a run, which"):
+        setup(tmp_path / "new", corpus, f"train.resume={word}")
+
+
 def test_a_path_and_initial_weights_exclude_each_other(tmp_path, corpus):
     with pytest.raises(ConfigError, match="leave one of them out"):
         tiny_config(tmp_path / "run", corpus, "train.init=a", "train.resume=b")
