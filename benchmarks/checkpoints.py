@@ -100,28 +100,27 @@ def measure_parts(args: argparse.Namespace) -> None:
 
     prepare_deepspeed(LaunchEnvironment(), torch.device("cpu"))  # imported once, before ranks are forked
     found = []
-    for stage in (1, 3):
-        for ranks in RANKS:
-            for parts in ("one", "ranks") if ranks > 1 else ("one",):
-                settings = [*args.settings, f"deepspeed.zero_stage={stage}", f"train.checkpoint_parts={parts}"]
-                seen = on_ranks(ranks, settings, args.rounds)
-                values = {
-                    "ranks": ranks,
-                    "zero_stage": stage,
-                    "written_by": "rank 0" if parts == "one" else "all ranks",
-                    "copy_seconds": max(statistics.median(rank["copy_seconds"]) for rank in seen),
-                    "write_seconds": max(statistics.median(rank["write_seconds"]) for rank in seen),
-                    "memory_growth_by_rank": [max(rank["memory_growth"]) for rank in seen],
-                    "gathered_bytes_by_rank": [rank["gathered_bytes"] for rank in seen],
-                    "checkpoint_bytes": seen[0]["checkpoint_bytes"],
-                }
-                found.append(values)
-                growth = ", ".join(f"{size / 2**20:.0f}" for size in values["memory_growth_by_rank"])
-                print(
-                    f"ZeRO {stage}, {ranks} ranks, written by {values['written_by']}: copy "
-                    f"{values['copy_seconds']:.2f} s, write {values['write_seconds']:.2f} s, memory {growth} MiB, "
-                    f"gathered {values['gathered_bytes_by_rank'][0] / 2**20:.0f} MiB a rank"
-                )
+    for ranks in RANKS:
+        for parts in ("one", "ranks") if ranks > 1 else ("one",):
+            settings = [*args.settings, "deepspeed.zero_stage=1", f"train.checkpoint_parts={parts}"]
+            seen = on_ranks(ranks, settings, args.rounds)
+            values = {
+                "ranks": ranks,
+                "zero_stage": 1,
+                "written_by": "rank 0" if parts == "one" else "all ranks",
+                "copy_seconds": max(statistics.median(rank["copy_seconds"]) for rank in seen),
+                "write_seconds": max(statistics.median(rank["write_seconds"]) for rank in seen),
+                "memory_growth_by_rank": [max(rank["memory_growth"]) for rank in seen],
+                "gathered_bytes_by_rank": [rank["gathered_bytes"] for rank in seen],
+                "checkpoint_bytes": seen[0]["checkpoint_bytes"],
+            }
+            found.append(values)
+            growth = ", ".join(f"{size / 2**20:.0f}" for size in values["memory_growth_by_rank"])
+            print(
+                f"{ranks} ranks, written by {values['written_by']}: copy "
+                f"{values['copy_seconds']:.2f} s, write {values['write_seconds']:.2f} s, memory {growth} MiB, "
+                f"gathered {values['gathered_bytes_by_rank'][0] / 2**20:.0f} MiB a rank"
+            )
     command = f"python benchmarks/checkpoints.py {' '.join(sys.argv[1:])}".strip()
     result = {"command": command, "environment": environment(), "settings": list(args.settings), "checkpoints": found}
     args.output.write_text(json.dumps(result, indent=1) + "\n")

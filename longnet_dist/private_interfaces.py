@@ -35,6 +35,9 @@ _INTERFACE_OF_FLASH_4 = "flash_attn.cute.interface"
 INTERFACES = {
     f"{_C10D}:_get_default_store": Interface("the watchdog watches ranks through the store in which they met"),
     f"{_C10D}:_abort_process_group": Interface("a failing rank cannot wait for collectives that others never join"),
+    f"{_C10D}:_set_pg_timeout": Interface(
+        "DeepSpeed makes its group with torch's default time-out", ("timeout", "group")
+    ),
     f"{_FR}:_dump_fr_trace_json": Interface("the flight recorder has no public reader inside a process"),
     "torch.nn.modules.module:_has_any_global_hook": Interface("the engine calls no modules, so it must see hooks"),
     "torch.nn:Module._forward_hooks": Interface("the engine must see the hooks of a module"),
@@ -70,6 +73,7 @@ INTERFACES = {
         "transformers keeps the function that checkpoints in the modules that it checkpoints",
         ("enable", "gradient_checkpointing_func"),
     ),
+    "deepspeed.utils.groups:_clone_world_group": Interface("DeepSpeed has no time-out for the group that it makes"),
     "deepspeed.utils.tensor_fragment:tensor_fragment.get_hp_fragment": Interface(
         "DeepSpeed gathers whole tensors of ZeRO 1 and 2, and has no public way to what a rank has",
         ("optim_state_key",),
@@ -142,6 +146,16 @@ def recorded_collectives(nccl: bool) -> bytes:
 def set_group_timeout(options: Any, timeout: Any) -> None:
     """Give NCCL's options the time-out of the group; torch warns where the two differ, and has no argument for it."""
     options._timeout = timeout
+
+
+def set_deepspeed_timeout(timeout: Any) -> None:
+    """Give DeepSpeed's own group of all ranks a time-out; every rank must call.
+
+    Args:
+        timeout: a ``timedelta``, after which a collective of the group fails.
+    """
+    group = private("deepspeed.utils.groups:_clone_world_group")()
+    private(f"{_C10D}:_set_pg_timeout")(timeout=timeout, group=group)
 
 
 def has_global_hook() -> bool:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from longnet_dist.config.schema import Config, Precision, TrainConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.extras import DESTRUCTIVE_DEEPSPEED, install_command
 from longnet_dist.optim.optimizers import OPTIMIZERS, ParameterOf
-from longnet_dist.private_interfaces import replace_view_updates
+from longnet_dist.private_interfaces import replace_view_updates, set_deepspeed_timeout
 
 # What torch 2.13 says about calls that DeepSpeed 0.19 makes, at import and in every step.
 _FOREIGN_WARNINGS = (
@@ -123,6 +124,7 @@ def build_engine(model: Any, config: Config, precision: Precision, micro_batch_s
         config=deepspeed_config(config, precision, micro_batch_size, accumulation),
         dist_init_required=False,
     )
+    set_deepspeed_timeout(timedelta(minutes=config.parallel.timeout_minutes))
     _spare_launches(engine.optimizer)
     if OPTIMIZERS[config.train.optimizer].gathers_matrices and config.deepspeed.zero_stage:
         shards = shards_of_matrices(engine.optimizer)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from longnet_dist.checkpoint.zero_tensors import full_tensor, link_optimizer_states, set_full_tensor
@@ -12,6 +13,7 @@ from longnet_dist.config.model import named_model
 from longnet_dist.config.schema import TrainConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
+from longnet_dist.private_interfaces import default_store
 from longnet_dist.train import deepspeed_engine
 from longnet_dist.train.deepspeed_engine import build_optimizer, prepare_deepspeed, unread_keys
 from tests.distributed import run_distributed
@@ -104,3 +106,25 @@ def test_a_key_that_deepspeed_does_not_read_is_said(extra, key, near):
 def test_no_key_needs_no_deepspeed(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert unread_keys({}) == []
+
+
+def wait_for_a_rank_that_hangs(config):
+    """Rank 1 comes to no collective of the optimizer's group before rank 0 has given up."""
+    optimizer, store = make_trainer(config).engine.optimizer, default_store()
+    group = getattr(optimizer, "dp_process_group", None)
+    if dist.get_rank() == 1:
+        store.wait(["given up"])
+        return None
+    try:
+        dist.all_reduce(torch.ones(3), group=group)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        store.set("given up", "")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_time_out_holds_in_the_group_that_deepspeed_makes(tmp_path, corpus, stage):
+    settings = ("parallel.timeout_minutes=0.03", f"deepspeed.zero_stage={stage}")
+    message, _ = run_distributed(wait_for_a_rank_that_hangs, 2, tiny_config(tmp_path / "run", corpus, *settings))
+    assert "imed out" in message
