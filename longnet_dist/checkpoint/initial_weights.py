@@ -62,8 +62,8 @@ class InitialWeights:
         is_exported = (path / CONFIG_FILE).is_file() and not (path / STATE_FILE).is_file()
         folder = path if is_exported else newest_checkpoint(path)
         try:
-            names = [file_name(WEIGHTS)] if is_exported else files_of(parse_state(folder).sha256, WEIGHTS)
-            files = tuple(folder / name for name in names)
+            names = [] if is_exported else files_of(parse_state(folder).sha256, WEIGHTS)
+            files = tuple(folder / name for name in names or [file_name(WEIGHTS)])
             found = {name: list(shape) for name, shape in SavedTensors(files).shapes.items()}
             if is_exported:
                 sha256, tokenizer = sha256_of(files[0]), _exported_tokenizer(folder)
