@@ -5,12 +5,16 @@
 
 Every GPU holds ``--rows`` rows of one sequence (weak scaling), or its share of ``--rows`` (``--strong``). Seconds are
 the median of the steps but the first ones. A run that fails is recorded with what it said.
+
+``--sockets`` switches off NVLink, shared memory and InfiniBand, so that GPUs of one machine meet as those of machines
+with a plain network do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -23,12 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 from benchmarks.record import environment
 from benchmarks.runs import metrics_of_run
 
+SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1", "NCCL_NET": "Socket"}
+"""What NCCL is told so that GPUs of one machine use sockets."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_intermixed_args(arguments)
+    if options.sockets:
+        os.environ.update(SOCKETS)  # the ranks inherit it
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "environment": environment(),
+        "nccl": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "points": [],
     }
     for gpus in sorted(options.gpus):
@@ -74,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, nargs="+", required=True)
     add("--rows", type=int, required=True, help="of a GPU; with --strong of all")
     add("--strong", action="store_true")
+    add("--sockets", action="store_true", help="without NVLink, shared memory and InfiniBand")
     add("--steps", type=int, default=5, help="that count (default %(default)s)")
     add("--first-steps", type=int, default=3, help="that do not: they compile and make state (default %(default)s)")
     add("--device", choices=["cuda", "cpu"], default="cuda")
