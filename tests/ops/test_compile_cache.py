@@ -70,7 +70,6 @@ def test_a_second_process_compiles_nothing(tmp_path):
         words = [sys.executable, "-c", CODE, str(tmp_path)]
         out = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
         found.append(json.loads(out[-1]))
-    assert found == [
-        {"fxgraph_cache_hit": 0, "fxgraph_cache_miss": 1},
-        {"fxgraph_cache_hit": 1, "fxgraph_cache_miss": 0},
-    ]
+    # Newer releases of torch find the whole function in a cache before they look for its graph.
+    assert [one["fxgraph_cache_miss"] for one in found] == [1, 0]
+    assert any((tmp_path / "inductor").iterdir())
