@@ -15,6 +15,7 @@ MODULES = {
     "mpi": ("mpi4py",),
     "hf": ("accelerate", "peft", "transformers"),
     "hdf5": ("h5py",),
+    "eval": ("lm_eval",),
     "serve": ("fastapi", "uvicorn"),
 }
 

@@ -120,7 +120,7 @@ class Decoding:
         """
         texts = texts.to(self.rows.device)
         self.rows, self._going_on = self.rows[texts], self._going_on[texts]
-        self._present.clear()
+        self.forget_places()
         for layer in self.layers:
             layer.records = layer.records[:, texts]
 
