@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from longnet_dist.errors import MissingExtraError
@@ -19,6 +20,9 @@ MODULES = {
     "serve": ("fastapi", "uvicorn"),
 }
 
+OLDEST = {"transformers": (5, 24)}
+"""Releases below which a package gives wrong results, without an error of its own: ModernBERT loses its padding."""
+
 DESTRUCTIVE_DEEPSPEED = ("0.19.5", "0.19.6", "0.19.7")
 """Versions in which a gradient that is not finite makes every weight NaN, while the step counts as skipped."""
 
@@ -34,14 +38,22 @@ def require_extra(extra: str, purpose: str, only: str | None = None) -> None:
         only: the one package of the extra that is needed; None: all.
 
     Raises:
-        MissingExtraError: at least one of them is absent.
+        MissingExtraError: at least one of them is absent, or older than ``OLDEST``.
     """
-    missing = [name for name in MODULES[extra] if find_spec(name) is None and only in (None, name)]
+    needed = [name for name in MODULES[extra] if only in (None, name)]
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"{purpose} needs {', '.join(missing)}, which this Python does not have; install the extra: "
             f"{install_command(extra)}"
         )
+    for name in needed:
+        if name in OLDEST and tuple(map(int, version(name).split(".")[:2])) < OLDEST[name]:
+            oldest = ".".join(map(str, OLDEST[name]))
+            raise MissingExtraError(
+                f"{purpose} needs {name} {oldest} or newer, because older releases give wrong results, but this Python "
+                f"has {version(name)}; install the extra: {install_command(extra)}"
+            )
 
 
 def install_command(extra: str) -> str:

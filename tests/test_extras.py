@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from longnet_dist import extras
 from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.errors import MissingExtraError
 from longnet_dist.extras import MODULES, require_extra
@@ -45,3 +46,16 @@ def test_it_is_an_import_error_too(monkeypatch):
     with pytest.raises(MissingExtraError, match="no_such_package"):
         require_extra("none", "this")
     assert issubclass(MissingExtraError, ImportError)
+
+
+@pytest.mark.parametrize("found", ["5.24.0", "5.30.0.dev0", "6.0.0"])
+def test_a_release_that_is_right_is_taken(monkeypatch, found):
+    monkeypatch.setattr(extras, "version", lambda name: found)
+    require_extra("hf", "this", only="transformers")
+
+
+@pytest.mark.parametrize("found", ["5.23.0", "5.9.0", "4.57.1"])
+def test_a_release_with_wrong_results_is_refused(monkeypatch, found):
+    monkeypatch.setattr(extras, "version", lambda name: found)
+    with pytest.raises(MissingExtraError, match=rf"needs transformers 5\.24 or newer.*has {found}.*longnet-dist\[hf\]"):
+        require_extra("hf", "this", only="transformers")
