@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from longnet_dist import EncoderConfig, LongNetEncoder
+from longnet_dist.data.features.feature_files import feature_files, read_features
 from longnet_dist.engine.execution import Execution
-from longnet_dist.inference.feature_files import feature_files, read_features
 from longnet_dist.model.pretrained import from_pretrained, save_pretrained
 
 LORA_TARGETS = ["q_proj", "v_proj"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longnet_dist import LongNetEncoder, attention_weights
 from longnet_dist.attention.module import DilatedAttention
-from longnet_dist.inference.feature_files import read_features
+from longnet_dist.data.features.feature_files import read_features
 from longnet_dist.model.pretrained import from_pretrained
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from longnet_dist import EncoderConfig, LongNetEncoder
+from longnet_dist.data.features.feature_files import feature_files, read_features
 from longnet_dist.engine.execution import Execution
-from longnet_dist.inference.feature_files import feature_files, read_features
 from longnet_dist.model.pretrained import save_pretrained
 
 BRANCHES = {"segment_lengths": (1024, 4096, 16384, 65536), "dilation_rates": (1, 4, 16, 64)}

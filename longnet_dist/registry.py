@@ -92,3 +92,6 @@ class Registry(Generic[Entry]):
 
 ATTENTION_BACKENDS: Registry[Any] = Registry("backend", "longnet_dist.attention.kernels.backends")
 """The registry of that folder, which types it. It is made here since a configuration checks names without torch."""
+
+FEATURE_TASKS: Registry[Any] = Registry("task", "longnet_dist.model.feature_tasks")
+"""What encoders learn from features, see that folder; here for the same reason."""

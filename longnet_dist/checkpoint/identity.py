@@ -14,11 +14,21 @@ from pydantic import BaseModel, ConfigDict
 
 import longnet_dist
 from longnet_dist.caches import bounded_cache
+from longnet_dist.data.features.feature_set import FeatureSet
 from longnet_dist.data.token_file import TokenFile
 
 MODEL_FIELDS_FREE_TO_CHANGE = {"loss_chunk", "path"}  # memory and places only, not mathematics
 # Places of files: the content behind them is compared instead.
-_PLACES = {"model.path", "data.path", "data.cache_dir", "train.output_dir", "train.compile_cache"}
+_PLACES = {
+    "model.path",
+    "data.path",
+    "data.cache_dir",
+    "data.features",
+    "data.labels",
+    "data.validation_names",
+    "train.output_dir",
+    "train.compile_cache",
+}
 _NOT_OF_THE_RUN = {"train.resume", "train.init", "train.ignore_plan"}  # of one start only
 SHOWN_DIGITS = 12
 
@@ -29,7 +39,8 @@ class RunIdentity(BaseModel):
     Attributes:
         settings: the resolved configuration, by dotted key.
         tokenizer: SHA-256 of the tokenizer's JSON.
-        data: the checksum of the tokens in the token file's header, and the edges of its splits.
+        data: the checksum of the tokens in the token file's header, and the edges of its splits. Of features, checksums
+            of the list of files with their shapes, of the labels, and of the split.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,13 +50,15 @@ class RunIdentity(BaseModel):
     data: dict[str, str]
 
     @classmethod
-    def of(cls, resolved: Mapping[str, Any], token_file: TokenFile) -> Self:
+    def of(cls, resolved: Mapping[str, Any], token_file: TokenFile | FeatureSet) -> Self:
         """Return the identity of a run.
 
         Args:
             resolved: its configuration as nested JSON values, with what was ``auto`` filled in.
             token_file: its data.
         """
+        if isinstance(token_file, FeatureSet):
+            return cls(settings=dict(_flat(resolved)), tokenizer="none", data=token_file.fingerprint())
         header = token_file.header
         splits = {"train": header.train, "validation": header.validation}
         edges = {name: f"tokens [{split.first}, {split.last})" for name, split in splits.items()}

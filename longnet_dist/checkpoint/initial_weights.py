@@ -23,30 +23,38 @@ from longnet_dist.checkpoint.format import (
 from longnet_dist.checkpoint.identity import digest_of, digest_of_tokenizer
 from longnet_dist.checkpoint.parts import SavedTensors, file_name, files_of
 from longnet_dist.checkpoint.run_model import parameter_sizes
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
+from longnet_dist.model.feature_tasks import FeatureTask
 from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE
 
 INDEX_FILE = f"{WEIGHTS}.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ENCODER_PREFIX = "encoder."
+"""Of an encoder's weights in the checkpoints of a run on features, which have the head of the task too."""
 
 
 @dataclass(frozen=True)
 class InitialWeights:
     """InitialWeights are weights of a trained model that fit the model of a run.
 
+    Of an encoder they are those without the head of a task, which begins anew.
+
     Attributes:
         folder: of the checkpoint or exported model.
         sha256: of the weights.
         tokenizer: SHA-256 of the tokenizer that the model was trained with; None if unknown.
         files: the tensor files.
+        prefix: of the names of an encoder's weights in the file.
     """
 
     folder: Path
     sha256: str
     tokenizer: str | None
     files: tuple[Path, ...]
+    prefix: str = ""
 
     @classmethod
     def find(cls, path: Path, model: LongNetConfig) -> Self:
@@ -74,8 +82,10 @@ class InitialWeights:
             if file := damaged_file(folder, state, files_of(state.sha256, WEIGHTS)):
                 raise CheckpointError(f"train.init={path}: {file} is damaged: its checksum is not that of {STATE_FILE}")
             sha256, tokenizer = state.weights_sha256, state.identity.tokenizer if state.identity else None
+        prefix = ENCODER_PREFIX if isinstance(model, EncoderConfig) and not is_exported else ""
+        found = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
         _check_shapes(f"train.init={path}", found, model, "the model section of that run")
-        return cls(folder, sha256, tokenizer, files)
+        return cls(folder, sha256, tokenizer, files, prefix)
 
     @classmethod
     def of_model(cls, model: LongNetConfig, begins: bool) -> InitialWeights | None:
@@ -117,7 +127,8 @@ class InitialWeights:
         Raises:
             CheckpointError: a file changed since.
         """
-        parameters = dict(model.named_parameters())
+        whole = model.encoder if isinstance(model, FeatureTask) else model
+        parameters = {self.prefix + name: parameter for name, parameter in whole.named_parameters()}
         try:
             tensors = SavedTensors(self.files)
             with torch.no_grad():

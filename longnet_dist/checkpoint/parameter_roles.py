@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from longnet_dist.model.feature_tasks import TaskHead
 from longnet_dist.model.head import LanguageModelHead
 from longnet_dist.optim.optimizers import Role
 
@@ -17,7 +18,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             special[id(module.weight)] = "embedding"
-        elif isinstance(module, LanguageModelHead):
+        elif isinstance(module, LanguageModelHead | TaskHead):
             special.setdefault(id(module.weight), "head")
     if (head := getattr(model, "output_layer", None)) is not None:  # of a decoder of transformers
         special.setdefault(id(head.weight), "head")

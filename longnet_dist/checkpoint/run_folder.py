@@ -34,7 +34,8 @@ class RunFolder:
     ::
 
         config.yaml          the configuration, defaults and mesh filled in
-        tokenizer.json       to read text in and write it out
+        tokenizer.json       to read text in and write it out; of runs on text
+        classes.json         names of the classes; of runs that classify features
         metrics.jsonl        one object a step
         validation.jsonl     one object a validation
         tensorboard/         the same for TensorBoard
@@ -54,6 +55,11 @@ class RunFolder:
     def tokenizer_file(self) -> Path:
         """Return the path of the tokenizer's description, JSON."""
         return self.path / "tokenizer.json"
+
+    @property
+    def classes_file(self) -> Path:
+        """Return the path of the names of the classes, a JSON list."""
+        return self.path / "classes.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -99,11 +105,27 @@ class RunFolder:
             fault = "cannot be written" if place.is_dir() else "is no folder"
             raise ConfigError(f"train.output_dir={self.path} cannot be used: {place} {fault}; use another folder")
 
-    def describe(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-        """Write what evaluation and generation need beside a checkpoint."""
+    def describe(self, config: dict[str, Any], tokenizer: Tokenizer | None, classes: Sequence[str] = ()) -> None:
+        """Write what evaluation and generation need beside a checkpoint: a tokenizer, or names of classes."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        write_text(self.tokenizer_file, json.dumps(tokenizer.to_json(), ensure_ascii=False))
+        if tokenizer is not None:
+            write_text(self.tokenizer_file, json.dumps(tokenizer.to_json(), ensure_ascii=False))
+        if classes:
+            write_text(self.classes_file, json.dumps(list(classes), ensure_ascii=False))
+
+    def classes(self) -> list[str]:
+        """Return the names of the classes of a run that classifies features; empty of others.
+
+        Raises:
+            CheckpointError: their file is damaged.
+        """
+        if not self.classes_file.exists():
+            return []
+        try:
+            return list(map(str, json.loads(self.classes_file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"cannot read {self.classes_file}: {error}") from None
 
     def was_begun_with(self, resume: str) -> bool:
         """Say whether the last start of this run had the same path as ``train.resume``."""

@@ -1,4 +1,4 @@
-"""The model of a run: a LongNet, or a decoder of transformers."""
+"""The model of a run: a LongNet, an encoder, or a decoder of transformers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.extras import require_extra
+from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.longnet import LongNet
 
 
@@ -20,11 +22,13 @@ def new_model(config: LongNetConfig, **options: Any) -> Any:
         options: ``group``, ``overlap``, ``backend``, ``deterministic``, ``execution``, as :class:`LongNet` takes them.
 
     Returns:
-        a :class:`LongNet`, or a decoder of transformers that is called and streamed like one.
+        a :class:`LongNet`, a decoder of transformers that is called and streamed like one, or an encoder.
 
     Raises:
         MissingExtraError: transformers is not installed.
     """
+    if isinstance(config, EncoderConfig):
+        return LongNetEncoder(config, **options)
     if not isinstance(config, HuggingFaceConfig):
         return LongNet(config, **options)
     require_extra("hf", "model.path")

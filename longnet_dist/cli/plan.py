@@ -71,6 +71,7 @@ def _estimate(options: argparse.Namespace) -> Estimate:
     from longnet_dist.attention.kernels.planning import planned_device
     from longnet_dist.config.loading import load_config
     from longnet_dist.config.packaged import find_config
+    from longnet_dist.data.features.feature_set import sized
     from longnet_dist.estimate.devices import GIB
     from longnet_dist.estimate.layout import RunLayout
     from longnet_dist.estimate.run_estimate import Estimate
@@ -78,7 +79,7 @@ def _estimate(options: argparse.Namespace) -> Estimate:
 
     alone = options.config.startswith("model.path=")
     words = [options.config, *options.settings] if alone else options.settings
-    config = load_config(None if alone else find_config(options.config), words)
+    config = sized(load_config(None if alone else find_config(options.config), words))
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
     if here and device.type == "cuda":

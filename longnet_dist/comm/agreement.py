@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from longnet_dist.comm.launch_env import LaunchEnvironment
-from longnet_dist.errors import ConfigError, LongNetError
+from longnet_dist.errors import ConfigError, DataError, LongNetError
 
 Result = TypeVar("Result")
 READ_SECONDS = 10.0  # for which rank 0, which may keep the store, waits until all have read why the run ends
@@ -56,6 +57,24 @@ def agreed(
     if verdict:
         raise ConfigError(verdict) from None
     return result
+
+
+def refuse_together(faults: Sequence[str], device: torch.device) -> None:
+    """Raise what any rank found in the data that it has read. Every rank of the world must call.
+
+    Args:
+        faults: messages of this rank.
+        device: of the collectives.
+
+    Raises:
+        DataError: the first fault of the first rank that has one; on all ranks.
+    """
+    number = torch.tensor(len(faults), device=device)
+    dist.all_reduce(number)
+    if int(number):
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, list(faults))
+        raise DataError(next(fault for rank in found for fault in rank))
 
 
 def settle(

@@ -144,6 +144,22 @@ class EncoderConfig(LongNetConfig):
         return self.loss_chunk or 1 << max(0, (2**27 // (self.outputs or 1)).bit_length() - 1)
 
     @property
+    def block_vectors(self) -> int:
+        """Return the numbers in a block's biases and norms; two norms are inside of sub-layers."""
+        return super().block_vectors - (0 if self.sub_norm else 2 * self.dim + 2 * self.inner_dim)
+
+    @property
+    def outer_vectors(self) -> int:
+        """Return the numbers in norms outside of blocks, in the bias of the projection, and in the cls row."""
+        norms = self.embedding_norm + self.final_norm + (self.pool_norm_eps is not None)
+        return self.dim * (2 * norms + self.cls_token + (self.feature_dim is not None))
+
+    @property
+    def num_outputs(self) -> int:
+        """Return the ids that the head predicts; 0 without a head."""
+        return self.outputs or 0
+
+    @property
     def mask_id(self) -> None:
         """Return None: a masked token of an encoder is one of its ids."""
 

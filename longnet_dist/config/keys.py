@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.loading import section_of
 from longnet_dist.config.model import MODEL_NAMES
 from longnet_dist.config.schema import Config
@@ -52,9 +54,17 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
         if nested := section_of(field):
             yield from keys(nested, f"{prefix}{name}.")
         else:
-            default = field.get_default(call_default_factory=True)
-            shown = "required" if default is PydanticUndefined else _yaml(default)
-            yield Key(prefix + name, shown, meanings.get(name, ""))
+            yield _key(prefix + name, field, meanings.get(name, ""))
+    if prefix == "model.":
+        meanings = _attributes(EncoderConfig)
+        for name, field in EncoderConfig.model_fields.items():
+            if name not in section.model_fields:
+                yield _key(prefix + name, field, f"encoders: {meanings.get(name, '')}")
+
+
+def _key(name: str, field: FieldInfo, meaning: str) -> Key:
+    default = field.get_default(call_default_factory=True)
+    return Key(name, "required" if default is PydanticUndefined else _yaml(default), meaning)
 
 
 def _yaml(value: Any) -> str:

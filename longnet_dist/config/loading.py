@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Hashable, Iterator, Sequence
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
@@ -50,9 +52,45 @@ def parse_config(values: dict[str, Any]) -> Config:
             key the nearest known one.
     """
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_with_model_of_init(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_faults(error))) from None
+
+
+def _with_model_of_init(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in a model without sizes from ``train.init``; the given fields replace its own."""
+    model, train = values.get("model") or {}, values.get("train")
+    init = train.get("init") if isinstance(train, dict) else None
+    if (
+        not isinstance(model, dict)
+        or {"dim", "name", "path", "config"} & model.keys()
+        or not isinstance(init, str | Path)
+    ):
+        return values
+    return values | {"model": model_fields_of(Path(init).expanduser()) | model}
+
+
+def model_fields_of(path: Path) -> dict[str, Any]:
+    """Return the fields of the model in an exported folder, a checkpoint, or the newest checkpoint of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    newest = sorted((path / "checkpoints").glob("step_*/state.json"))
+    for file in (path / "config.json", path / "state.json", *newest[-1:]):
+        if not file.is_file():
+            continue
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            fields = fields if file.name == "config.json" else fields["model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"cannot read the model of train.init={path} in {file}: {error}") from None
+        if isinstance(fields, dict) and "dim" in fields:
+            return fields
+    raise ConfigError(
+        f"the model has no sizes, so they are those of train.init={path}, but that is no folder that longnet convert "
+        "or longnet export wrote, no checkpoint and no run; give model.dim and the other sizes, or another train.init"
+    )
 
 
 def read_yaml(path: Path | Traversable) -> dict[str, Any]:
@@ -217,6 +255,8 @@ def known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from known_keys(nested, f"{prefix}{name}.")
         else:
             yield prefix + name
+    if section is LongNetConfig:
+        yield from (prefix + name for name in EncoderConfig.model_fields if name not in section.model_fields)
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:

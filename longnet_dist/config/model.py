@@ -277,6 +277,11 @@ class LongNetConfig(BaseModel):
         return self.loss_chunk or 1 << max(0, (2**27 // self.vocab_size).bit_length() - 1)
 
     @property
+    def num_outputs(self) -> int:
+        """Return the ids that the head predicts; 0 without a head."""
+        return self.vocab_size
+
+    @property
     def mask_id(self) -> int | None:
         """Return the id of a masked token, ``vocab_size``, for a bidirectional model; None for a causal one."""
         return None if self.causal else self.vocab_size

@@ -19,13 +19,14 @@ from pydantic import (
     model_validator,
 )
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import ConfigError
 from longnet_dist.optim.optimizers import OPTIMIZERS
 from longnet_dist.optim.schedules import SCHEDULES
 from longnet_dist.optim.sequence_lengths import length_of, lengths_of
-from longnet_dist.registry import ATTENTION_BACKENDS
+from longnet_dist.registry import ATTENTION_BACKENDS, FEATURE_TASKS
 
 Precision = Literal["fp32", "bf16"]
 AUTO = "auto"
@@ -44,7 +45,11 @@ Place = Annotated[Path, AfterValidator(_expanded)]
 
 
 def _model_of_kind(fields: Any) -> Any:
-    """Return a model of transformers for fields with ``path`` or ``config``; others as they are."""
+    """Return an encoder for fields with ``kind``, a model of transformers for ``path`` or ``config``; others as is."""
+    if isinstance(fields, dict) and "kind" in fields:
+        if fields["kind"] != "encoder":
+            raise ConfigError(f"kind must be encoder, or left out for a language model, not {fields['kind']!r}")
+        return EncoderConfig(**fields)
     named = isinstance(fields, dict) and any(fields.get(name) is not None for name in ("path", "config"))
     return HuggingFaceConfig(**fields) if named else fields
 
@@ -107,19 +112,33 @@ class Section(BaseModel):
         return taken
 
 
+FEATURE_KEYS = ("features", "task", "labels", "mask_share", "validation_share", "validation_names")
+"""Keys of section ``data`` that runs on text have not."""
+
+
 class DataConfig(Section):
-    """The section ``data`` selects the text that a run trains on.
+    """The section ``data`` selects the text, or the features, that a run trains on.
 
     Attributes:
         path: token file made by ``longnet prepare``; if not given, the source code of Python's standard library, as
             bytes.
         cache_dir: folder for the token file of the standard library, which is made once.
-        sequence_length: tokens ``N`` of a sample, over all sequence ranks together.
+        sequence_length: tokens ``N`` of a sample, over all sequence ranks together. With ``features`` it is the rows of
+            the longest file, whatever is given.
         documents: keep the documents of a sample apart: each is computed as if it were alone, and no label crosses an
             edge. Validation and ``longnet evaluate`` do the same. False: a sample is one text.
         packing: how samples are filled: ``contiguous`` (stretches of the token file), or ``best_fit`` (whole documents,
             of which only those longer than a sample are cut; the rest of a sample is padding), which needs
             ``documents=true``.
+        features: folder with a file of features for each sequence (HDF5, .npy, .pt); an encoder trains on them in place
+            of text.
+        task: what an encoder learns from features, a name of ``model/feature_tasks``: ``masked_features`` or
+            ``classification``. If not given, classification where ``labels`` are given.
+        labels: file with the class of each sequence: CSV lines ``name,label``, or JSON lines with these two keys.
+        mask_share: share of the rows that ``masked_features`` hides and predicts.
+        validation_share: share of the files that are kept for validation; chosen by their names, from each class.
+        validation_names: file with the names of the files that are kept for validation, one a line; in place of the
+            share.
     """
 
     path: Place | None = None
@@ -127,6 +146,32 @@ class DataConfig(Section):
     sequence_length: PositiveInt = 2048
     documents: bool = False
     packing: Literal["contiguous", "best_fit"] = "contiguous"
+    features: Place | None = None
+    task: str | None = None
+    labels: Place | None = None
+    mask_share: float = Field(0.6, gt=0, lt=1)
+    validation_share: float = Field(0.1, ge=0, lt=1)
+    validation_names: Place | None = None
+
+    @property
+    def feature_task(self) -> str:
+        """Return ``task``, or what follows from the labels."""
+        return self.task or ("masked_features" if self.labels is None else "classification")
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Self:
+        defaults = type(self).model_fields
+        of_text = ("path", "cache_dir", "documents", "packing")
+        for key in of_text if self.features else FEATURE_KEYS[1:]:
+            if getattr(self, key) != defaults[key].default:
+                raise ConfigError(
+                    f"data.{key} is for runs on text, but data.features is given; leave one of them out"
+                    if self.features
+                    else f"data.{key} is for runs on features, but data.features is not given; give it too"
+                )
+        if self.task is not None:
+            FEATURE_TASKS.check(self.task, "data.task")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -238,7 +283,8 @@ class TrainConfig(Section):
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run's folder. ``auto`` resumes from the newest
             checkpoint in ``output_dir``, if there is one. ``never`` refuses a folder that contains a run.
         init: checkpoint, run's folder or exported model whose weights a new run begins with, at step 0; data, sequence
-            length and pattern may be others. Ignored when the run resumes.
+            length and pattern may be others. Ignored when the run resumes. Without ``model.dim`` and ``model.name``,
+            the run also takes its model, of which the given ``model`` keys replace single fields.
         sample_prompt: text that the trained model continues at the end, into ``sample.txt``.
         sample_tokens: tokens of this sample; 0: no sample.
     """
@@ -513,6 +559,33 @@ class Config(Section):
         """Return the tokens of a sequence in a step, counted from 0; fewer than those of a sample in the warm-up."""
         train = self.train
         return length_of(step, train.length_warmup, train.shortest_length, self.data.sequence_length)
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Self:
+        encoder = isinstance(self.model, EncoderConfig)
+        if self.data.features is None and encoder:
+            raise ConfigError(
+                "a model with kind=encoder trains on features, but data.features is not given; give a folder of "
+                "features, or leave model.kind out for a language model"
+            )
+        if self.data.features is None:
+            return self
+        if not encoder:
+            raise ConfigError(
+                "data.features trains an encoder, but the model is a language model; set model.kind=encoder, or leave "
+                "the model's sizes out and give train.init, a folder that longnet convert wrote"
+            )
+        if self.train.chunk_length is not None:
+            raise ConfigError(
+                f"sequences of features are computed whole, but train.chunk_length={self.train.chunk_length}; leave it "
+                "out, or use more parallel.sequence ranks"
+            )
+        if self.train.length_warmup:
+            raise ConfigError(
+                f"sequences of features have the lengths of their files, but train.length_warmup is "
+                f"{self.train.length_warmup}; leave it out"
+            )
+        return self
 
     def precision(self, device_type: str) -> Precision:
         """Resolve the precision for a device type, ``"cuda"`` or ``"cpu"``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.estimate.activations import (
     WIDE,
@@ -74,7 +75,7 @@ def _moments(layout: RunLayout) -> dict[str, dict[str, int]]:
     attention = min(peak, tokens * attention_backward_bytes(layout))
     block = {"block": peak - attention, "attention": attention, "exchange": _in_flight(layout, exchange)}
     gathered = _gathered(layout, exchange)
-    head_gradient = model.vocab_size * model.dim * layout.itemsize
+    head_gradient = model.num_outputs * model.dim * layout.itemsize
     return {
         "loss": computing
         | {"gradients": state.gradients_before, "activations": all_saved, "logits": _logits(layout)}
@@ -98,7 +99,10 @@ def _always(layout: RunLayout) -> dict[str, int]:
     grids = len({(pattern.segment_lengths, pattern.shift) for pattern in model.pattern_counts})
     tables = encoding.num_tables() * (grids if encoding.scales else 1)
     positions = tokens // layout.micro_batch_size * tables * model.head_dim * WIDE
-    return {"inputs": 2 * 8 * tokens + positions, "stream": _stream(layout)}
+    row = 2 * 8  # a token and its label
+    if isinstance(model, EncoderConfig):
+        row = (WIDE + layout.itemsize) * (model.feature_dim or model.dim) + 8 * model.coordinates
+    return {"inputs": row * tokens + positions, "stream": _stream(layout)}
 
 
 def _stream(layout: RunLayout) -> int:
@@ -132,8 +136,8 @@ def _record_numbers(layout: RunLayout) -> int:
 def _logits(layout: RunLayout) -> int:
     """Return the bytes of the final norm's input, output and gradient, and of a chunk of logits (model/loss.py)."""
     model, tokens, itemsize = layout.config.model, layout.local_tokens, layout.itemsize
-    chunk = min(model.logits_rows, tokens) * model.vocab_size * (2 * WIDE + itemsize)
-    weight_sums = model.vocab_size * model.dim * (WIDE + itemsize)
+    chunk = min(model.logits_rows, tokens) * model.num_outputs * (2 * WIDE + itemsize)
+    weight_sums = model.num_outputs * model.dim * (WIDE + itemsize)
     norm = WIDE + itemsize if isinstance(model, HuggingFaceConfig) else 0  # it keeps its input in float32, and normed
     return chunk + weight_sums + tokens * model.dim * (3 * itemsize + norm)
 

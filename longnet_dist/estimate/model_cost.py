@@ -18,16 +18,15 @@ from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.optim.optimizers import OPTIMIZERS, Role, Shape
 
 
 def num_parameters(model: LongNetConfig) -> int:
-    """Count the parameters of a model; tied weights count once."""
-    embedding = (model.vocab_size + (model.mask_id is not None)) * model.dim
-    head = 0 if model.tie_embeddings else model.vocab_size * model.dim
-    return embedding + model.layers * block_parameters(model) + model.outer_vectors + head
+    """Count the parameters of a model; tied weights count once. The head of a task on features is not counted."""
+    return sum(count * prod(shape) for _, shape, count in parameter_shapes(model))
 
 
 def parameter_shapes(model: LongNetConfig) -> Iterator[tuple[Role, Shape, int]]:
@@ -35,12 +34,24 @@ def parameter_shapes(model: LongNetConfig) -> Iterator[tuple[Role, Shape, int]]:
 
     Norms and biases are counted as vectors of one number each.
     """
-    yield "embedding", (model.vocab_size + (model.mask_id is not None), model.dim), 1
-    if not model.tie_embeddings:
-        yield "head", (model.vocab_size, model.dim), 1
+    if isinstance(model, EncoderConfig):
+        yield from _inputs_of_encoder(model)
+    else:
+        yield "embedding", (model.vocab_size + (model.mask_id is not None), model.dim), 1
+    if not model.tie_embeddings and model.num_outputs:
+        yield "head", (model.num_outputs, model.dim), 1
     for shape, number in Counter(model.block_matrices).items():
         yield "matrix", shape, number * model.layers
     yield "vector", (1,), model.outer_vectors + model.layers * model.block_vectors
+
+
+def _inputs_of_encoder(model: EncoderConfig) -> Iterator[tuple[Role, Shape, int]]:
+    if model.vocab_size is not None:
+        yield "embedding", (model.vocab_size, model.dim), 1
+    if model.feature_dim is not None:
+        yield "matrix", (model.dim, model.feature_dim), 1
+    if model.max_positions is not None:
+        yield "embedding", (model.max_positions, model.dim), 1
 
 
 def optimizer_numbers(model: LongNetConfig, optimizer: str) -> int:
@@ -64,7 +75,8 @@ def block_matrix_weights(model: LongNetConfig) -> int:
 
 def matrix_weights(model: LongNetConfig) -> int:
     """Count the weights that multiply every token: all linear layers and the head, without the embedding."""
-    return model.layers * block_matrix_weights(model) + model.dim * model.vocab_size
+    projection = model.feature_dim or 0 if isinstance(model, EncoderConfig) else 0
+    return model.layers * block_matrix_weights(model) + model.dim * (model.num_outputs + projection)
 
 
 def attention_flops(model: LongNetConfig, length: int) -> int:

@@ -106,7 +106,7 @@ def _matmul_flops(layout: RunLayout) -> float:
         tiled = layout.config.train.feed_forward_tile is not None
         recomputed = with_rest * block_matrix_weights(model) + tiled * model.layers * 3 * model.dim * inner_dim(model)
     blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _extra_forwards(layout)) + 2 * recomputed
-    head = model.vocab_size * model.dim * 6  # the loss computes its gradients in forward, so nothing is recomputed
+    head = model.num_outputs * model.dim * 6  # the loss computes its gradients in forward, so nothing is recomputed
     return _tokens(layout) * (blocks + head)
 
 
@@ -135,7 +135,7 @@ def _row_wise_bytes(layout: RunLayout) -> float:
     inner = FORWARD_PASSES[1] * forwards + BACKWARD_PASSES[1]
     blocks = model.layers * (width * model.dim + inner * (first_dim(model) + inner_dim(model))) * layout.itemsize
     sums = LOGIT_SUM_PASSES * model.dim / min(model.logits_rows, layout.local_tokens)
-    logits = model.vocab_size * (LOGIT_PASSES + sums) * layout.itemsize
+    logits = model.num_outputs * (LOGIT_PASSES + sums) * layout.itemsize
     return _tokens(layout) * (blocks + logits) * (1 if layout.compiled else EAGER)
 
 

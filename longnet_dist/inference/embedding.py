@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longnet_dist.checkpoint.format import sha256_of
+from longnet_dist.data.features.feature_files import feature_files, read_features
 from longnet_dist.errors import CheckpointError, ConfigError, DataError, LongNetError, ShapeError
-from longnet_dist.inference.feature_files import feature_files, read_features
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.pretrained import WEIGHTS_FILE, from_pretrained
 
@@ -31,7 +31,7 @@ def embed_folder(
 
     Args:
         model: folder with an encoder that has a pool, as ``longnet convert`` writes it.
-        folder: with features, see :mod:`longnet_dist.inference.feature_files`.
+        folder: with features, see :mod:`longnet_dist.data.features.feature_files`.
         output: the file, with a float32 vector ``(E,)`` for each name, or ``(layers + 1, E)``.
         device, dtype: where and how precisely to compute.
         all_layers: write the vectors of the embedded rows and of every block's output.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from longnet_dist.attention.packing import documents_of_model
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.documents import Documents
+from longnet_dist.geometry.window import Shards
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class BatchLayout:
         joined: whether whole items lie one behind the other, padding included.
         cls_rows: 1 if this rank puts a cls row before each sequence, else 0.
         has_cls: whether sequences have a cls row, on this rank or another.
+        window: this rank's slice of packed sequences, cls rows counted; None for batches of other kinds.
     """
 
     batch: int
@@ -37,6 +41,33 @@ class BatchLayout:
     joined: bool = False
     cls_rows: int = 0
     has_cls: bool = False
+    window: tuple[int, int] | None = None
+
+    @classmethod
+    def packed(
+        cls, packed: Documents | Sequence[int], batch: int, rows: int, has_cls: bool, group: dist.ProcessGroup | None
+    ) -> BatchLayout:
+        """Read ``packed``, an argument of :meth:`LongNetEncoder.forward`: the rows of each sequence, or documents.
+
+        Raises:
+            ShapeError: several items, lengths below 1, or another number of rows than this rank's slice has.
+        """
+        if not isinstance(packed, Documents):
+            lengths = [length + has_cls for length in _checked(packed, len(packed), None)] if len(packed) else []
+            packed = Documents.of_edges([0, *accumulate(lengths)]) if lengths else Documents((), ())
+        if batch != 1 or not packed.starts:
+            raise ShapeError(
+                f"packed sequences are one item that holds at least one sequence, but there are {batch} items and "
+                f"{len(packed.starts)} sequences"
+            )
+        start, stop = packed_window(packed, group)
+        layout = cls(batch, rows, None, packed, has_cls=has_cls, window=(start, stop))
+        if (needed := stop - start - len(layout.cls_places)) != rows:
+            raise ShapeError(
+                f"this rank's slice of the packed sequences is rows [{start}, {stop}) of {packed.stops[-1]}, of which "
+                f"{needed} are no cls rows, but {rows} rows are given"
+            )
+        return layout
 
     @classmethod
     def of(
@@ -77,9 +108,29 @@ class BatchLayout:
     @property
     def computed_rows(self) -> int:
         """Return the rows ``S`` of a computed item on this rank."""
+        if self.window is not None:
+            return self.window[1] - self.window[0]
         if self.lengths is not None:
             return sum(self.lengths) + len(self.lengths) * self.cls_rows
         return self.batch * self.rows if self.joined else self.rows + self.cls_rows
+
+    @property
+    def cls_places(self) -> tuple[int, ...]:
+        """Return the places of cls rows in this rank's slice of packed sequences."""
+        if self.window is None or not self.has_cls or self.documents is None:
+            return ()
+        start, stop = self.window
+        return tuple(first - start for first in self.documents.starts if start <= first < stop)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Return the rows that this rank has of each sequence of one item, without cls rows; empty: items are whole."""
+        if self.window is None or self.documents is None:
+            return self.lengths or ()
+        start, stop = self.window
+        cuts = zip(self.documents.starts, self.documents.stops, strict=True)
+        parts = (min(last, stop) - max(first + self.has_cls, start) for first, last in cuts)
+        return tuple(rows for rows in parts if rows > 0)
 
     def enter(self, x: Tensor) -> Tensor:
         """Return the computed rows ``(B', S, …)`` of ``x (B, n, …)``, without cls rows."""
@@ -89,6 +140,10 @@ class BatchLayout:
 
     def add_cls(self, x: Tensor, row: Tensor) -> Tensor:
         """Put ``row (1, 1, …)`` before each sequence of ``x (B', S, …)``."""
+        if self.cls_places:
+            edges = [place - number for number, place in enumerate(self.cls_places)]
+            first, *pieces = torch.tensor_split(x, edges, dim=1)
+            return torch.cat([first, *(piece for part in pieces for piece in (row, part))], 1)
         if not self.cls_rows:
             return x
         if self.lengths is None:
@@ -110,6 +165,20 @@ class BatchLayout:
         if self.documents is None:
             return [(0, total_rows)]
         return list(zip(self.documents.starts, self.documents.stops, strict=True))
+
+
+def packed_window(packed: Documents, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return first row and end of this rank's slice of packed sequences, cls rows counted.
+
+    Args:
+        packed: all sequences, cls rows included.
+        group: the sequence-parallel group, whose ranks hold slices of equal length; the last may be shorter.
+
+    Raises:
+        ShapeError: there are fewer rows than ranks need.
+    """
+    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    return Shards.even(packed.stops[-1], ranks).window(rank)
 
 
 def _checked(lengths: Any, batch: int, rows: int | None) -> tuple[int, ...]:

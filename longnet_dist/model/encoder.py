@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.comm.reductions import sum_over_ranks
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.errors import ShapeError
+from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.batch_layout import BatchLayout
 from longnet_dist.model.block import Block
 from longnet_dist.model.head import LanguageModelHead
@@ -141,6 +143,7 @@ class LongNetEncoder(nn.Module):
         padding_mask: Tensor | None = None,
         cu_seqlens: Any = None,
         total_rows: int | None = None,
+        packed: Documents | Sequence[int] | None = None,
         hidden_states: bool = False,
     ) -> EncoderOutput:
         """Encode a batch; with a group, all its ranks must call.
@@ -157,6 +160,9 @@ class LongNetEncoder(nn.Module):
                 others attend to them. For models with ``phantom_keys``; others take ``lengths``.
             cu_seqlens: edges of packed documents, as in :func:`~longnet_dist.dilated_attention`.
             total_rows: ``N`` of the whole sequence, cls row included; if not given, ranks find it out.
+            packed: rows of each of the sequences that lie one behind the other in one item, over all ranks together. A
+                cls row comes before each. Ranks hold even slices of all rows, cls rows counted, and a rank passes those
+                of its slice that are no cls rows. :class:`~longnet_dist.geometry.documents.Documents` count cls rows.
             hidden_states: also return the hidden states of all layers.
 
         Raises:
@@ -165,8 +171,8 @@ class LongNetEncoder(nn.Module):
         """
         inputs = self._checked(tokens, labels, features, coords, padding_mask)
         batch, rows = inputs.shape[:2]
-        layout = BatchLayout.of(batch, rows, lengths, cu_seqlens, self.config.cls_token, self.group)
-        start, total = self._place(layout.computed_rows, total_rows, inputs.device)
+        layout = self._layout(batch, rows, lengths, cu_seqlens, packed)
+        start, total = self._place(layout, total_rows, inputs.device)
         ranks = self.group is not None
         states: list[Tensor] | None = [] if hidden_states else None
         x = run_blocks(
@@ -179,6 +185,16 @@ class LongNetEncoder(nn.Module):
             states,
         )
         return self._output(x, states, labels, layout, start, total)
+
+    def _layout(
+        self, batch: int, rows: int, lengths: Any, cu_seqlens: Any, packed: Documents | Sequence[int] | None
+    ) -> BatchLayout:
+        cls_token = self.config.cls_token
+        if packed is None:
+            return BatchLayout.of(batch, rows, lengths, cu_seqlens, cls_token, self.group)
+        if lengths is not None or cu_seqlens is not None:
+            raise ShapeError("packed gives the lengths of all sequences; leave lengths and cu_seqlens out")
+        return BatchLayout.packed(packed, batch, rows, cls_token, self.group)
 
     def _rows(
         self,
@@ -273,8 +289,11 @@ class LongNetEncoder(nn.Module):
             x = self.embedding(inputs)
         return x * math.sqrt(self.config.dim) if self.config.scale_embedding else x
 
-    def _place(self, rows: int, total_rows: int | None, device: torch.device) -> tuple[int, int]:
+    def _place(self, layout: BatchLayout, total_rows: int | None, device: torch.device) -> tuple[int, int]:
         """Return the first global row of this rank, and the rows of all ranks."""
+        rows = layout.computed_rows
+        if layout.window is not None and layout.documents is not None:
+            return layout.window[0], layout.documents.stops[-1]
         if self.group is None or (ranks := dist.get_world_size(self.group)) == 1:
             return 0, rows
         rank = dist.get_rank(self.group)
@@ -307,7 +326,7 @@ class LongNetEncoder(nn.Module):
         if size is None:
             return coords
         places = tile_places(coords, size)
-        for sequence in torch.split(places[0], list(layout.lengths)) if layout.lengths else places:
+        for sequence in torch.split(places[0], list(layout.parts)) if layout.parts else places:
             warn_of_coincidences(sequence)
         return places
 

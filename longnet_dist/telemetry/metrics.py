@@ -87,9 +87,9 @@ class MetricsLog:
         fields = {name: value if math.isfinite(value) else None for name, value in known.items()}
         self._log("train", metrics.step, fields)
 
-    def validation(self, step: int, evaluation: Evaluation) -> None:
+    def validation(self, step: int, evaluation: Evaluation | Mapping[str, float]) -> None:
         """Record the result of one validation, after ``step``."""
-        fields = asdict(evaluation)
+        fields = asdict(evaluation) if isinstance(evaluation, Evaluation) else evaluation
         self._log("validation", step, {name: value if math.isfinite(value) else None for name, value in fields.items()})
 
     def _log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:
@@ -105,8 +105,13 @@ class MetricsLog:
             print(f"warning: {type(logger).__name__} records no more: {error}", file=sys.stderr)
 
 
-def draw_loss_curve(folder: RunFolder, bytes_per_token: float) -> None:
-    """Draw the loss of training and validation over steps into ``loss.png``, in bits per byte of text."""
+def draw_loss_curve(folder: RunFolder, bytes_per_token: float | None) -> None:
+    """Draw the loss of training and validation over steps into ``loss.png``.
+
+    Args:
+        folder: of the run.
+        bytes_per_token: of a run on text, whose loss is drawn in bits per byte; None: the loss is drawn as it is.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -114,12 +119,14 @@ def draw_loss_curve(folder: RunFolder, bytes_per_token: float) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     steps = [line for line in read_jsonl(folder.metrics_file) if line.get("loss") is not None]
-    bits = 1 / (math.log(2) * bytes_per_token)
-    axes.plot([line["step"] for line in steps], [line["loss"] * bits for line in steps], lw=1, label="training")
-    if validations := [line for line in read_jsonl(folder.validation_file) if line.get("bits_per_byte") is not None]:
-        points = [line["step"] for line in validations], [line["bits_per_byte"] for line in validations]
+    key, unit, title = ("loss", 1.0, "loss") if bytes_per_token is None else (
+        "bits_per_byte", 1 / (math.log(2) * bytes_per_token), "bits per byte",
+    )  # fmt: skip
+    axes.plot([line["step"] for line in steps], [line["loss"] * unit for line in steps], lw=1, label="training")
+    if validations := [line for line in read_jsonl(folder.validation_file) if line.get(key) is not None]:
+        points = [line["step"] for line in validations], [line[key] for line in validations]
         axes.plot(*points, "o-", ms=4, lw=1.5, label=f"validation (last {points[1][-1]:.3f})")
-    axes.set(xlabel="step", ylabel="bits per byte", title=folder.path.name)
+    axes.set(xlabel="step", ylabel=title, title=folder.path.name)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

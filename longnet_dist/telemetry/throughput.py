@@ -62,19 +62,21 @@ class Throughput:
                 torch.cuda.get_device_name(device),
             )
 
-    def step(self, seconds: float, length: int | None = None) -> Speed:
+    def step(self, seconds: float, length: int | None = None, tokens: int | None = None) -> Speed:
         """Return the measures of a step that took ``seconds`` on all ranks.
 
         Args:
             seconds: of the step.
             length: tokens of a sequence in it; those of a sample if not given.
+            tokens: of the step, where steps have unequal numbers.
         """
+        tokens = self._tokens if tokens is None else tokens
         length = length or self._length
         if length not in self._flops_per_token:
             self._flops_per_token[length] = flops_per_token(self._model, length)
-        tflops = self._tokens * self._flops_per_token[length] / seconds / self._ranks / 1e12
+        tflops = tokens * self._flops_per_token[length] / seconds / self._ranks / 1e12
         mfu = None if self._peak_tflops is None else tflops / self._peak_tflops
-        return Speed(self._tokens / seconds, tflops, mfu, *self._memory())
+        return Speed(tokens / seconds, tflops, mfu, *self._memory())
 
     def _memory(self) -> tuple[int | None, int | None]:
         if self._device.type == "cuda":

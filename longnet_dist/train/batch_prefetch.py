@@ -40,5 +40,4 @@ def pinned(rows: Rows, device: torch.device) -> Rows:
     if device.type != "cuda":
         return rows
     with torch.cuda.device(device):
-        tokens, labels = rows
-        return tokens.pin_memory(), labels.pin_memory()
+        return tuple(part.pin_memory() for part in rows)

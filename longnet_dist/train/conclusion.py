@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from longnet_dist.checkpoint.format import checkpoint_folder
 from longnet_dist.data.token_file import TokenFile
@@ -14,14 +15,16 @@ from longnet_dist.telemetry.metrics import draw_loss_curve
 from longnet_dist.train.setup import RunSetup
 
 
-def conclude(plan: RunSetup, step: int, is_complete: bool, bytes_per_token: float, release: Callable[[], None]) -> None:
+def conclude(
+    plan: RunSetup, step: int, is_complete: bool, bytes_per_token: float | None, release: Callable[[], None]
+) -> None:
     """Draw the curve, let the trained model write a sample, and say where both are; or say where to go on.
 
     Args:
         plan: of the run.
         step: the last one that was done.
         is_complete: whether the run has no more steps to take.
-        bytes_per_token: of the training split.
+        bytes_per_token: of the training split; None of features.
         release: gives the memory of training back.
     """
     train, folder = plan.config.train, plan.folder
@@ -37,9 +40,7 @@ def conclude(plan: RunSetup, step: int, is_complete: bool, bytes_per_token: floa
         )
     draw_loss_curve(folder, bytes_per_token)
     for validation in read_jsonl(folder.validation_file)[-1:]:
-        bits = validation.get("bits_per_byte")
-        shown = "no finite number of" if bits is None else f"{bits:.3f}"
-        print(f"validation: {shown} bits per byte after {validation['step']} steps")
+        print(f"validation: {_shown(validation, bytes_per_token is None)} after {validation['step']} steps")
     print(f"loss curve: {folder.curve_file}")
     if plan.writes_sample:
         release()
@@ -58,7 +59,7 @@ def say_complete(plan: RunSetup) -> None:
         f"nothing was changed. Use more {more} to train on, or another train.output_dir for a new run"
     )
     try:
-        token_file = TokenFile.open(plan.config.data.path or folder.config().data.path or "")
+        token_file = plan.token_file or TokenFile.open(folder.config().data.path or "")
         if changes := plan.changes(token_file):
             print("\n  ".join(["not used, since there is no step to take:", *changes]))
         if not folder.curve_file.exists():
@@ -68,6 +69,17 @@ def say_complete(plan: RunSetup) -> None:
         print(f"its settings and loss curve could not be looked at: {error}")
     if plan.writes_sample and not folder.sample_file.exists():
         _write_sample(plan, plan.steps_done)
+
+
+def _shown(validation: Mapping[str, Any], is_features: bool) -> str:
+    """Return the result of a validation, for people."""
+    if is_features:
+        fields = {name: value for name, value in validation.items() if name not in ("step", "sequences")}
+        return ", ".join(
+            f"{name} {'not finite' if value is None else f'{value:.4f}'}" for name, value in fields.items()
+        )
+    bits = validation.get("bits_per_byte")
+    return f"{'no finite number of' if bits is None else f'{bits:.3f}'} bits per byte"
 
 
 def _write_sample(plan: RunSetup, step: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from longnet_dist.attention.plan_ahead import plan_stream
@@ -30,6 +31,7 @@ from longnet_dist.comm.waits import CollectiveWaits
 from longnet_dist.config.notes import notes
 from longnet_dist.config.schema import Config
 from longnet_dist.data.batches import Windows
+from longnet_dist.data.token_file import TokenFile
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
@@ -84,7 +86,16 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
         watchdog = _watchdog(launch, timeout, partial(write_collectives, records, launch.rank))
         group = process_group(launch, device, timeout, store)
         with group, watchdog, explained(launch.rank, start.needs), CollectiveWaits(device) as waits:
-            return Trainer(plan, device, waits).run()
+            return trainer_of(plan, device, waits).run()
+
+
+def trainer_of(plan: RunSetup, device: torch.device, waits: CollectiveWaits | None = None) -> Trainer:
+    """Return the trainer of a run on text, or of one on features; as :class:`Trainer`."""
+    if plan.config.data.features is None:
+        return Trainer(plan, device, waits)
+    from longnet_dist.train.features.feature_trainer import FeatureTrainer  # which extends the trainer of this file
+
+    return FeatureTrainer(plan, device, waits)
 
 
 @contextmanager
@@ -120,8 +131,8 @@ class Trainer:
         self.is_first, self._waits = dist.get_rank() == 0, waits or CollectiveWaits(device)
         self.token_file = plan.open_token_file()
         self.changes = plan.changes(self.token_file)
-        self.batches = plan.training_data(self.token_file)
-        self.validation = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
+        self.batches: Any = plan.training_data(self.token_file)
+        self.validation: Any = plan.validation_data(self.token_file) if plan.config.train.validate_every else None
         self.mesh = Mesh.build(plan.mesh, timedelta(minutes=plan.config.parallel.timeout_minutes))
         self.profiler = StepProfiler(plan.config.train.profile, plan.folder.path / "profile", device)
         self.spikes, self._recent, self._validations = 0, RecentSteps(), Validations()
@@ -214,27 +225,39 @@ class Trainer:
         for message in remove_partial(folder.path):
             print(f"warning: {message}", file=sys.stderr)
         described = self.plan.resolved(self.token_file)
-        folder.describe(described, self.token_file.tokenizer)
+        self._describe(described)
         if self.batches.packing_report:
             print(self.batches.packing_report)
         loggers = usable_loggers(self.config.train.loggers)
         return stack.enter_context(MetricsLog(folder, self.plan.steps_done, loggers, described))
 
+    def _describe(self, described: dict[str, Any]) -> None:
+        """Write what evaluation and generation need beside a checkpoint."""
+        assert isinstance(self.token_file, TokenFile)
+        self.plan.folder.describe(described, self.token_file.tokenizer)
+
     def _engine(self) -> Any:
         torch.manual_seed(self.config.train.seed)
-        model = new_model(
-            self.config.model,
-            group=self.mesh.sequence_group,
-            overlap=self.config.parallel.overlap,
-            backend=self.config.train.attention_backend,
-            deterministic=self.config.train.deterministic,
-            execution=Execution.of(self.config.train, self.device.type),
-        )
+        model = self._model()
         if self.plan.resume.checkpoint:
             load_weights(self.plan.resume.checkpoint, model)
         elif self.plan.init:
             self.plan.init.load(model)
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
+
+    def _model(self) -> nn.Module:
+        model: nn.Module = new_model(self.config.model, **self._model_options())
+        return model
+
+    def _model_options(self) -> dict[str, Any]:
+        """Return how the model is computed, whatever it computes."""
+        return {
+            "group": self.mesh.sequence_group,
+            "overlap": self.config.parallel.overlap,
+            "backend": self.config.train.attention_backend,
+            "deterministic": self.config.train.deterministic,
+            "execution": Execution.of(self.config.train, self.device.type),
+        }
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
         restore(self.engine, checkpoint, state.step - state.skipped, self.config.train.optimizer)
@@ -243,10 +266,11 @@ class Trainer:
         self.spikes, self._recent = state.spikes, RecentSteps(state.recent)
         self._validations = Validations(state.best_validation_loss, state.validations_since_best)
 
-    def _steps(self, bytes_per_token: float, stop_requested: Callable[[], bool]) -> Iterator[tuple[StepMetrics, bool]]:
+    def _steps(
+        self, bytes_per_token: float | None, stop_requested: Callable[[], bool]
+    ) -> Iterator[tuple[StepMetrics, bool]]:
         """Do the steps that are left, and show them in a progress bar; say of each whether it must be the last."""
         train = self.config.train
-        tokens_per_step = train.batch_size * self.config.data.sequence_length
         skipped_in_a_row = 0
         throughput, stragglers = Throughput(self.plan, self.device), Stragglers(self._waits)
         bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=not self.is_first, dynamic_ncols=True)
@@ -257,23 +281,30 @@ class Trainer:
                 with self.profiler.step(self.step + 1), stragglers.step():
                     result = self._train_step(self.step, rate, stop_requested, stragglers.report())
                     seconds = time.perf_counter() - began
+                tokens = self._tokens_of(self.step)
                 self.step += 1
-                self.tokens += tokens_per_step
+                self.tokens += tokens
                 self.samples += train.batch_size
                 self.skipped += result.skipped
                 self.spikes += result.spike
                 self._recent.add(result.loss, result.grad_norm)
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._refuse_divergence(skipped_in_a_row, result)
-                speed = throughput.step(seconds, self.config.length_of_step(self.step - 1))
+                speed = throughput.step(seconds, self.config.length_of_step(self.step - 1), tokens)
                 pace, message = stragglers.add(seconds, result.reports)
                 if message and self.is_first:
                     tqdm.write(f"note: {message}")
-                bits = result.loss / math.log(2) / bytes_per_token
-                shown = f"loss {result.loss:.3f}, {bits:.3f} bits/byte, {speed}"
+                shown = f"loss {result.loss:.3f}, "
+                if bytes_per_token is not None:
+                    shown += f"{result.loss / math.log(2) / bytes_per_token:.3f} bits/byte, "
+                shown += str(speed)
                 bar.set_postfix_str(shown + f", {self.skipped} skipped" * bool(self.skipped), refresh=False)
                 bar.update()
                 yield self._metrics(result, rate, seconds, speed, pace), result.stop
+
+    def _tokens_of(self, step: int) -> int:
+        """Return the tokens that all ranks train in a step, counted from 0."""
+        return self.config.train.batch_size * self.config.data.sequence_length
 
     def _metrics(
         self, result: StepResult, learning_rate: float, seconds: float, speed: Speed, pace: Pace | None
@@ -310,10 +341,14 @@ class Trainer:
         """Step ``step``, counted from 0."""
         sequence_length, chunk_length = self._sequence
         micro_batches = self._steps_ahead.of(step)
+        self._check_read(micro_batches)
         is_spike = self._recent.is_spike if self.config.train.skip_spikes else None
         return train_step(
             self.engine, micro_batches, sequence_length, chunk_length, learning_rate, stop_requested, is_spike, report
         )
+
+    def _check_read(self, micro_batches: list[MicroBatch]) -> None:
+        """Raise what was found when the rows of a step were read, alike on all ranks; tokens have no such faults."""
 
     @property
     def _sequence(self) -> tuple[int, int]:

@@ -15,13 +15,17 @@ from longnet_dist.checkpoint.identity import RunIdentity, code_versions
 from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point
 from longnet_dist.config.hf_model import HuggingFaceConfig
-from longnet_dist.config.schema import Config, TrainConfig
+from longnet_dist.config.schema import FEATURE_KEYS, Config, TrainConfig
 from longnet_dist.data.batches import Batches, Windows, objective
+from longnet_dist.data.features.feature_batches import FeatureBatches
+from longnet_dist.data.features.feature_set import FeatureSet, config_of, encoder_of
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.tokenizers import encode_prompt
 from longnet_dist.errors import CheckpointError, ConfigError, LongNetError
 from longnet_dist.estimate.layout import RunLayout
+from longnet_dist.model.block import OWN_STYLE
+from longnet_dist.model.feature_tasks import FEATURE_TASKS
 from longnet_dist.model.longnet import positions_of
 from longnet_dist.telemetry.loggers import usable_loggers
 
@@ -35,14 +39,15 @@ class RunSetup(RunLayout):
         resume: the checkpoint to go on from, if any.
         init: the weights that a new run begins with, if any.
         source: the weights in the folder ``model.path``, if any.
-        token_file: of ``data.path``, opened once; None if the default corpus has still to be made.
+        token_file: of ``data.path``, opened once, or the features of ``data.features``; None if the default corpus has
+            still to be made.
     """
 
     folder: RunFolder
     resume: ResumePoint
     init: InitialWeights | None
     source: InitialWeights | None = None
-    token_file: TokenFile | None = None
+    token_file: TokenFile | FeatureSet | None = None
 
     @classmethod
     def make(cls, config: Config, world_size: int, device_type: str) -> RunSetup:
@@ -56,6 +61,8 @@ class RunSetup(RunLayout):
         Raises:
             ConfigError, ShapeError, DataError, CheckpointError: whatever would make the run fail later.
         """
+        features = _features(config)
+        config = config if features is None else config_of(config, features)
         layout = RunLayout.of(config, world_size, device_type)
         dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
         _check_positions(config, dtype)
@@ -72,22 +79,22 @@ class RunSetup(RunLayout):
         init = source if begins else None
         if config.train.init and begins:
             init = InitialWeights.find(config.train.init, config.model)
-        token_file = None if config.data.path is None else TokenFile.open(config.data.path)
+        token_file = features or (None if config.data.path is None else TokenFile.open(config.data.path))
         plan = cls(**vars(layout), folder=folder, resume=resume, init=init, source=source, token_file=token_file)
         if token_file is not None:
             plan.training_data(token_file)
             if config.train.validate_every:
                 plan.validation_data(token_file)
             plan.changes(token_file)
-            if plan.writes_sample:
+            if plan.writes_sample and isinstance(token_file, TokenFile):
                 encode_prompt(token_file.tokenizer, config.train.sample_prompt.encode(), config.model.vocab_size)
         return plan
 
     @property
     def writes_sample(self) -> bool:
         """Say whether the trained model writes a sample at the end."""
-        train = self.config.train
-        return bool(train.sample_tokens and train.checkpoint_every and self.config.model.causal)
+        train, is_text = self.config.train, self.config.data.features is None
+        return bool(is_text and train.sample_tokens and train.checkpoint_every and self.config.model.causal)
 
     @property
     def is_complete(self) -> bool:
@@ -105,11 +112,11 @@ class RunSetup(RunLayout):
         """Return the step of the checkpoint to go on from, 0 for a new run."""
         return self.resume.state.step if self.resume.state else 0
 
-    def identity(self, token_file: TokenFile) -> RunIdentity:
+    def identity(self, token_file: TokenFile | FeatureSet) -> RunIdentity:
         """Return the identity of the run with its data."""
         return RunIdentity.of(self.resolved(token_file), token_file)
 
-    def changes(self, token_file: TokenFile) -> list[str]:
+    def changes(self, token_file: TokenFile | FeatureSet) -> list[str]:
         """Return what differs from the run as its checkpoint knows it, and is allowed to, one line each.
 
         Raises:
@@ -117,7 +124,9 @@ class RunSetup(RunLayout):
         """
         state, ours = self.resume.state, self.identity(token_file)
         if state is None:
-            other = self.init and self.init.tokenizer not in (None, ours.tokenizer)
+            other = (
+                isinstance(token_file, TokenFile) and self.init and self.init.tokenizer not in (None, ours.tokenizer)
+            )
             return [f"another tokenizer than that of {self.init.folder}"] if self.init and other else []
         if state.identity is None:
             return [f"{self.resume.checkpoint} does not know its data, tokenizer and seed, so these are not compared"]
@@ -138,8 +147,8 @@ class RunSetup(RunLayout):
             return 0
         return state.tokens // self.config.data.sequence_length if state.samples is None else state.samples
 
-    def open_token_file(self) -> TokenFile:
-        """Return the token file; that of the default corpus is made by rank 0 if need be. Every rank must call.
+    def open_token_file(self) -> TokenFile | FeatureSet:
+        """Return the data; the token file of the default corpus is made by rank 0 if need be. Every rank must call.
 
         Raises:
             LongNetError: the default corpus cannot be made; on all ranks.
@@ -158,24 +167,36 @@ class RunSetup(RunLayout):
         assert made[0] is not None
         return TokenFile.open(made[0])
 
-    def training_data(self, token_file: TokenFile) -> Batches:
+    def training_data(self, token_file: TokenFile | FeatureSet) -> Batches | FeatureBatches:
         """Return the training split in shuffled batches of the whole world."""
         config = self.config
         length, batch_size, seed = config.data.sequence_length, config.train.batch_size, config.train.seed
+        if isinstance(token_file, FeatureSet):
+            cls_token, names = encoder_of(config).cls_token, token_file.names("train")
+            offset = self.samples_done - self.steps_done * batch_size
+            return FeatureBatches(token_file, names, batch_size, seed, cls_token, offset)
         options = objective(config.model) | {"documents": config.data.documents, "packing": config.data.packing}
         offset = self.samples_done - self.steps_done * batch_size
         return Batches(token_file, "train", length, batch_size, seed, **options, sample_offset=offset)
 
-    def validation_data(self, token_file: TokenFile) -> Windows:
-        """Return the validation split in windows of the training length."""
+    def validation_data(self, token_file: TokenFile | FeatureSet) -> Windows | FeatureBatches:
+        """Return the validation split in windows of the training length, or its sequences of features."""
         config = self.config
+        if isinstance(token_file, FeatureSet):
+            cls_token, names = encoder_of(config).cls_token, token_file.names("validation")
+            return FeatureBatches(token_file, names, self.micro_batch_size, config.train.seed, cls_token)
         length, documents = config.data.sequence_length, config.data.documents
         return Windows(token_file, "validation", length, **objective(config.model), documents=documents)
 
-    def resolved(self, token_file: TokenFile) -> dict[str, Any]:
+    def resolved(self, token_file: TokenFile | FeatureSet) -> dict[str, Any]:
         """Return the configuration as nested values, with what was ``auto`` or left out filled in."""
         values = self.config.model_dump(mode="json")
-        values["data"]["path"] = str(token_file.path.resolve())
+        for key in ("features", "labels", "validation_names"):
+            if (place := getattr(self.config.data, key)) is not None:
+                values["data"][key] = str(place.resolve())
+        if isinstance(token_file, TokenFile):
+            values["data"]["path"] = str(token_file.path.resolve())
+            values["data"] = {key: values["data"][key] for key in values["data"] if key not in FEATURE_KEYS}
         if isinstance(self.config.model, HuggingFaceConfig):
             path = self.config.model.path
             values["model"]["path"] = None if path is None else str(path.expanduser().resolve())
@@ -183,6 +204,28 @@ class RunSetup(RunLayout):
         values["train"] |= {"precision": self.precision, "micro_batch_size": self.micro_batch_size}
         values["parallel"] |= {"data": self.mesh.data, "sequence": self.mesh.sequence}
         return values
+
+
+def _features(config: Config) -> FeatureSet | None:
+    """Open the features of a run on such, and refuse a model or options that it cannot have."""
+    if config.data.features is None:
+        return None
+    model, train = encoder_of(config), config.train
+    FEATURE_TASKS[config.data.feature_task].check(model)
+    if model.style(0) != OWN_STYLE or model.style(model.layers - 1) != OWN_STYLE or model.phantom_keys:
+        asked = {
+            "offload_activations": train.offload_activations,
+            "cache_qkv": train.cache_qkv,
+            "feed_forward_tile": train.feed_forward_tile,
+            "compile": train.compile is True,
+        }
+        for key in (key for key, value in asked.items() if value):
+            raise ConfigError(
+                f"train.{key}={getattr(train, key)} needs blocks of LongNet's own style, but the model has dropout, "
+                f"phantom keys or other norms or activations, so its blocks run as plain modules; leave {key} out "
+                "(train.activation_checkpointing works)"
+            )
+    return FeatureSet.open(config.data, model)
 
 
 def _check_end(train: TrainConfig, folder: RunFolder, resume: ResumePoint) -> None:

@@ -17,8 +17,8 @@ from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.window import Shards
 from longnet_dist.train.deepspeed_engine import optimizer_step, set_learning_rate
 
-Rows = tuple[Tensor, Tensor]
-"""Tokens and labels of a micro-batch, each (b, n) int64, on the CPU"""
+Rows = tuple[Tensor, ...]
+"""What the model is called with, on the CPU: tokens and labels of a micro-batch, each (b, n) int64; or features"""
 ReadRows = Callable[[tuple[int, int]], Rows]
 """Global rows ``[start, stop)`` of a micro-batch"""
 
@@ -32,11 +32,19 @@ class MicroBatch:
         num_labels: says how many labels rows ``[start, stop)`` have. The loss is divided by the number of all labels of
             a step, which must be known before the first row is read.
         documents: the documents of its sequence; None: it is one.
+        rows: rows ``N`` of its sequence, where micro-batches have unequal ones; None: those of the step.
+        seed: of what is random in its forward, such as dropout; None: nothing is.
     """
 
     read: ReadRows
     num_labels: Callable[[tuple[int, int]], int]
     documents: Documents | None = None
+    rows: int | None = None
+    seed: int | None = None
+
+    def lengths(self, sequence_length: int, chunk_length: int) -> tuple[int, int]:
+        """Return the rows of its sequence and of a chunk, where those of the step are given."""
+        return (sequence_length, chunk_length) if self.rows is None else (self.rows, self.rows)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class StepResult:
     """Hold the results of a step, the same on every rank.
 
     Attributes:
-        loss: mean cross-entropy over all labelled rows of all ranks, nats.
+        loss: mean loss over all labelled rows of all ranks; of text the cross-entropy, nats.
         grad_norm: norm of the gradient of ``loss``, before clipping.
         stop: whether a rank has been asked to stop.
         spike: whether the update was refused as a spike.
@@ -98,9 +106,11 @@ def train_step(
         report: numbers to sum over ranks with the loss, as many on each rank.
     """
     set_learning_rate(engine, learning_rate)
-    stream: Stream = engine.module.stream(sequence_length)
-    windows = [shards.window(stream.rank) for shards in stream.chunks(chunk_length)]
-    counts = [micro_batch.num_labels(window) for micro_batch in micro_batches for window in windows]
+    counts = []
+    for micro_batch in micro_batches:
+        rows, chunk = micro_batch.lengths(sequence_length, chunk_length)
+        stream: Stream = engine.module.stream(rows)
+        counts += [micro_batch.num_labels(shards.window(stream.rank)) for shards in stream.chunks(chunk)]
     num_labels = total_over_ranks(torch.tensor(sum(counts), device=engine.device))
     scale = dist.get_world_size() * len(counts) / num_labels.clamp(min=1)
 
@@ -114,11 +124,14 @@ def train_step(
     spikes: list[bool] = []
     loss_sum, grad_norm = torch.zeros((), dtype=torch.float64, device=engine.device), None
     for micro_batch in micro_batches:
-        stream = engine.module.stream(sequence_length, cu_seqlens=micro_batch.documents)
+        rows, chunk = micro_batch.lengths(sequence_length, chunk_length)
+        stream = engine.module.stream(rows, cu_seqlens=micro_batch.documents)
+        if micro_batch.seed is not None:
+            torch.manual_seed(micro_batch.seed)
         with torch.no_grad():
-            for shards in stream.record(chunk_length):
+            for shards in stream.record(chunk):
                 _forward(engine, micro_batch.read, stream, shards)
-        for shards in stream.replay(chunk_length):
+        for shards in stream.replay(chunk):
             chunk_loss = _forward(engine, micro_batch.read, stream, shards).loss_sum
             # A loss that is not finite may have a finite gradient; the factor is NaN then, and else 1.
             engine.backward(chunk_loss * scale * (1 + 0 * chunk_loss.detach()))
@@ -133,8 +146,7 @@ def train_step(
 
 def _forward(engine: Any, read: ReadRows, stream: Stream, shards: Shards) -> Any:
     """The model's output for this rank's rows of the present chunk."""
-    tokens, labels = (_to(engine.device, part) for part in read(shards.window(stream.rank)))
-    return engine(tokens, labels, stream=stream)
+    return engine(*(_to(engine.device, part) for part in read(shards.window(stream.rank))), stream=stream)
 
 
 def _to(device: torch.device, tensor: Tensor) -> Tensor:

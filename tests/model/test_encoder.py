@@ -1,15 +1,18 @@
 """An encoder is its parts: embedding, positions, blocks in their style, norm, pool; padding takes no part."""
 
+import itertools
 import logging
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from longnet_dist import EncoderConfig, LongNet, LongNetEncoder, dilated_attention, named_model, numerics, phantom_keys
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import ConfigError, ShapeError
+from longnet_dist.geometry.window import Shards
 from longnet_dist.model.position_embedding import sincos
 from longnet_dist.model.stochastic_depth import stochastic_depth
 from tests.distributed import run_distributed
@@ -273,8 +276,6 @@ def test_a_language_model_takes_embeddings_and_returns_hidden_states():
 
 def over_ranks(calls):
     """Pools, rows and summed gradients of this rank."""
-    import torch.distributed as dist
-
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     found = []
     for name, kwargs in calls:
@@ -314,3 +315,64 @@ def test_ranks_compute_what_one_device_does():
             loss.backward()
             expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
             torch.testing.assert_close(ranks[0][2], expected)
+
+
+def packed_inputs(name):
+    """Rows of three sequences, one behind the other."""
+    x, coords = features(), coordinates(name)
+    parts = [x[item, :length] for item, length in enumerate(LENGTHS)]
+    places = None if coords is None else torch.cat([coords[i, :length] for i, length in enumerate(LENGTHS)])
+    return torch.cat(parts)[None], None if places is None else places[None]
+
+
+def packed_over_ranks(names):
+    results, (ranks, rank) = [], (dist.get_world_size(), dist.get_rank())
+    for name in names:
+        model = make(feature_dim=7, group=dist.group.WORLD, **VARIANTS[name])
+        x, coords = packed_inputs(name)
+        cls = int(model.config.cls_token)
+        edges = [0, *itertools.accumulate(length + cls for length in LENGTHS)]
+        start, stop = Shards.even(edges[-1], ranks).window(rank)
+        rows = [row - edges.index(max(e for e in edges if e <= row)) * cls - cls for row in range(start, stop)]
+        own = [n for row, n in zip(range(start, stop), rows, strict=True) if not (cls and row in edges)]
+        out = model(features=x[:, own], coords=None if coords is None else coords[:, own], packed=LENGTHS)
+        loss = out.last_hidden_state.square().sum()
+        loss = loss if out.pooled is None else loss + out.pooled.square().sum() / ranks
+        loss.backward()
+        gradients = []
+        for p in model.parameters():
+            gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
+            dist.all_reduce(gradients[-1])
+        results.append((out.last_hidden_state.detach(), None if out.pooled is None else out.pooled.detach(), gradients))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_packed_sequences_are_what_each_is_alone(ranks):
+    names = list(VARIANTS)
+    results = run_distributed(packed_over_ranks, ranks, names)
+    for number, name in enumerate(names):
+        model = make(feature_dim=7, **VARIANTS[name])
+        out = model(features=features(), coords=coordinates(name), lengths=LENGTHS)
+        loss = out.last_hidden_state.square().sum() + (0 if out.pooled is None else out.pooled.square().sum())
+        loss.backward()
+        cls = int(model.config.cls_token)
+        expected = torch.cat([out.last_hidden_state[i, : length + cls] for i, length in enumerate(LENGTHS)])
+        torch.testing.assert_close(torch.cat([r[number][0] for r in results], 1)[0], expected)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        for result in results:
+            torch.testing.assert_close(result[number][1], out.pooled)
+            torch.testing.assert_close(result[number][2], gradients)
+
+
+def test_packed_sequences_that_do_not_fit_are_refused():
+    model, x = make(feature_dim=7, cls_token=True, pool="cls"), features(40, 1)
+    for packed, message in (
+        ([], "at least one sequence"),
+        ([40, 0], "lengths must be at least 1"),
+        ([30, 9], r"rows \[0, 41\) of 41, of which 39 are no cls rows, but 40 rows are given"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            model(features=x, packed=packed)
+    with pytest.raises(ShapeError, match="leave lengths and cu_seqlens out"):
+        model(features=x, packed=[40], lengths=[40])

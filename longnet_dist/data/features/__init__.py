@@ -1,0 +1,1 @@
+"""Folders of features, on which encoders are trained: files, their labels, and batches of them."""

@@ -1,0 +1,227 @@
+"""A folder of features as the data of a run: which files train, which validate, and their classes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from longnet_dist.config.encoder_model import EncoderConfig
+from longnet_dist.config.schema import Config, DataConfig
+from longnet_dist.data.features.feature_files import FeatureFile, feature_files
+from longnet_dist.data.features.labels import read_labels
+from longnet_dist.errors import ConfigError, DataError
+
+Split = Literal["train", "validation", "all"]
+SHOWN_FAULTS = 5
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A FeatureSet is the same on every rank that sees the same files.
+
+    Attributes:
+        path: folder of the files.
+        files: by name, in alphabetical order; with classes those that have a label.
+        classes: names of the classes, in alphabetical order; empty without labels.
+        labels: number of the class of each file; empty without labels.
+        validation: names of the files that are kept for validation.
+        left_out: names of files without a label.
+    """
+
+    path: Path
+    files: dict[str, FeatureFile]
+    classes: tuple[str, ...]
+    labels: dict[str, int]
+    validation: frozenset[str]
+    left_out: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, data: DataConfig, model: EncoderConfig, classes: Sequence[str] = ()) -> Self:
+        """Read the headers of all files, the labels, and the names that are kept for validation.
+
+        Args:
+            data: of the run.
+            model: that is to take the features.
+            classes: of a trained model, of which labels must be; empty: they follow from the labels.
+
+        Raises:
+            DataError: naming the files that cannot be used, labels of no file, or a split without files.
+            ConfigError: the task needs labels, or takes none.
+        """
+        assert data.features is not None
+        paths = feature_files(data.features)
+        names, left_out = list(paths), list[str]()
+        labels: dict[str, int] = {}
+        if data.feature_task == "classification":
+            classes, labels = _labelled(data, paths, classes)
+            names = [name for name in paths if name in labels]
+            left_out = [name for name in paths if name not in labels]
+        elif data.labels is not None:
+            raise ConfigError(f"data.task={data.feature_task} takes no labels, but data.labels is given; leave it out")
+        files = _opened({name: paths[name] for name in names}, model)
+        validation = _validation(data, files, labels)
+        return cls(data.features, files, tuple(classes), labels, validation, tuple(left_out))
+
+    def names(self, split: Split) -> list[str]:
+        """Return the names of the files of a split, in alphabetical order.
+
+        Raises:
+            DataError: there is none.
+        """
+        found = [name for name in self.files if split == "all" or (name in self.validation) == (split == "validation")]
+        if not found:
+            raise DataError(
+                f"the {split} split of {self.path} has none of its {len(self.files)} files; use another "
+                "data.validation_share (0 needs train.validate_every=0) or data.validation_names"
+            )
+        return found
+
+    @property
+    def longest(self) -> int:
+        """Return the rows of the longest file."""
+        return max(file.rows for file in self.files.values())
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what a run must find again: the list of files with their shapes and sizes, labels, and the split."""
+        files = (f"{name} {f.rows} {f.channels} {f.coordinates} {f.size}" for name, f in self.files.items())
+        labels = (f"{name} {self.classes[number]}" for name, number in self.labels.items())
+        return {
+            "list of feature files": _digest(files),
+            "labels": _digest(sorted(labels)),
+            "validation files": _digest(sorted(self.validation)),
+        }
+
+    def report(self) -> str:
+        """Return how many files there are, for people."""
+        validation = len(self.validation)
+        rows = sorted(file.rows for file in self.files.values())
+        text = (
+            f"features: {len(self.files) - validation} files for training and {validation} for validation, "
+            f"{rows[0]:,} to {rows[-1]:,} rows"
+        )
+        text += f"; classes: {', '.join(self.classes)}" if self.classes else ""
+        return text + (f"; {len(self.left_out)} files without a label are left out" if self.left_out else "")
+
+    def check_unchanged(self) -> None:
+        """Check that no file has another size.
+
+        Raises:
+            DataError: one has, or is gone.
+        """
+        for file in self.files.values():
+            try:
+                size = file.path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{file.path} is gone: {error.strerror}; put it back and go on") from None
+            if size != file.size:
+                raise DataError(f"{file.path} has changed from {file.size} to {size} bytes; put the old one back")
+
+    def bytes_per_token(self, split: str) -> None:
+        """Return None: rows of features stand for no text."""
+
+
+def sized(config: Config) -> Config:
+    """Return a configuration whose ``data.sequence_length`` is the rows of the longest file, with its cls row.
+
+    Without ``data.features`` it is returned as it is.
+
+    Raises:
+        DataError, ConfigError: as :meth:`FeatureSet.open`.
+    """
+    if config.data.features is None:
+        return config
+    return config_of(config, FeatureSet.open(config.data, encoder_of(config)))
+
+
+def config_of(config: Config, features: FeatureSet) -> Config:
+    """Return the configuration with the task and the sequence length of its features."""
+    length = features.longest + encoder_of(config).cls_token
+    data = config.data.model_copy(update={"sequence_length": length, "task": config.data.feature_task})
+    return config.model_copy(update={"data": data})
+
+
+def encoder_of(config: Config) -> EncoderConfig:
+    """Return the model of a run on features."""
+    assert isinstance(config.model, EncoderConfig)
+    return config.model
+
+
+def _labelled(
+    data: DataConfig, paths: dict[str, Path], classes: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the classes, and the number of the class of each file that has a label."""
+    if data.labels is None:
+        raise ConfigError("data.task=classification needs the classes of the files; give data.labels, a CSV file")
+    by_file = {path.name: name for name, path in paths.items()}
+    read = {by_file.get(name, name): label for name, label in read_labels(data.labels).items()}
+    known = tuple(classes) or tuple(sorted(set(read.values())))
+    if unknown := sorted(set(read.values()) - set(known)):
+        raise DataError(f"{data.labels} has the label {unknown[0]}, but the model knows {', '.join(known)}")
+    labels = {name: known.index(read[name]) for name in paths if name in read}
+    if not labels:
+        raise DataError(
+            f"none of the {len(read)} names in {data.labels} is one of the {len(paths)} files in {data.features}, "
+            f"which begin with {next(iter(paths))}; name files without their suffix"
+        )
+    if len(known) < 2:
+        raise DataError(f"{data.labels} has one class, {known[0]}, but classification needs at least two")
+    return known, labels
+
+
+def _opened(paths: dict[str, Path], model: EncoderConfig) -> dict[str, FeatureFile]:
+    """Read the headers of all files; one error names those that the model cannot take."""
+    width = model.feature_dim or model.dim
+    places = model.coordinates if model.position_embedding == "sincos" else 0
+    files, faults = {}, []
+    for name, path in paths.items():
+        try:
+            files[name] = file = FeatureFile.of(path)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        if file.channels != width:
+            faults.append(f"{path} has {file.channels} channels, but the model takes {width} (model.feature_dim)")
+        elif places > 1 and file.coordinates != places:
+            has = f"{file.coordinates} coordinates a row" if file.coordinates else "no coordinates"
+            faults.append(f"{path} has {has}, but the model needs {places} (model.coordinates)")
+    if not faults and places == 1 and len({file.coordinates for file in files.values()}) > 1:
+        faults = [f"{name} has {file.coordinates} coordinates a row" for name, file in files.items()]
+    if faults:
+        more = f"\nand {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise DataError(
+            f"{len(faults)} of {len(paths)} files of features cannot be used; mend them or take them away:\n"
+            + "\n".join(faults[:SHOWN_FAULTS])
+            + more
+        )
+    return files
+
+
+def _validation(data: DataConfig, files: dict[str, FeatureFile], labels: dict[str, int]) -> frozenset[str]:
+    """Return the names that are kept for validation: those in a file, or a share of each class by hashes of names."""
+    if data.validation_names is not None:
+        try:
+            words = data.validation_names.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read data.validation_names={data.validation_names}: {error}") from None
+        names = {word.strip() for word in words if word.strip()}
+        if unknown := sorted(names - files.keys()):
+            raise DataError(
+                f"{data.validation_names} names {unknown[0]}, which is none of the files in {data.features}"
+                f"{' with a label' if labels else ''}; name files without their suffix"
+            )
+        return frozenset(names)
+    kept: set[str] = set()
+    for number in sorted(set(labels.values())) or [0]:
+        of_class = [name for name in files if labels.get(name, 0) == number]
+        of_class.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        kept.update(of_class[: round(data.validation_share * len(of_class))])
+    if data.validation_share and not kept and len(files) > 1:
+        kept = {min(files, key=lambda name: hashlib.sha256(name.encode()).digest())}
+    return frozenset(kept)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
