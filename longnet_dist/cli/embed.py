@@ -15,6 +15,7 @@ examples:
   longnet embed gigapath slides --output layers.safetensors --all-layers --precision bf16
 
 MODEL is what longnet convert wrote, such as: longnet convert gigapath slide_encoder.pth --output gigapath
+It may also be the folder of a run on features (data.features), whose newest checkpoint is taken.
 
 FOLDER has a file for each sequence: .h5 or .hdf5 with the datasets features and coords, .pt with a tensor or with these
 two keys, or .npy with NAME.coords.npy beside it. The output is a safetensors file with a vector for each name. If it
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet embed``."""
     result = CommandParser("embed", "Embed every sequence of features in a folder.", EXAMPLES)
-    result.add_argument("model", type=Path, metavar="MODEL", help="folder that longnet convert wrote")
+    result.add_argument("model", type=Path, metavar="MODEL", help="folder that longnet convert wrote, or a run")
     result.add_argument("folder", type=Path, metavar="FOLDER", help="with features: .h5, .hdf5, .npy, .pt")
     result.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="safetensors; continued if it exists"

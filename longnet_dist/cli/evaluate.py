@@ -22,6 +22,8 @@ examples:
   longnet evaluate runs/quickstart --data book.tokens --context 512 2048
   longnet evaluate runs/long --data book.tokens --context 1048576 --processes 8 --json
   longnet evaluate runs/long --data library.tokens --stream --chunk 262144
+  longnet evaluate runs/slides                                   a run on features: its validation files
+  longnet evaluate runs/slides --data others --labels others.csv
 
 With several processes, or under a launcher (torchrun --nproc_per_node=8 -m longnet_dist evaluate ...), every sequence
 is split over all ranks, so that a context may be longer than one device can hold. All contexts predict the same tokens,
@@ -50,9 +52,14 @@ def main(arguments: Sequence[str]) -> None:
 def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
     """Evaluate on this rank."""
     from longnet_dist.data.token_file import TokenFile
+    from longnet_dist.inference.feature_runs import is_feature_run
     from longnet_dist.inference.runs import evaluate_run, evaluate_run_streamed
     from longnet_dist.telemetry.json_lines import json_text
 
+    if is_feature_run(options.run):
+        _evaluate_features(options, launch)
+        return
+    _check_text(options)
     if options.verify and launch.local_rank == 0:
         TokenFile.open(options.data, verify=True)
     run, data, num_tokens = options.run, options.data, options.tokens
@@ -66,6 +73,33 @@ def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
         results = evaluate_run(run, data, options.context, num_tokens, options.split or "validation", launch)
     if launch.rank == 0:
         print(json_text({n: asdict(result) for n, result in results.items()}) if options.json else _table(results))
+
+
+def _check_text(options: argparse.Namespace) -> None:
+    """Refuse options that do not say what text is evaluated, and how."""
+    from longnet_dist.errors import ConfigError
+
+    if options.data is None or (options.context is None and not options.stream):
+        raise ConfigError(
+            "a language model is evaluated on a token file: give --data TOKEN_FILE, and --context N or --stream"
+        )
+    if options.labels is not None:
+        raise ConfigError("--labels are for runs on features, but this is a language model; leave them out")
+
+
+def _evaluate_features(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
+    """Evaluate a run on features on this rank."""
+    from longnet_dist.errors import ConfigError
+    from longnet_dist.inference.feature_runs import evaluate_feature_run
+    from longnet_dist.telemetry.json_lines import json_text
+
+    given = [name for name in ("context", "stream", "tokens", "state", "resume", "verify") if getattr(options, name)]
+    if given:
+        raise ConfigError(f"--{given[0]} is for language models, but {options.run} is a run on features; leave it out")
+    result = evaluate_feature_run(options.run, options.data, options.labels, options.split, launch)
+    if launch.rank == 0:
+        lines = (f"{name:>9} {value:>9,.{0 if name == 'sequences' else 4}f}" for name, value in result.items())
+        print(json_text(result) if options.json else "\n".join(lines))
 
 
 def _table(results: dict[int, Evaluation]) -> str:
@@ -83,8 +117,10 @@ def parser() -> argparse.ArgumentParser:
     what = "Loss (nats a token), perplexity and bits per byte of a trained model at some context lengths."
     result = CommandParser("evaluate", what, EXAMPLES)
     result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
-    result.add_argument("--data", type=Path, required=True, metavar="TOKEN_FILE", help="made by longnet prepare")
-    how = result.add_mutually_exclusive_group(required=True)
+    data = "made by longnet prepare; of a run on features a folder (default: the run's)"
+    result.add_argument("--data", type=Path, metavar="TOKEN_FILE", help=data)
+    result.add_argument("--labels", type=Path, metavar="FILE", help="classes of features, CSV or JSON lines")
+    how = result.add_mutually_exclusive_group()
     how.add_argument("--context", type=int, nargs="+", metavar="N", help="context lengths, tokens")
     how.add_argument("--stream", action="store_true", help="the whole text is one sequence, of any length")
     result.add_argument(

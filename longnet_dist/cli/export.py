@@ -16,7 +16,8 @@ examples:
   longnet export runs/quickstart exported --to hf
   longnet export runs/llama --to hf --output dilated-llama
 
-OUTPUT_DIR gets model.safetensors, config.json and tokenizer.json. To use it:
+OUTPUT_DIR gets model.safetensors, config.json and tokenizer.json. Of a run on features it gets the encoder,
+head.safetensors and classes.json. To use it:
 
   from longnet_dist.model.pretrained import from_pretrained
   model = from_pretrained("exported")
@@ -42,11 +43,20 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
 
     from longnet_dist.errors import ConfigError
+    from longnet_dist.inference.feature_runs import export_feature_run, is_feature_run
     from longnet_dist.inference.runs import export_run
 
     if (options.place is None) == (options.output is None):
         raise ConfigError("give one output folder: longnet export RUN_DIR OUTPUT_DIR, or --output OUTPUT_DIR")
     output = options.output or options.place
+    if is_feature_run(options.run):
+        if options.to == "hf":
+            raise ConfigError(
+                f"{options.run} is a run on features, for which transformers has no model; leave --to out"
+            )
+        export_feature_run(options.run, output, options.precision or "fp32")
+        print(f"exported to {output}")
+        return
     note = export_run(options.run, output, options.precision, options.to == "hf")
     print(f"exported to {output}" + (f"\n{note}" if note else ""))
 

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from longnet_dist.checkpoint.format import sha256_of
 from longnet_dist.data.features.feature_files import feature_files, read_features
 from longnet_dist.errors import CheckpointError, ConfigError, DataError, LongNetError, ShapeError
+from longnet_dist.inference.feature_runs import load_encoder
 from longnet_dist.model.encoder import LongNetEncoder
-from longnet_dist.model.pretrained import WEIGHTS_FILE, from_pretrained
 
 SECONDS_BETWEEN_WRITES = 60.0
 
@@ -30,7 +29,7 @@ def embed_folder(
     file that cannot be embedded is left out and named at the end.
 
     Args:
-        model: folder with an encoder that has a pool, as ``longnet convert`` writes it.
+        model: folder with an encoder that has a pool, as ``longnet convert`` writes it, or a run on features.
         folder: with features, see :mod:`longnet_dist.data.features.feature_files`.
         output: the file, with a float32 vector ``(E,)`` for each name, or ``(layers + 1, E)``.
         device, dtype: where and how precisely to compute.
@@ -42,11 +41,11 @@ def embed_folder(
     Raises:
         LongNetError: no such model or folder, an output of another model, or, at the end, files that failed.
     """
-    encoder = from_pretrained(model, device)
-    if not isinstance(encoder, LongNetEncoder) or encoder.config.pool == "none":
+    encoder, sha256 = load_encoder(model, device)
+    if encoder.config.pool == "none":
         raise ConfigError(f"{model} holds no encoder with a pool, and longnet embed writes pools; convert one")
     files = feature_files(folder)
-    task = {"weights": sha256_of(model / WEIGHTS_FILE), "all_layers": str(all_layers), "dtype": str(dtype)}
+    task = {"weights": sha256, "all_layers": str(all_layers), "dtype": str(dtype)}
     vectors = _done(output, task)
     before, failed = len(vectors), []
     encoder, written = encoder.to(dtype), time.monotonic()

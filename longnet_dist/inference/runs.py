@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from longnet_dist.checkpoint.format import CheckpointState, load_weights, newest_checkpoint, read_state
+from longnet_dist.checkpoint.format import (
+    STATE_FILE,
+    CheckpointState,
+    load_weights,
+    newest_checkpoint,
+    read_state,
+    sha256_of,
+)
 from longnet_dist.checkpoint.identity import code_versions, digest_of
 from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.lock import Lock, held_by_first
@@ -40,7 +47,14 @@ from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
 from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE, from_pretrained, save_pretrained, tokenizer_of
+from longnet_dist.model.pretrained import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    from_pretrained,
+    save_pretrained,
+    tokenizer_of,
+)
 from longnet_dist.ops.compile_cache import prepare_compile_cache
 
 COMPILED_FROM = 2**24  # tokens
@@ -189,10 +203,7 @@ def load_trained(path: Path) -> tuple[LongNet, Tokenizer]:
     if (path / CONFIG_FILE).is_file() and read_model_config(path).get("model_type") in FAMILIES:
         return _exported_decoder(path)
     if (path / CONFIG_FILE).is_file():
-        model = from_pretrained(path, LaunchEnvironment().device())
-        if not isinstance(model, LongNet):
-            raise ConfigError(f"{path} is an encoder of features, which has no text; use longnet embed")
-        return model, tokenizer_of(path)
+        return _language_model(path, LaunchEnvironment().device()), tokenizer_of(path)
     run = _Run.open(path)
     return run.model(None, LaunchEnvironment().device()), run.folder.tokenizer()
 
@@ -208,6 +219,19 @@ def _exported_decoder(path: Path) -> tuple[LongNet, Tokenizer]:
     weights.load(model)
     dtype = config.transformers.dtype or torch.float32
     return model.to(LaunchEnvironment().device(), dtype).eval(), load_tokenizer(str(path / TOKENIZER_FILE))
+
+
+def _language_model(path: Path, device: torch.device) -> LongNet:
+    """Load an exported model, and refuse others than language models."""
+    model = from_pretrained(path, device)
+    if isinstance(model, LongNet):
+        return model
+    config = model.config
+    what, remedy = "an encoder of features, which has no text", "use longnet embed"
+    if config.vocab_size is not None:
+        what = f"a model of another program, for {config.vocab_size} ids of a tokenizer that longnet_dist does not have"
+        remedy = "load it with longnet_dist.model.pretrained.from_pretrained and call it with tokens"
+    raise ConfigError(f"{path} is {what}; {remedy}")
 
 
 def continue_text(
@@ -277,7 +301,7 @@ def export_run(path: Path, output: Path, precision: Precision | None = None, for
     if for_transformers:
         require_extra("hf", "an export for transformers")
     run = _Run.open(path)
-    tokenizer = run.folder.tokenizer()
+    tokenizer = run.tokenizer()
     of_transformers = isinstance(run.config.model, HuggingFaceConfig)
     if of_transformers and not for_transformers:
         raise ConfigError(f"{path} trained a model of transformers, which is exported for it alone; use --to hf")
@@ -309,10 +333,27 @@ class _Run:
 
     @classmethod
     def open(cls, path: Path) -> _Run:
+        if (path / CONFIG_FILE).is_file() and not (path / STATE_FILE).is_file():
+            return cls._exported(path)
         checkpoint = newest_checkpoint(path)
         folder = RunFolder(checkpoint.parent.parent)
         config = folder.config()
+        if config.data.features is not None:
+            raise ConfigError(f"{path} is a run on features, which is no language model and has no text")
         return cls(folder, config, checkpoint, read_state(checkpoint, config.model))
+
+    @classmethod
+    def _exported(cls, path: Path) -> _Run:
+        """Take a folder that ``longnet export`` wrote for a run."""
+        model = _language_model(path, torch.device("cpu")).config.model_dump(mode="json")
+        config = parse_config({"model": model, "train": {"output_dir": str(path), "steps": 1}})
+        sha256 = {WEIGHTS_FILE: sha256_of(path / WEIGHTS_FILE)}
+        state = CheckpointState(step=1, tokens=0, model=model, sha256=sha256, versions={})
+        return cls(RunFolder(path), config, path, state)
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the run, or of the exported model."""
+        return tokenizer_of(self.checkpoint) if self.checkpoint == self.folder.path else self.folder.tokenizer()
 
     def with_model(self, changes: Mapping[str, Any]) -> _Run:
         """Return the run with other fields of its model's configuration."""
@@ -325,7 +366,7 @@ class _Run:
     def windows(self, data: Path, split: SplitName, length: int) -> Windows:
         """Return a text of the run's tokenizer, cut into windows."""
         token_file = TokenFile.open(data)
-        tokenizer = self.folder.tokenizer()
+        tokenizer = self.tokenizer()
         if token_file.tokenizer.to_json() != tokenizer.to_json():
             raise DataError(
                 f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "

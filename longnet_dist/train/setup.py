@@ -64,6 +64,7 @@ class RunSetup(RunLayout):
         features = _features(config)
         config = config if features is None else config_of(config, features)
         layout = RunLayout.of(config, world_size, device_type)
+        _check_shortest(features, layout.mesh.sequence)
         dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
         _check_positions(config, dtype)
         check_backend(config.train.attention_backend, torch.device(device_type), dtype, config.train.deterministic)
@@ -226,6 +227,16 @@ def _features(config: Config) -> FeatureSet | None:
                 "(train.activation_checkpointing works)"
             )
     return FeatureSet.open(config.data, model)
+
+
+def _check_shortest(features: FeatureSet | None, ranks: int) -> None:
+    """Refuse sequences that cannot be cut into even slices, of which the last rank has a row."""
+    shortest = min(features.files.values(), key=lambda file: file.rows) if features else None
+    if shortest and shortest.rows < ranks * (ranks - 1):
+        raise ConfigError(
+            f"a sequence on {ranks} sequence ranks needs at least {ranks * (ranks - 1)} rows, but {shortest.path} has "
+            f"{shortest.rows}; use fewer parallel.sequence ranks, or take the file away"
+        )
 
 
 def _check_end(train: TrainConfig, folder: RunFolder, resume: ResumePoint) -> None:

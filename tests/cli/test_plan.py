@@ -67,3 +67,26 @@ def test_a_table_of_more_and_more_ranks():
     assert speeds == sorted(speeds, reverse=True)
     assert "1024" in run(*words).stdout
     assert run("paper", "--fabric", "0").returncode == 2
+
+
+def test_a_run_on_features_is_planned_by_its_longest_file(tmp_path):
+    from tests.train.features.slides import write_slides
+
+    write_slides(tmp_path)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {kind: encoder, dim: 32, layers: 2, heads: 2, segment_lengths: [8, 32], dilation_rates: [1, 4],\n"
+        "  feature_dim: 12, cls_token: true, pool: cls}\n"
+        f"data: {{features: {tmp_path / 'slides'}}}\n"
+        f"train: {{output_dir: {tmp_path / 'run'}, steps: 3}}\n"
+    )
+    printed = run(str(config), "--device", "h100", "--json")
+    assert printed.returncode == 0, printed.stderr
+    values = json.loads(printed.stdout)
+    assert values["peak_gpu_bytes"] > 0
+    assert values["fits"]
+    assert run(str(config), "--device", "h100").returncode == 0
+    (tmp_path / "slides" / "s1.pt").write_bytes(b"no")
+    refused = run(str(config), "--device", "h100")
+    assert refused.returncode == 2
+    assert "s1.pt" in refused.stderr

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.model import MODEL_NAMES, named_model
 from longnet_dist.estimate.model_cost import flops_per_token, forward_flops, matrix_weights, num_parameters
+from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.longnet import LongNet
 
 VARIANTS = (
@@ -28,6 +30,26 @@ def test_parameters_are_those_of_the_built_model(name, fields):
     matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head = config.vocab_size * config.dim
     assert matrix_weights(config) == sum(matrix.numel() for matrix in matrices) + head
+
+
+ENCODERS = (
+    {"feature_dim": 7},
+    {"vocab_size": 30, "outputs": 30, "tie_embeddings": True, "position_embedding": "learned", "max_positions": 9},
+    {"vocab_size": 30, "outputs": 20, "position_embedding": "learned", "max_positions": 9, "position_offset": 2},
+    {"feature_dim": 7, "cls_token": True, "pool": "cls", "pool_norm_eps": 1e-6, "embedding_norm": True},
+    {"sub_norm": False, "final_norm": False, "kv_heads": 1, "ffn_dim": 24},
+)
+
+
+@pytest.mark.parametrize("fields", ENCODERS)
+def test_parameters_of_encoders_are_those_of_the_built_ones(fields):
+    sizes = {"dim": 16, "layers": 3, "heads": 2, "segment_lengths": [8], "dilation_rates": [1]}
+    config = EncoderConfig(**(sizes | fields))
+    with torch.device("meta"):
+        model = LongNetEncoder(config)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert matrix_weights(config) == sum(x.numel() for x in matrices) + config.num_outputs * config.dim
 
 
 def test_flops_are_six_a_weight_and_twelve_a_pair_and_channel():

@@ -1,0 +1,185 @@
+"""What is done with a run on features: measuring it, and taking its encoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from longnet_dist.checkpoint.format import (
+    STATE_FILE,
+    CheckpointState,
+    load_weights,
+    newest_checkpoint,
+    read_state,
+    sha256_of,
+)
+from longnet_dist.checkpoint.identity import code_versions, digest_of
+from longnet_dist.checkpoint.run_folder import RunFolder, write_text
+from longnet_dist.comm.agreement import agreed
+from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
+from longnet_dist.comm.mesh import Mesh, MeshShape
+from longnet_dist.config.schema import Config, Precision
+from longnet_dist.data.features.feature_batches import FeatureBatches
+from longnet_dist.data.features.feature_set import FeatureSet, Split, encoder_of
+from longnet_dist.errors import ConfigError
+from longnet_dist.inference.feature_evaluation import evaluate_features
+from longnet_dist.inference.runs import MEETING_TIME
+from longnet_dist.model.encoder import LongNetEncoder
+from longnet_dist.model.feature_tasks import FEATURE_TASKS, FeatureTask
+from longnet_dist.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, from_pretrained, save_pretrained
+
+HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
+
+
+def is_feature_run(path: Path) -> bool:
+    """Say whether a path is a run on features, or one of its checkpoints.
+
+    Raises:
+        ConfigError: the configuration of the run is damaged.
+    """
+    run = RunFolder(path.resolve().parent.parent if (path / STATE_FILE).is_file() else path)
+    return run.config_file.is_file() and run.config().data.features is not None
+
+
+def evaluate_feature_run(
+    path: Path, features: Path | None, labels: Path | None, split: Split | None, launch: LaunchEnvironment
+) -> dict[str, float]:
+    """Evaluate a run on features. Every rank of the launch must call; all share each sequence.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        features: folder of other features; None: those of the run.
+        labels: of these features; None: those of the run.
+        split: which of the files; None: validation for the run's own features, else all.
+        launch: this process.
+
+    Returns:
+        the mean loss, the number of sequences, and what else the task reports.
+
+    Raises:
+        LongNetError: no such run, checkpoint or file, or one that does not fit; on all ranks.
+    """
+
+    def opened() -> tuple[FeatureRun, FeatureBatches]:
+        run = FeatureRun.open(path)
+        return run, run.batches(features, labels, split)
+
+    store = meeting_store(launch, MEETING_TIME)
+    run, batches = agreed(store, launch, "evaluate", opened, lambda part: part[0].facts(part[1]))
+    device = launch.device()
+    launch.share_cores()
+    timeout = MEETING_TIME
+    with process_group(launch, device, timeout, store):
+        mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
+        bf16 = run.config.precision(device.type) == "bf16"
+        task = run.task(mesh.sequence_group).to(device, torch.bfloat16 if bf16 else torch.float32)
+        return evaluate_features(task, batches, 1, mesh, device)
+
+
+def load_encoder(path: Path, device: torch.device) -> tuple[LongNetEncoder, str]:
+    """Return an encoder in evaluation mode, and the SHA-256 of its weights.
+
+    Args:
+        path: folder that ``longnet convert`` or ``longnet export`` wrote, a run on features, or one of its checkpoints.
+        device: where to put it.
+
+    Raises:
+        LongNetError: there is none.
+    """
+    if (path / CONFIG_FILE).is_file() or not is_feature_run(path):
+        model = from_pretrained(path, device)
+        if not isinstance(model, LongNetEncoder):
+            raise ConfigError(f"{path} holds a language model and no encoder; convert or train one")
+        return model, sha256_of(path / WEIGHTS_FILE)
+    run = FeatureRun.open(path)
+    return run.task().encoder.to(device), run.state.sha256[WEIGHTS_FILE]
+
+
+def export_feature_run(path: Path, output: Path, precision: Precision) -> None:
+    """Write the encoder of a run into a folder of its own, with the head of its task and the names of its classes.
+
+    Args:
+        path: folder of a run on features, or one of its checkpoints.
+        output: new, or empty.
+        precision: of the weights.
+
+    Raises:
+        LongNetError: no such run, or the output cannot be written.
+    """
+    run = FeatureRun.open(path)
+    task = run.task().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    save_pretrained(task.encoder, output)
+    rest = {name: x for name, x in task.state_dict().items() if not name.startswith("encoder.")}
+    try:
+        save_file(rest, output / HEAD_FILE)
+        if run.classes:
+            write_text(output / CLASSES_FILE, json.dumps(run.classes, ensure_ascii=False))
+    except OSError as error:
+        raise ConfigError(f"cannot write the head to {output}: {error}") from None
+
+
+@dataclass(frozen=True)
+class FeatureRun:
+    """A FeatureRun is the folder of a run on features, and one of its checkpoints.
+
+    Attributes:
+        folder: of the run.
+        config: of the run.
+        checkpoint: folder of the checkpoint.
+        state: of the checkpoint.
+        classes: names of the classes; empty of a task without.
+    """
+
+    folder: RunFolder
+    config: Config
+    checkpoint: Path
+    state: CheckpointState
+    classes: list[str]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read the configuration and the checkpoint's state.
+
+        Raises:
+            LongNetError: there is no such run, or it is damaged.
+        """
+        checkpoint = newest_checkpoint(path)
+        folder = RunFolder(checkpoint.parent.parent)
+        config = folder.config()
+        return cls(folder, config, checkpoint, read_state(checkpoint, config.model), folder.classes())
+
+    def batches(self, features: Path | None, labels: Path | None, split: Split | None) -> FeatureBatches:
+        """Return the sequences of a split; arguments as in :func:`evaluate_feature_run`."""
+        data = self.config.data
+        if features is not None:
+            if self.classes and labels is None:
+                raise ConfigError(f"the run classifies features, so those in {features} need labels; give --labels")
+            data = data.model_copy(
+                update={"features": features, "labels": labels, "validation_share": 0.0, "validation_names": None}
+            )
+        elif labels is not None:
+            data = data.model_copy(update={"labels": labels})
+        model = encoder_of(self.config)
+        found = FeatureSet.open(data, model, self.classes)
+        names = found.names(split or ("validation" if features is None else "all"))
+        return FeatureBatches(found, names, 1, self.config.train.seed, model.cls_token)
+
+    def task(self, group: dist.ProcessGroup | None = None) -> FeatureTask:
+        """Return the trained encoder with its head, in evaluation mode, float32."""
+        data = self.config.data
+        encoder = LongNetEncoder(encoder_of(self.config), group=group, overlap=self.config.parallel.overlap)
+        task: FeatureTask = FEATURE_TASKS[data.feature_task](encoder, len(self.classes), data.mask_share)
+        load_weights(self.checkpoint, task)
+        return task.eval()
+
+    def facts(self, batches: FeatureBatches) -> dict[str, str]:
+        """Return what must be equal on all ranks: model, weights, files and code."""
+        facts: dict[str, Any] = {f"the version of {name}": version for name, version in code_versions().items()}
+        facts |= batches.features.fingerprint() | {"the files": digest_of(batches.names)}
+        return facts | {"the checkpoint": digest_of(self.state.sha256)}
