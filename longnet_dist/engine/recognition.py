@@ -18,7 +18,9 @@ from longnet_dist.model.feed_forward import FeedForward
 from longnet_dist.private_interfaces import has_global_hook, has_hooks, own_module, own_parameters
 
 _PLAIN = BlockStyle()
-_STYLES = (_PLAIN, BlockStyle(gated=True, activation="silu"))
+STYLES = (_PLAIN, BlockStyle(gated=True, activation="silu"))
+"""The styles of blocks that the engine can run."""
+
 _PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("self_attn_layer_norm", (nn.LayerNorm,)),
     ("self_attn", (DilatedAttention,)),
@@ -45,7 +47,7 @@ def obstacle(block: Block) -> str:
     """
     if type(block) is not Block:
         return f"the block is a {_type(block)}"
-    if block.style not in _STYLES:
+    if block.style not in STYLES:
         differing = (f"{name}={value}" for name, value in vars(block.style).items() if value != vars(_PLAIN)[name])
         return f"the style of the block is not LongNet's own, but has {', '.join(differing)}"
     if has_global_hook():

@@ -22,9 +22,9 @@ from longnet_dist.data.features.feature_set import FeatureSet, config_of, encode
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.tokenizers import encode_prompt
+from longnet_dist.engine.recognition import STYLES
 from longnet_dist.errors import CheckpointError, ConfigError, LongNetError
 from longnet_dist.estimate.layout import RunLayout
-from longnet_dist.model.block import OWN_STYLE
 from longnet_dist.model.feature_tasks import FEATURE_TASKS
 from longnet_dist.model.longnet import positions_of
 from longnet_dist.telemetry.loggers import usable_loggers
@@ -213,7 +213,7 @@ def _features(config: Config) -> FeatureSet | None:
         return None
     model, train = encoder_of(config), config.train
     FEATURE_TASKS[config.data.feature_task].check(model)
-    if model.style(0) != OWN_STYLE or model.style(model.layers - 1) != OWN_STYLE or model.phantom_keys:
+    if not {model.style(0), model.style(model.layers - 1)} <= set(STYLES) or model.phantom_keys:
         asked = {
             "offload_activations": train.offload_activations,
             "cache_qkv": train.cache_qkv,
