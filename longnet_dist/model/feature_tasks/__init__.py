@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from longnet_dist.attention.stream import Stream
 from longnet_dist.config.encoder_model import EncoderConfig
+from longnet_dist.model.block import Block
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.registry import FEATURE_TASKS
 
@@ -114,6 +115,11 @@ class FeatureTask(nn.Module):
         return Stream(
             patterns, total_rows, config.layers, num_ranks=ranks, rank=rank, causal=False, cu_seqlens=cu_seqlens
         )
+
+    @property
+    def block_types(self) -> list[type[nn.Module]]:
+        """Return the classes of the blocks."""
+        return [Block]
 
     def metrics(self, logits: Tensor, labels: Sequence[int]) -> dict[str, float]:
         """Return what else a validation reports, by name.
