@@ -98,7 +98,7 @@ def load_encoder(path: Path, device: torch.device) -> tuple[LongNetEncoder, str]
             raise ConfigError(f"{path} holds a language model and no encoder; convert or train one")
         return model, sha256_of(path / WEIGHTS_FILE)
     run = FeatureRun.open(path)
-    return run.task().encoder.to(device), run.state.sha256[WEIGHTS_FILE]
+    return run.task().encoder.to(device), run.state.weights_sha256
 
 
 def export_feature_run(path: Path, output: Path, precision: Precision) -> None:
