@@ -154,8 +154,12 @@ def set_deepspeed_timeout(timeout: Any) -> None:
     Args:
         timeout: a ``timedelta``, after which a collective of the group fails.
     """
+    import torch
+
     group = private("deepspeed.utils.groups:_clone_world_group")()
-    private(f"{_C10D}:_set_pg_timeout")(timeout=timeout, group=group)
+    # Newer releases of torch have a public function, and warn of the private one.
+    public = getattr(torch.distributed, "set_timeout", None)
+    (public or private(f"{_C10D}:_set_pg_timeout"))(timeout=timeout, group=group)
 
 
 def has_global_hook() -> bool:
