@@ -73,20 +73,20 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
             f"one of {', '.join(run_names())}; with model.path=FOLDER it may be left out"
         )
     with read_once(config) as file:
-        command = [file if word == config else word for word in arguments]
+        command = [file if file and word == config else word for word in arguments]
         processes = Processes(["train", *command], options.processes, starts=not as_rank)
         train(file, words, processes, verify=options.verify)
 
 
 @contextmanager
-def read_once(word: str) -> Iterator[str]:
+def read_once(word: str | None) -> Iterator[str | None]:
     """Yield a configuration that can be read again and again: a copy of a pipe's content, for the ranks, too.
 
     Args:
-        word: a file, a pipe, ``-`` for standard input, or a name.
+        word: a file, a pipe, ``-`` for standard input, a name, or None for none.
     """
-    path = Path("/dev/stdin" if word == "-" else word)
-    if not path.exists() or path.is_file() or path.is_dir():
+    path = Path("/dev/stdin" if word == "-" else word or "")
+    if word is None or not path.exists() or path.is_file() or path.is_dir():
         yield word
         return
     with tempfile.TemporaryDirectory() as folder:
