@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shlex
 import statistics
 import sys
@@ -47,6 +46,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.devices import device_of
 from longnet_dist.estimate.model_cost import matrix_weights
+from longnet_dist.machine import peak_resident_bytes
 
 MODES = ("forward", "train", "dense", "dense-train")
 REPEAT_BELOW_SECONDS = 5.0
@@ -184,7 +184,7 @@ class Benchmark:
         """Of this rank's GPU; on a CPU of the process, which never falls."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_resident_bytes() or 0
 
     def _text(self) -> tuple[TokenFile, int | None]:
         """The token file, made by rank 0 if need be, and then how many of its bytes are no repetition."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from benchmarks.record import environment
 from longnet_dist.engine.execution import Execution
 from longnet_dist.interop import SlideEncoder
 from longnet_dist.interop.gigapath import slide_config
+from longnet_dist.machine import peak_resident_bytes
 from longnet_dist.model.encoder import LongNetEncoder
 
 GRID = 256  # tiles a side of the slides
@@ -118,7 +118,7 @@ def peak(device: torch.device) -> float:
     """Peak memory in GiB: of the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (peak_resident_bytes() or 0) / 2**30
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longnet_dist import machine
@@ -107,5 +109,17 @@ def test_resident_memory_counts_what_was_used():
 
 
 def test_resident_memory_is_unknown_where_the_system_does_not_say(monkeypatch):
+    monkeypatch.setattr(machine, "STATUS", Path("nowhere"))
+    assert machine.peak_resident_bytes() > 2**20
     monkeypatch.setitem(sys.modules, "resource", None)
     assert machine.peak_resident_bytes() is None
+
+
+@pytest.mark.skipif(not machine.STATUS.exists(), reason="asks Linux")
+def test_the_peak_of_a_process_is_not_that_of_its_parent():
+    held = np.ones(300 << 17)  # 300 MiB
+    code = "from longnet_dist.machine import peak_resident_bytes; print(peak_resident_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert 2**20 < int(done.stdout) < held.nbytes < machine.peak_resident_bytes()
