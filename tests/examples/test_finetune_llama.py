@@ -24,11 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    """DeepSpeed's start in another test leaves a local rank behind, by which Trainer would wait for other ranks."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    # Its thread may hold a lock while ranks are forked.
+def _no_monitor(monkeypatch):
+    """The monitor of progress bars is a thread, which may hold a lock while ranks are forked."""
     monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
 
 

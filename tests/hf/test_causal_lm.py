@@ -20,13 +20,6 @@ from longnet_dist.errors import CheckpointError, ConfigError, ShapeError
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 
 
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    """DeepSpeed's start in another test leaves a local rank behind, by which Trainer would wait for other ranks."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 FIELDS = {
     "vocab_size": 100, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "segment_lengths": [8, 32],
     "dilation_rates": [1, 4],

@@ -18,13 +18,6 @@ from longnet_dist.errors import ConfigError, ShapeError
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 
 
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    """DeepSpeed's start in another test leaves a local rank behind, by which Trainer would wait for other ranks."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 DENSE, SPARSE = DilatedPattern([64], [1]), DilatedPattern([8, 32], [1, 4])
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,

@@ -13,13 +13,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 LENGTHS = (17, 40, 5, 33, 21, 9, 30, 12, 25, 38, 7, 19)
 
 
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    """DeepSpeed's start in another test leaves a local rank behind, by which Trainer would wait for other ranks."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def texts():
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(3, 100, (length,), generator=generator).tolist()} for length in LENGTHS]
