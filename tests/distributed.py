@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
+
+HANG_SECONDS = 600
 
 
 def run_distributed(
@@ -28,7 +31,13 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (fn, world_size, folder, args, timeout_seconds)
-        start_processes(_run, arguments, world_size, start_method=start_method)
+        ranks = start_processes(_run, arguments, world_size, join=False, start_method=start_method)
+        deadline = time.monotonic() + HANG_SECONDS
+        while not ranks.join(timeout=10):
+            if time.monotonic() > deadline:
+                for process in ranks.processes:
+                    process.kill()
+                raise TimeoutError(f"ranks of {fn} did not end in {HANG_SECONDS} s")
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world_size)]
 
 
@@ -36,6 +45,8 @@ def _run(
     rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...], timeout_seconds: float
 ) -> None:
     torch.set_num_threads(1)
+    # accelerate and our own launches choose more threads otherwise, and OpenMP hangs with them in a forked process.
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
