@@ -38,6 +38,7 @@ class WritingRanks:
         # A connection of its own: requests of the main thread neither wait for this thread nor delay it.
         self._store = dist.HashStore() if size == 1 else store.clone()  # type: ignore[attr-defined]
         self.rank, self.size, self._timeout, self._round = rank, size, timeout_seconds, 0
+        self._remembered = 1  # the first round whose messages are kept
         self.makes_folder = self.makes_parents = True
         self._given_up = threading.Event()
 
@@ -56,12 +57,8 @@ class WritingRanks:
         return self._given_up.is_set()
 
     def begin(self) -> None:
-        """Begin a round, and forget the one before the last."""
+        """Begin a round."""
         self._round += 1
-        if self.rank == 0:
-            with suppress(RuntimeError):  # some stores cannot forget
-                for what in ("folder", "end", *(f"part/{rank}" for rank in range(self.size))):
-                    self._store.delete_key(f"checkpoint/{self._round - 2}/{what}")
 
     def told(self, what: str, tell: Callable[[], str]) -> str:
         """Return what rank 0 says, on every rank.
@@ -100,7 +97,16 @@ class WritingRanks:
             OSError: a rank could not write its part, or does not answer.
         """
         parts = [self._hear(f"part/{rank}", self._timeout)["value"] for rank in range(self.size)]
+        self._forget()
         return {name: sha256 for part in parts for name, sha256 in part.items()}
+
+    def _forget(self) -> None:
+        """Forget the rounds before this one: every rank has said its part in this one, so it has heard their ends."""
+        with suppress(RuntimeError):  # some stores cannot forget
+            for number in range(self._remembered, self._round):
+                for what in ("folder", "end", *(f"part/{rank}" for rank in range(self.size))):
+                    self._store.delete_key(f"checkpoint/{number}/{what}")
+        self._remembered = self._round
 
     def _say(self, what: str, message: dict[str, Any]) -> None:
         self._store.set(f"checkpoint/{self._round}/{what}", json.dumps(message))

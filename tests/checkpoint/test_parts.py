@@ -287,6 +287,24 @@ def test_rounds_are_forgotten(tmp_path):
     assert store.num_keys() <= 2 * 4 + 1
 
 
+def test_a_rank_that_is_rounds_behind_hears_how_they_ended(tmp_path):
+    store = dist.HashStore()
+    store_of = type("Shared", (), {"clone": lambda self: store})()
+    ahead, behind = (WritingRanks(store_of, rank, 2, 5) for rank in range(2))
+
+    def fails():
+        raise OSError("full")
+
+    for _ in range(4):  # rank 0 gives up round after round at once
+        ahead.begin()
+        with pytest.raises(OSError, match="full"):
+            ahead.told("folder", fails)
+    for _ in range(4):
+        behind.begin()
+        with pytest.raises(OSError, match="full"):
+            behind.told("folder", fails)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before(tmp_path, corpus, killed):
     config = write_config(tmp_path, "run", corpus)

@@ -40,7 +40,7 @@ def plan_only(monkeypatch):
     """Training ends when it would begin: DeepSpeed can be set up once a process."""
 
     class Planned:
-        def __init__(self, plan, device):
+        def __init__(self, plan, device, waits=None):
             plan.open_token_file()
 
         def run(self):

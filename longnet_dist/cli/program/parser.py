@@ -30,7 +30,7 @@ class CommandParser(argparse.ArgumentParser):
         _, unknown, words = message.partition("unrecognized arguments: ")
         if unknown:
             options = re.findall(r"--[\w-]+", self.format_usage())
-            wrong = words.split()[0].partition("=")[0]
+            wrong = words.partition(" ")[0].partition("=")[0]  # which may be empty
             near = difflib.get_close_matches(wrong, options, n=1)
             message += f" (the nearest option is {near[0]})" if near else f" (see {self.prog} --help)"
         super().error(message)
