@@ -5,8 +5,8 @@
 ``MODEL`` is a folder or a name that transformers knows, of Llama, Qwen3, Mistral or another decoder with full attention
 in every layer. ``TEXTS`` is a folder of ``.txt`` files: they are tokenized, joined and cut into samples of ``--length``
 tokens. Each GPU computes a slice of every sample; ``--ranks 4`` on 8 GPUs makes two groups with samples of their own.
-``--zero 3`` shards weights, gradients and the optimizer's state with DeepSpeed, and ``--lora 16`` trains adapters. The
-output is a model of transformers with its tokenizer; it needs ``import longnet_dist.hf`` to be loaded.
+``--zero 3`` shards weights, gradients and the optimizer's state with DeepSpeed; ``--lora 16`` trains adapters, without
+``--zero``. The output is a model of transformers with its tokenizer; it needs ``import longnet_dist.hf`` to be loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ from longnet_dist import DilatedPattern
 def main(words: Sequence[str] | None = None) -> list[float]:
     """Fine-tune, and return the loss of each step."""
     options = parser().parse_args(words)
+    if options.lora and options.zero:
+        parser().error(
+            f"--lora {options.lora} and --zero {options.zero} cannot be combined, because DeepSpeed would save merged "
+            "adapters under names that transformers does not load; leave one of them out"
+        )
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         str(options.output),

@@ -58,6 +58,14 @@ def tune(folder, output, more):
     return example("finetune_llama").main([*words, *small, "--accumulate", "2", *more])
 
 
+def test_adapters_of_zero_are_refused(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        tune(checkpoint, tmp_path / "never", ["--lora", "4", "--zero", "2"])
+    assert end.value.code == 2
+    assert "--lora 4 and --zero 2 cannot be combined" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.parametrize("more", [[], ["--lora", "4"], ["--zero", "2"]], ids=" ".join)
 def test_two_ranks_have_the_losses_of_one(checkpoint, tmp_path, more):
     alone = tune(checkpoint, tmp_path / "alone", more[:2] if "--lora" in more else [])
