@@ -1,7 +1,7 @@
 """A Hugging Face model trains dilated, through ``longnet train model.path=…``, beside itself with sdpa.
 
     python benchmarks/hf_training.py --output benchmarks/results/hf_training.json
-    python benchmarks/hf_training.py --shape tiny --rows 512 --device cpu --output /tmp/hf_training.json
+    python benchmarks/hf_training.py --shape tiny --rows 512 --device cpu --output hf_training.json
 
 The model has the shape of Qwen3-0.6B and random weights. First some steps of ``longnet train`` over one sequence of
 ``--rows`` tokens are timed. Then the same model trains with transformers' sdpa, with every block recomputed, the loss

@@ -1,6 +1,6 @@
 """Run experiments on all GPUs of a machine, one run on each, until the time is over; the same command goes on.
 
-    python -m benchmarks.learning --data linux.tokens --minutes 9 --results "$OUT"
+    python -m benchmarks.learning --data linux.tokens --minutes 9 --results results
 
 Runs come in the order of the experiments, which is that of their value, and begin as soon as a GPU is free and the runs
 whose weights they need are finished. What is known so far is copied to the folder of results: JSON, tables and
