@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longnet_dist.engine.rows import RowParts
-from longnet_dist.model.longnet import LongNet
 from longnet_dist.ops.compiled import _compiled
 from longnet_dist.ops.gelu_norm import choice as plain
 from longnet_dist.ops.gelu_norm.choice import PLAIN, GeluNorm
-from tests.engine.test_block_run import model_config
+from tests.ops.middles import Row, computed, exact, inputs
 
 pytest.importorskip("triton")
 from longnet_dist.ops.gelu_norm import triton as kernels
@@ -19,33 +17,13 @@ on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interp
 KERNELS = GeluNorm(kernels.gelu_norm, kernels.gelu_norm_gradients)
 
 
-def exact(dy, h, weight, bias):
-    """``y`` with weights, then ``y`` without them, ``dh`` and its sum, in float64 by autograd."""
-    h = h.double().requires_grad_()
-    weighted = F.layer_norm(F.gelu(h), h.shape[-1:], weight.double(), bias.double(), 1e-5)
-    y = F.layer_norm(F.gelu(h), h.shape[-1:], None, None, 1e-5)
-    (dh,) = torch.autograd.grad(y, h, dy.double())
-    return weighted, y, dh, dh.sum(0)
-
-
-def inputs(rows, length, scale=2.0, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    shapes = (rows, length), (rows, length), (length,), (length,)
-    dy, h, weight, bias = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    return dy, scale * h, weight, bias
-
-
-def computed(functions, dy, h, weight, bias):
-    return functions.forward(h, weight, bias, 1e-5), *functions.gradients(dy.clone(), h.clone(), 1e-5)
-
-
 # A power of two, three pieces, many; values of which gelu is 0 or the value itself; rows for all programs but the last.
 @on_a_cpu
 @pytest.mark.parametrize(("rows", "length", "scale"), [(1, 64, 2), (5, 24, 2), (13, 96, 2), (3, 2048, 2), (6, 48, 40)])
 @pytest.mark.parametrize("functions", [KERNELS, PLAIN], ids=["kernels", "torch"])
 def test_agrees_with_float64(functions, rows, length, scale):
     given = inputs(rows, length, scale)
-    for actual, expected in zip(computed(functions, *given), exact(*given), strict=True):
+    for actual, expected in zip(computed(functions, *given), exact(F.gelu, *given), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=4e-6)
 
 
@@ -71,19 +49,8 @@ def test_lengths_that_fit():
 @on_a_cpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_block_computes_the_same_with_them(monkeypatch, compile):
-    torch.manual_seed(0)
-    block = LongNet(model_config()).blocks[0]
-    with torch.no_grad():
-        for vector in (parameter for parameter in block.parameters() if parameter.dim() == 1):
-            vector += torch.randn_like(vector) / 4
-    x, out, dz = torch.randn(20, 16), torch.randn(20, 4, 4), torch.randn(20, 16)
-
-    def results(parts):
-        z, moments = parts.output(x, out)
-        dx, dout, _, gradients = parts.output_gradients(x, out, dz, moments)
-        return [z, dx, dout, *gradients]
-
-    expected = results(RowParts(dict(block.named_parameters()), None, 4, 1e-5))
+    row = Row()
+    expected = row.results()
     calls = []
 
     def gradients(*given):
@@ -94,7 +61,7 @@ def test_a_block_computes_the_same_with_them(monkeypatch, compile):
     monkeypatch.setattr(plain.GeluNorm, "of", lambda *_: counted)
     _compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    actual = results(RowParts(dict(block.named_parameters()), None, 4, 1e-5, 10, compile))
+    actual = row.results(10, compile)
     _compiled.cache_clear()
     assert len(calls) == (0 if compile else 2)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -107,5 +74,5 @@ def test_agrees_with_float64_on_a_gpu(length):
     given = inputs(500, length, device="cuda", dtype=torch.bfloat16)
     functions = GeluNorm.of(torch.device("cuda"), torch.bfloat16, length)
     assert functions == KERNELS
-    for actual, expected in zip(computed(functions, *given), exact(*given), strict=True):
+    for actual, expected in zip(computed(functions, *given), exact(F.gelu, *given), strict=True):
         assert (actual - expected).norm() < 0.004 * expected.norm()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longnet_dist.numerics import COMPILE, processors
+from longnet_dist.ops.row_moments import row_moments
 
 LONGEST = 14336
 """The largest inner dim ``F`` whose sums fit in the registers of a program."""
@@ -114,11 +115,6 @@ def _logistic(g):
 
 
 @triton.jit
-def _add(a, b, c, d, w, x, y, z):
-    return a + w, b + x, c + y, d + z
-
-
-@triton.jit
 def _gated_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr, AFFINE: tl.constexpr):
     """Compute one row of ``y (rows, LENGTH)`` in each program; ``weight, bias (LENGTH,)`` are read with ``AFFINE``."""
     row = tl.program_id(0).to(tl.int64)
@@ -164,13 +160,7 @@ def _gated_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, P
             a = g * _logistic(g) * u
             a_sum, squares = a_sum + a, squares + a * a
             dy_sum, products = dy_sum + d, products + d * a
-        # The averages of a, a², dy and dy∘a, all at once: a row waits for its program's threads once. The difference
-        # σ² = mean(a²) - μ² loses little, since the mean of a is not large against its deviation.
-        mean, square, dy_mean, product = tl.reduce((a_sum, squares, dy_sum, products), 0, _add)
-        mean, square, dy_mean, product = mean / LENGTH, square / LENGTH, dy_mean / LENGTH, product / LENGTH
-        scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)  # 1/σ
-        # With y = (a - μ)/σ: mean(dy∘y)/σ = (mean(dy∘a) - μ mean(dy))/σ².
-        projection = (product - mean * dy_mean) * scale * scale
+        mean, scale, dy_mean, projection = row_moments(a_sum, squares, dy_sum, products, eps, LENGTH)
         new_gate_sums, new_up_sums = (), ()
         for i in tl.static_range(LENGTH // PIECE):
             at = i * PIECE

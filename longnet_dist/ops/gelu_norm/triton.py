@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longnet_dist.numerics import COMPILE, processors
+from longnet_dist.ops.row_moments import row_moments
 
 LONGEST = 10240
 """Numbers of a row that fit in the registers of a program."""
@@ -147,11 +148,6 @@ def _gelu(h):
 
 
 @triton.jit
-def _add(a, b, c, d, w, x, y, z):
-    return a + w, b + x, c + y, d + z
-
-
-@triton.jit
 def _gelu_norm_kernel(h, weight, bias, y, eps, LENGTH: tl.constexpr, PIECE: tl.constexpr, AFFINE: tl.constexpr):
     """Compute one row of ``y (rows, LENGTH)`` in each program; ``weight, bias (LENGTH,)`` are read with ``AFFINE``."""
     start = tl.program_id(0).to(tl.int64) * LENGTH
@@ -196,13 +192,7 @@ def _gelu_norm_gradients_kernel(dy, h, sums, rows, eps, LENGTH: tl.constexpr, PI
             dys, pieces, slopes = dys + (dy_piece,), pieces + (a,), slopes + (slope,)
             a_sum, squares = a_sum + a, squares + a * a
             dy_sum, products = dy_sum + dy_piece, products + dy_piece * a
-        # The averages of a, a², dy and dy∘a, all at once: a row waits for its program's threads once. The difference
-        # σ² = mean(a²) - μ² loses little, since the mean of gelu is not large against its deviation.
-        mean, square, dy_mean, product = tl.reduce((a_sum, squares, dy_sum, products), 0, _add)
-        mean, square, dy_mean, product = mean / LENGTH, square / LENGTH, dy_mean / LENGTH, product / LENGTH
-        scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)  # 1/σ
-        # With y = (a - μ)/σ: mean(dy∘y)/σ = (mean(dy∘a) - μ mean(dy))/σ².
-        projection = (product - mean * dy_mean) * scale * scale
+        mean, scale, dy_mean, projection = row_moments(a_sum, squares, dy_sum, products, eps, LENGTH)
         shift, dy_shift = -mean * scale, -dy_mean * scale
         new_sums = ()
         for i in tl.static_range(LENGTH // PIECE):
