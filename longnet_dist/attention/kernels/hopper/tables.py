@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_dist.attention.kernels.triton.launch import rows_of_segments
 from longnet_dist.caches import bounded_cache
 from longnet_dist.geometry.documents import Integers
 from longnet_dist.geometry.window import Piece
@@ -62,17 +63,3 @@ def tile_table(piece: Piece, of_queries: bool, rows: int, fresh: bool, device: t
 
 def _on_device(integers: Integers, device: torch.device) -> Tensor:
     return torch.from_numpy(integers).to(device)
-
-
-def rows_of_segments(piece: Piece) -> tuple[Integers, Integers]:
-    """Return the rows ``(segments,)`` among which the queries of each segment lie, and its keys."""
-    assert piece.table is not None
-    starts, stops = piece.table.starts, piece.table.stops
-    query_start, query_stop = np.maximum(starts, piece.query_start), np.minimum(stops, piece.query_stop)
-    key_start, key_stop = starts, np.minimum(stops, piece.key_stop)
-    middle = starts + np.maximum(abs(piece.half) - piece.table.leads, 0)
-    if piece.half > 0:
-        query_start, key_stop = np.maximum(query_start, middle), np.minimum(key_stop, middle)
-    elif piece.half < 0:
-        query_stop, key_start = np.minimum(query_stop, middle), middle
-    return np.maximum(query_stop - query_start, 0), np.maximum(key_stop - key_start, 0)

@@ -157,7 +157,7 @@ class Problem:
         """Return the most queries that a (segment, head) of the piece has."""
         piece = self.piece
         if piece.table is not None:
-            longest = max(0, int(_before_and_behind(piece, piece.table)[piece.half > 0].max()))
+            longest = int(self._segment_rows[0].max())
         else:
             longest = -piece.half if piece.half < 0 else piece.segment_length - piece.half
         return -(-min(longest, piece.query_stop - piece.query_start) // piece.dilation_rate)
@@ -167,11 +167,15 @@ class Problem:
         """Return the most keys that a (segment, head) of the piece has."""
         piece = self.piece
         if piece.table is not None:
-            rows = max(0, int(_before_and_behind(piece, piece.table)[piece.half <= 0].max()))
+            rows = int(self._segment_rows[1].max())
         else:
             width = piece.half if piece.half > 0 else piece.segment_length + piece.half
             rows = min(width, piece.key_stop - piece.first_segment * width)
         return -(-rows // piece.dilation_rate)
+
+    @cached_property
+    def _segment_rows(self) -> tuple[Integers, Integers]:
+        return rows_of_segments(self.piece)
 
     @property
     def key_rate(self) -> int:
@@ -315,10 +319,15 @@ def _split_table(piece: Piece, inside: npt.NDArray[np.bool_], whole: int) -> Ite
         yield found
 
 
-def _before_and_behind(piece: Piece, table: SegmentTable) -> tuple[Integers, Integers]:
-    """The rows of each segment before its middle and behind it; without a half all are in both."""
-    rows = table.stops - table.starts
-    if not piece.half:
-        return rows, rows
-    before = np.clip(abs(piece.half) - table.leads, 0, rows)
-    return before, rows - before
+def rows_of_segments(piece: Piece) -> tuple[Integers, Integers]:
+    """Return the rows ``(segments,)`` among which the queries of each segment lie, and its keys."""
+    assert piece.table is not None
+    starts, stops = piece.table.starts, piece.table.stops
+    query_start, query_stop = np.maximum(starts, piece.query_start), np.minimum(stops, piece.query_stop)
+    key_start, key_stop = starts, np.minimum(stops, piece.key_stop)
+    middle = starts + np.maximum(abs(piece.half) - piece.table.leads, 0)
+    if piece.half > 0:
+        query_start, key_stop = np.maximum(query_start, middle), np.minimum(key_stop, middle)
+    elif piece.half < 0:
+        query_stop, key_start = np.minimum(query_stop, middle), middle
+    return np.maximum(query_stop - query_start, 0), np.maximum(key_stop - key_start, 0)
