@@ -264,19 +264,22 @@ def test_one_failure_too_many_is_told_by_rank_0(tmp_path, corpus, faulty):
     assert other == (None, [], 3)
 
 
-def test_a_rank_that_writes_nothing_is_a_failure_after_the_time_out(tmp_path):
+def ranks_of_one_store(size, timeout_seconds):
+    """A store, and the ranks that tell each other through it in one process."""
     store = dist.HashStore()
-    store_of = type("Shared", (), {"clone": lambda self: store})()
-    ranks = WritingRanks(store_of, 0, 2, 0.2)
+    shared = type("Shared", (), {"clone": lambda self: store})()
+    return store, [WritingRanks(shared, rank, size, timeout_seconds) for rank in range(size)]
+
+
+def test_a_rank_that_writes_nothing_is_a_failure_after_the_time_out(tmp_path):
+    _, (ranks, _) = ranks_of_one_store(2, 0.2)
     with pytest.raises(OSError, match=r"no answer \(part/1\)"):
         write_checkpoint(checkpoint_folder(tmp_path, 1), {}, MODEL, Progress(step=1, tokens=1), ranks=ranks)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_rounds_are_forgotten(tmp_path):
-    store = dist.HashStore()
-    store_of = type("Shared", (), {"clone": lambda self: store})()
-    both = [WritingRanks(store_of, rank, 2, 60) for rank in range(2)]
+    store, both = ranks_of_one_store(2, 60)
     for step in range(1, 6):
         arguments = (checkpoint_folder(tmp_path, step), {}, MODEL, Progress(step=step, tokens=1), None, "adamw")
         thread = threading.Thread(target=write_checkpoint, args=(*arguments, both[1]))
@@ -288,9 +291,7 @@ def test_rounds_are_forgotten(tmp_path):
 
 
 def test_a_rank_that_is_rounds_behind_hears_how_they_ended(tmp_path):
-    store = dist.HashStore()
-    store_of = type("Shared", (), {"clone": lambda self: store})()
-    ahead, behind = (WritingRanks(store_of, rank, 2, 5) for rank in range(2))
+    _, (ahead, behind) = ranks_of_one_store(2, 5)
 
     def fails():
         raise OSError("full")
