@@ -274,6 +274,11 @@ def write_checkpoint(
         if os.path.lexists(folder):
             _warn(f"{folder} was in the way of a checkpoint; it is now {put_aside(folder, 'foreign')}")
         partial.rename(folder)
+        try:
+            _flush(folder.parent)
+        except OSError:
+            folder.rename(partial)  # no rank counts it, so it must not keep the name
+            raise
         return str(folder)
 
     try:
@@ -284,8 +289,6 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)  # room for what else must be written
         raise
     ranks.makes_folder = False
-    if ranks.rank == 0:
-        _flush(folder.parent)
 
 
 def _new_partial(folder: Path, ranks: WritingRanks) -> str:

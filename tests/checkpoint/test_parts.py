@@ -1,10 +1,12 @@
 """Checkpoints that every rank has written a part of."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -288,6 +290,28 @@ def test_rounds_are_forgotten(tmp_path):
         thread.join()
     assert [folder.name[-1] for folder in checkpoints(tmp_path)] == list("12345")
     assert store.num_keys() <= 2 * 4 + 1
+
+
+def test_a_name_that_does_not_reach_the_disk_fails_the_checkpoint_on_all_ranks(tmp_path, monkeypatch):
+    flush, fails = checkpoint_writer._flush, True
+
+    def flush_or_fail(path):
+        if path.name == "checkpoints" and fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        flush(path)
+
+    monkeypatch.setattr(checkpoint_writer, "_flush", flush_or_fail)
+    _, both = ranks_of_one_store(2, 60)
+    arguments = (checkpoint_folder(tmp_path, 1), {}, MODEL, Progress(step=1, tokens=1), None, "adamw")
+    with ThreadPoolExecutor(2) as threads:
+        errors = [threads.submit(write_checkpoint, *arguments, ranks).exception for ranks in both]
+    assert ["Input/output error" in str(error()) for error in errors] == [True, True]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    fails = False
+    with ThreadPoolExecutor(2) as threads:
+        errors = [threads.submit(write_checkpoint, *arguments, ranks).exception for ranks in both]
+    assert [error() for error in errors] == [None, None]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_a_rank_that_is_rounds_behind_hears_how_they_ended(tmp_path):
