@@ -38,7 +38,8 @@ class Stragglers:
 
     def __init__(self, waits: CollectiveWaits) -> None:
         self._waits, self._rank, self._ranks = waits, dist.get_rank(), dist.get_world_size()
-        self._steps, self._own, self._named = 0, 0.0, -1
+        self._steps, self._own = 0, 0.0
+        self._named: set[int] = set()  # since a step in which no rank was behind
         self._recent: deque[Sequence[float]] = deque(maxlen=SAMPLES)
         self._hosts = [""] * self._ranks
         if self._ranks > 1:
@@ -74,10 +75,11 @@ class Stragglers:
         others = median(time for rank, time in enumerate(times) if rank != slowest)
         pace = Pace(slowest, times[slowest], others)
         is_behind = len(self._recent) == SAMPLES and times[slowest] > BEHIND * others
-        if not is_behind or slowest == self._named:
-            self._named = self._named if is_behind else -1
+        if not is_behind:
+            self._named.clear()
+        if not is_behind or slowest in self._named:
             return pace, ""
-        self._named = slowest
+        self._named.add(slowest)
         return pace, (
             f"rank {slowest} on host {self._hosts[slowest]} is slow: it works {times[slowest]:.3g} s of a step, "
             f"{times[slowest] / others - 1 if others else 1:.0%} more than the median of the others, {others:.3g} s; "

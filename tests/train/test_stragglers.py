@@ -63,6 +63,12 @@ def test_a_rank_is_named_again_after_it_has_recovered():
     assert [text[:6] for text in said if text] == ["rank 2", "rank 2"]
 
 
+def test_two_slow_ranks_that_take_turns_are_each_named_once():
+    turns = [(1.0, 1.0, 2.0, 1.9)] * SAMPLES, [(1.0, 1.0, 1.9, 2.0)] * SAMPLES
+    said, _ = said_of((turns[0] + turns[1]) * 3, ("a", "b", "c", "d"))
+    assert [text[:6] for text in said if text] == ["rank 2", "rank 3"]
+
+
 def test_one_rank_measures_nothing():
     stragglers = OfRanks(["a"])
     for _ in range(3 * EVERY):
