@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -181,6 +182,12 @@ class Run:
     def record(self) -> Path:
         """Return the file of the run's measurement."""
         return self.experiment.folder(self.output) / "results" / f"{self.key}.json"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two runs the same, as JSON gives it back: configuration and settings."""
+        values: dict[str, Any] = json.loads(json.dumps({"config": self.values, "settings": self.settings}))
+        return values
 
     @property
     def init_folder(self) -> Path | None:

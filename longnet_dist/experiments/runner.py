@@ -78,19 +78,13 @@ def is_finished(run: Run) -> bool:
     if not run.record.exists():
         return False
     record = json.loads(run.record.read_text(encoding="utf-8"))
-    for name, value in _identity(run).items():
+    for name, value in run.identity.items():
         if record.get(name) != value:
             raise ConfigError(
                 f"{run.record} is the result of other {name}: {json.dumps(record.get(name))} there and "
                 f"{json.dumps(value)} now; use another --output, or remove {run.record} and {run.folder}"
             )
     return True
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """Return what makes two runs the same."""
-    values: dict[str, Any] = json.loads(json.dumps({"config": run.values, "settings": run.settings}))
-    return values
 
 
 def _facts(run: Run, kind: type[Kind]) -> dict[str, Any]:
@@ -102,7 +96,7 @@ def _facts(run: Run, kind: type[Kind]) -> dict[str, Any]:
         "seed": run.seed,
         "about": run.plan.about,
         "attention": model.attention,
-        **_identity(run),
+        **run.identity,
         "environment": _environment(),
     }
     if not kind.trains:

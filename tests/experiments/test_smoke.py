@@ -11,7 +11,7 @@ from longnet_dist.experiments import experiment_names
 from longnet_dist.experiments.kinds import KINDS, retrieval_tasks
 from longnet_dist.experiments.plan import Experiment, RunPlan, runs_of
 from longnet_dist.experiments.runner import is_finished, run_all
-from longnet_dist.inference.retrieval import evaluate_retrieval
+from longnet_dist.inference.retrieval import Retrieval, evaluate_retrieval
 from tests.experiments import forked
 from tests.train.runs import write_corpus
 
@@ -95,6 +95,25 @@ def test_an_interrupted_measurement_goes_on(output, monkeypatch):
     assert kind.measure(runs[0], LaunchEnvironment()) == measured
     assert len(calls) == len(measured["results"]) + 1
     assert calls[3] == calls[4]
+
+
+@pytest.mark.parametrize(("changed", "kept"), [((), 2), (("train.steps=1",), 0)], ids=["same", "other"])
+def test_an_interrupted_measurement_goes_on_with_the_same_training_only(tmp_path, monkeypatch, changed, kept):
+    experiment, places = Experiment.read("retrieval", smoke=True), []
+    before, after = (next(runs_of(experiment, (), tmp_path, overrides=words)) for words in ((), changed))
+
+    def interrupted(model, task, length, depth, samples, *_):
+        places.append((task, length, depth))
+        if len(places) == 3:
+            raise KeyboardInterrupt
+        return Retrieval(task, length, depth, samples, samples, 1.0)
+
+    monkeypatch.setattr(retrieval_tasks, "measure_run", lambda *given: given[-1](None, None, None))
+    monkeypatch.setattr(retrieval_tasks, "evaluate_retrieval", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        KINDS["retrieval_tasks"].measure(before, LaunchEnvironment())
+    results = KINDS["retrieval_tasks"].measure(after, LaunchEnvironment())["results"]
+    assert len(places) == 3 + len(results) - kept
 
 
 def test_full_sizes_are_valid_configurations(tmp_path):

@@ -75,10 +75,10 @@ class RetrievalTasks(Kind):
         def solve(model: LongNet, windows: Windows | None, device: torch.device) -> list[dict[str, Any]]:
             places = [(t, n, d) for t in settings.tasks for n in settings.lengths for d in settings.depths]
             numbers = [max(1, min(settings.samples, settings.most_tokens // length)) for _, length, _ in places]
-            found = _measured_before(partial_file, run.settings)
+            found = _measured_before(partial_file, run.identity)
             for place, number in list(zip(places, numbers, strict=True))[len(found) :]:
                 found.append(asdict(evaluate_retrieval(model, *place, number, settings.chunk, device)))
-                write_text(partial_file, json.dumps({"settings": run.settings, "results": found}))
+                write_text(partial_file, json.dumps({"identity": run.identity, "results": found}))
             return found
 
         # Long texts take minutes, so an interrupted measurement goes on where it was.
@@ -116,12 +116,12 @@ class RetrievalTasks(Kind):
         return figure
 
 
-def _measured_before(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of an interrupted measurement with the same settings."""
+def _measured_before(file: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of an interrupted measurement of a run with the same identity."""
     if not file.exists():
         return []
     partial = json.loads(file.read_text(encoding="utf-8"))
-    found: list[dict[str, Any]] = partial["results"] if partial["settings"] == json.loads(json.dumps(settings)) else []
+    found: list[dict[str, Any]] = partial["results"] if partial.get("identity") == identity else []
     return found
 
 
