@@ -91,7 +91,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if error != (None, None, None) and self._ranks:
+        if error != (None, None, None) and self._ranks and self._ranks.size > 1:
             self._ranks.give_up()  # another rank may have ended, and its part never come
         self._thread.shutdown()
         if error == (None, None, None):

@@ -72,7 +72,8 @@ class WritingRanks:
             OSError: on another rank the same, or rank 0 does not answer.
         """
         if self.rank != 0:
-            return str(self._hear(what, 2 * self._timeout)["value"])  # rank 0 may be waiting for another rank
+            deadline = time.monotonic() + 2 * self._timeout  # rank 0 may be waiting for another rank
+            return str(self._value(what, self._hear(what, deadline)))
         try:
             value = tell()
         except WRITE_ERRORS as error:
@@ -93,11 +94,16 @@ class WritingRanks:
     def checksums(self) -> dict[str, str]:
         """Return the checksums of the parts of all ranks, by file name; for rank 0.
 
+        A fault is raised only when no rank is writing any more, or all have had time enough.
+
         Raises:
             OSError: a rank could not write its part, or does not answer.
         """
-        parts = [self._hear(f"part/{rank}", self._timeout)["value"] for rank in range(self.size)]
-        self._forget()
+        deadline, names = time.monotonic() + self._timeout, [f"part/{rank}" for rank in range(self.size)]
+        heard = {name: self._hear(name, deadline) for name in names}
+        if None not in heard.values():
+            self._forget()
+        parts = [self._value(name, message) for name, message in heard.items()]
         return {name: sha256 for part in parts for name, sha256 in part.items()}
 
     def _forget(self) -> None:
@@ -111,16 +117,25 @@ class WritingRanks:
     def _say(self, what: str, message: dict[str, Any]) -> None:
         self._store.set(f"checkpoint/{self._round}/{what}", json.dumps(message))
 
-    def _hear(self, what: str, seconds: float) -> dict[str, Any]:
-        """Return a message, or raise the error in it. Asking again and again leaves the store free for others."""
-        key, deadline, pause = f"checkpoint/{self._round}/{what}", time.monotonic() + seconds, POLL_SECONDS
+    def _hear(self, what: str, deadline: float) -> dict[str, Any] | None:
+        """Return a message, or None if there is none at the deadline, in seconds of the monotonic clock.
+
+        Asking again and again leaves the store free for others.
+        """
+        key, pause = f"checkpoint/{self._round}/{what}", POLL_SECONDS
         while not self._store.check([key]):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no answer ({what}) for {seconds:.0f} s from a rank that writes its part")
+                return None
             if self._given_up.wait(pause):
                 raise OSError("this rank ends")
             pause = min(2 * pause, MAX_POLL_SECONDS)
         message: dict[str, Any] = json.loads(self._store.get(key))
+        return message
+
+    def _value(self, what: str, message: dict[str, Any] | None) -> Any:
+        """Return the value in a message, or raise the error in it, or that there is none."""
+        if message is None:
+            raise TimeoutError(f"no answer ({what}) for more than {self._timeout:.0f} s from a rank that writes")
         if "error" in message:
             raise OSError(message["error"])
-        return message
+        return message["value"]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from longnet_dist.checkpoint import writer as checkpoint_writer
+from longnet_dist.checkpoint import writing_ranks
 from longnet_dist.checkpoint.format import (
     Progress,
     checkpoint_folder,
@@ -278,6 +280,47 @@ def test_a_rank_that_writes_nothing_is_a_failure_after_the_time_out(tmp_path):
     with pytest.raises(OSError, match=r"no answer \(part/1\)"):
         write_checkpoint(checkpoint_folder(tmp_path, 1), {}, MODEL, Progress(step=1, tokens=1), ranks=ranks)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_part_that_fails_early_waits_for_the_parts_of_all_ranks(monkeypatch):
+    store, (first, second, third) = ranks_of_one_store(3, 60)
+    for ranks in (first, second, third):
+        ranks.begin()
+        ranks.say_part(dict)
+    first.checksums()
+    for ranks in (first, second, third):
+        ranks.begin()
+
+    def full():
+        raise OSError("full")
+
+    first.say_part(dict)
+    second.say_part(full)
+    monkeypatch.setattr(first._given_up, "wait", lambda _: third.say_part(dict))
+    with pytest.raises(OSError, match=r"rank 1 on host .*: full"):
+        first.checksums()
+    assert store.check(["checkpoint/2/part/2"])
+    assert not store.check(["checkpoint/1/part/2"]), "all have heard the end of the first round"
+
+
+def test_the_waits_for_ranks_do_not_add_up(monkeypatch):
+    _, (first, second, _) = ranks_of_one_store(3, 10)
+    clock = SimpleNamespace(seconds=0)
+    clock.monotonic = lambda: clock.seconds
+
+    def wait(_):
+        clock.seconds += 1
+        if clock.seconds == 8:
+            second.say_part(dict)
+
+    monkeypatch.setattr(writing_ranks, "time", clock)
+    monkeypatch.setattr(first._given_up, "wait", wait)
+    for ranks in (first, second):
+        ranks.begin()
+    first.say_part(dict)
+    with pytest.raises(OSError, match=r"no answer \(part/2\) for more than 10 s"):
+        first.checksums()
+    assert clock.seconds == 11
 
 
 def test_rounds_are_forgotten(tmp_path):

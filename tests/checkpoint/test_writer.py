@@ -1,6 +1,7 @@
 import errno
 import os
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from longnet_dist.checkpoint.writer import (
     write_checkpoint,
 )
 from longnet_dist.config.model import LongNetConfig
-from longnet_dist.errors import CheckpointError
+from longnet_dist.errors import CheckpointError, LongNetError
 from tests.distributed import run_distributed
 from tests.train.runs import make_trainer, tiny_config
 
@@ -196,3 +197,14 @@ def test_the_last_checkpoint_is_tried_again_at_once(tmp_path, corpus, disk, monk
     save(writer, 4, last=True)
     assert disk.tries == 5
     assert len(checkpoints(tmp_path / "run")) == 1
+
+
+def test_an_error_beside_a_checkpoint_that_fails_hides_no_warning(tmp_path, corpus, disk, monkeypatch, capsys):
+    writer = CheckpointWriter(tmp_path / "run", tiny_config(tmp_path / "run", corpus).train, MODEL)
+    go_on, shutdown = threading.Event(), writer._thread.shutdown
+    monkeypatch.setattr(writer._thread, "shutdown", lambda: (go_on.set(), shutdown()))
+    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *given: (go_on.wait(30), disk.save(*given)))
+    with suppress(LongNetError), writer:
+        writer.save(None, Progress(step=1, tokens=1))
+        raise LongNetError("training diverged")
+    assert "No space left on device" in capsys.readouterr().err
