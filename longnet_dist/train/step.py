@@ -106,11 +106,15 @@ def train_step(
         report: numbers to sum over ranks with the loss, as many on each rank.
     """
     set_learning_rate(engine, learning_rate)
-    counts = []
+    windows: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of the chunks of a sequence, by its lengths
+    counts: list[int] = []
     for micro_batch in micro_batches:
-        rows, chunk = micro_batch.lengths(sequence_length, chunk_length)
-        stream: Stream = engine.module.stream(rows)
-        counts += [micro_batch.num_labels(shards.window(stream.rank)) for shards in stream.chunks(chunk)]
+        lengths = micro_batch.lengths(sequence_length, chunk_length)
+        if lengths not in windows:
+            rows, chunk = lengths
+            stream: Stream = engine.module.stream(rows)
+            windows[lengths] = [shards.window(stream.rank) for shards in stream.chunks(chunk)]
+        counts += map(micro_batch.num_labels, windows[lengths])
     num_labels = total_over_ranks(torch.tensor(sum(counts), device=engine.device))
     scale = dist.get_world_size() * len(counts) / num_labels.clamp(min=1)
 
