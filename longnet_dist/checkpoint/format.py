@@ -43,6 +43,7 @@ from longnet_dist.checkpoint.zero_tensors import (
 )
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
+from longnet_dist.model.pretrained import weights_prefix
 from longnet_dist.optim.optimizers import OPTIMIZERS
 
 FORMAT, FORMAT_OF_PARTS = 1, 2
@@ -211,16 +212,17 @@ def saved_tensors(folder: Path, kind: str = WEIGHTS) -> SavedTensors:
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the checkpoint's weights into a model that is not sharded.
+    """Put the weights of a checkpoint, or of an exported model, into a model that is not sharded.
 
     Args:
-        folder: of the checkpoint.
-        model: with the parameters of the checkpoint by name and shape; float32 is rounded to their dtype.
+        folder: of the checkpoint or exported model.
+        model: with its parameters by name and shape; float32 is rounded to their dtype.
 
     Raises:
         CheckpointError: other names or shapes.
     """
-    parameters = dict(model.named_parameters())
+    prefix = "" if (folder / STATE_FILE).is_file() else weights_prefix(folder)
+    parameters = {prefix + name: parameter for name, parameter in model.named_parameters()}
     tensors = saved_tensors(folder)
     tensors.check({name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():

@@ -28,7 +28,7 @@ from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
 from longnet_dist.model.feature_tasks import FeatureTask
-from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE
+from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE, tokenizer_file_of, weights_prefix
 
 INDEX_FILE = f"{WEIGHTS}.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -47,7 +47,7 @@ class InitialWeights:
         sha256: of the weights.
         tokenizer: SHA-256 of the tokenizer that the model was trained with; None if unknown.
         files: the tensor files.
-        prefix: of the names of an encoder's weights in the file.
+        prefix: of the names in the files, for an encoder in a run on features or a folder for transformers.
     """
 
     folder: Path
@@ -75,6 +75,7 @@ class InitialWeights:
             found = {name: list(shape) for name, shape in SavedTensors(files).shapes.items()}
             if is_exported:
                 sha256, tokenizer = sha256_of(files[0]), _exported_tokenizer(folder)
+                prefix = weights_prefix(folder)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"train.init={path}: cannot read the weights in {folder}: {error}") from None
         if not is_exported:
@@ -82,7 +83,7 @@ class InitialWeights:
             if file := damaged_file(folder, state, files_of(state.sha256, WEIGHTS)):
                 raise CheckpointError(f"train.init={path}: {file} is damaged: its checksum is not that of {STATE_FILE}")
             sha256, tokenizer = state.weights_sha256, state.identity.tokenizer if state.identity else None
-        prefix = ENCODER_PREFIX if isinstance(model, EncoderConfig) and not is_exported else ""
+            prefix = ENCODER_PREFIX if isinstance(model, EncoderConfig) else ""
         found = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
         _check_shapes(f"train.init={path}", found, model, "the model section of that run")
         return cls(folder, sha256, tokenizer, files, prefix)
@@ -181,7 +182,7 @@ def _shapes_in(files: Iterable[Path]) -> dict[str, Any]:
 
 
 def _exported_tokenizer(folder: Path) -> str | None:
-    file = folder / TOKENIZER_FILE
+    file = tokenizer_file_of(folder)
     return digest_of_tokenizer(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 

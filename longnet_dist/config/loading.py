@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from longnet_dist.config.encoder_model import EncoderConfig
-from longnet_dist.config.model import LongNetConfig
+from longnet_dist.config.model import LongNetConfig, own_fields
 from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
 
@@ -86,7 +86,7 @@ def model_fields_of(path: Path) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"cannot read the model of train.init={path} in {file}: {error}") from None
         if isinstance(fields, dict) and "dim" in fields:
-            return fields
+            return own_fields(fields)
     raise ConfigError(
         f"the model has no sizes, so they are those of train.init={path}, but that is no folder that longnet convert "
         "or longnet export wrote, no checkpoint and no run; give model.dim and the other sizes, or another train.init"

@@ -34,6 +34,8 @@ MODEL_NAMES = tuple(
     )
 )
 """The named sizes, each a file in ``config/models``; the smallest first."""
+HF_MODEL_TYPE = "longnet"
+"""Value of ``model_type`` in the config.json of a LongNet for transformers."""
 
 
 class LongNetConfig(BaseModel):
@@ -299,6 +301,17 @@ def named_model(name: str, **fields: Any) -> LongNetConfig:
         ConfigError: there is no such size, or the fields do not fit together.
     """
     return LongNetConfig(name=name, **fields)
+
+
+def own_fields(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that describe the model in the content of an exported folder's config.json.
+
+    Args:
+        content: all of it, or of a folder for transformers our fields among those of transformers.
+    """
+    if content.get("model_type") != HF_MODEL_TYPE:
+        return content
+    return {name: content[name] for name in LongNetConfig.model_fields if name in content}
 
 
 def _named_fields(name: object) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from longnet_dist.config.encoder_model import EncoderConfig
-from longnet_dist.config.model import LongNetConfig
+from longnet_dist.config.model import HF_MODEL_TYPE, LongNetConfig, own_fields
 from longnet_dist.data.tokenizers import Tokenizer, tokenizer_from_json
 from longnet_dist.errors import CheckpointError, ConfigError
 from longnet_dist.model.encoder import LongNetEncoder
@@ -20,8 +20,7 @@ from longnet_dist.model.longnet import LongNet
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
 OWN_TOKENIZER_FILE = "longnet_tokenizer.json"
 """Where a folder for transformers has the description of our tokenizer."""
-_HF_MODEL_TYPE, _HF_PREFIX = "longnet", "model."
-"""Of a folder for transformers: the model type, and what comes before our names."""
+_HF_PREFIX = "model."
 
 
 def save_pretrained(model: LongNet | LongNetEncoder, folder: Path, tokenizer: dict[str, Any] | None = None) -> None:
@@ -72,9 +71,8 @@ def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> L
         CheckpointError: a file is missing, damaged, or of another model.
     """
     folder = Path(folder)
+    fields, prefix = _fields_in(folder), weights_prefix(folder)
     try:
-        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        prefix = _HF_PREFIX if fields.get("model_type") == _HF_MODEL_TYPE else ""
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
@@ -92,6 +90,23 @@ def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> L
     return model.eval()
 
 
+def weights_prefix(folder: Path) -> str:
+    """Return what precedes the names of our parameters in the weights of an exported model.
+
+    It is empty, unless the folder is for transformers (``--to hf``).
+
+    Raises:
+        CheckpointError: the configuration is missing or damaged.
+    """
+    return _HF_PREFIX if _fields_in(folder).get("model_type") == HF_MODEL_TYPE else ""
+
+
+def tokenizer_file_of(folder: Path) -> Path:
+    """Return the file that describes the tokenizer of an exported model; it need not exist."""
+    own = folder / OWN_TOKENIZER_FILE
+    return own if own.is_file() else folder / TOKENIZER_FILE
+
+
 def tokenizer_of(folder: Path) -> Tokenizer:
     """Return the tokenizer of an exported model.
 
@@ -99,8 +114,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
         CheckpointError: the folder has none.
         DataError: a description that is not understood.
     """
-    own = folder / OWN_TOKENIZER_FILE
-    file = own if own.is_file() else folder / TOKENIZER_FILE
+    file = tokenizer_file_of(folder)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -110,12 +124,21 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     return tokenizer_from_json(fields)
 
 
+def _fields_in(folder: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder} is no exported model: {error}") from None
+    if not isinstance(fields, dict):
+        kind = type(fields).__name__
+        raise CheckpointError(f"{folder} is no exported model: its {CONFIG_FILE} must be a JSON object, not {kind}")
+    return fields
+
+
 def _model_of(fields: dict[str, Any]) -> LongNet | LongNetEncoder:
     if fields.get("kind") == "encoder":
         return LongNetEncoder(EncoderConfig(**fields))
-    if fields.get("model_type") == _HF_MODEL_TYPE:
-        fields = {name: fields[name] for name in LongNetConfig.model_fields if name in fields}
-    return LongNet(LongNetConfig(**fields))
+    return LongNet(LongNetConfig(**own_fields(fields)))
 
 
 def _write(model: LongNet | LongNetEncoder, folder: Path, tokenizer: dict[str, Any] | None) -> None:

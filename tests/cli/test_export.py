@@ -11,14 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longnet_dist.checkpoint.format import newest_checkpoint
+from longnet_dist.checkpoint.identity import digest_of_tokenizer
 from longnet_dist.cli import evaluate, export, generate
-from longnet_dist.data.tokenizers import tokenizer_from_json
+from longnet_dist.config.loading import load_config
+from longnet_dist.data.token_file import TokenFile
+from longnet_dist.data.tokenizers import load_tokenizer, tokenizer_from_json
 from longnet_dist.errors import CheckpointError, LongNetError
 from longnet_dist.inference.runs import load_trained
 from longnet_dist.model.pretrained import from_pretrained
+from longnet_dist.train.setup import RunSetup
+from tests.data.tiny_tokenizer import write_tiny_tokenizer
 from tests.train.runs import import_deepspeed, run, tiny_config, write_corpus
 
-TIED = "model.tie_embeddings=true"
+TIED, SUBWORDS = "model.tie_embeddings=true", "model.vocab_size=300"
+SHORT = ("data.sequence_length=64", "train.steps=1", "train.batch_size=4", "train.validate_every=0")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +34,18 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpus):
+def subwords(tmp_path_factory):
+    """A token file of a tokenizer.json, where ``corpus`` has bytes."""
+    folder = tmp_path_factory.mktemp("subwords")
+    tokenizer = load_tokenizer(str(write_tiny_tokenizer(folder / "tiny.json")))
+    return write_corpus(folder / "source.tokens", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus, subwords):
     folder = tmp_path_factory.mktemp("trained")
-    for name, settings in (("run", ()), ("tied", (TIED,))):
-        run(1, tiny_config(folder / name, corpus, "train.steps=1", *settings))
+    for name, data, settings in (("run", corpus, ()), ("tied", corpus, (TIED,)), ("subwords", subwords, (SUBWORDS,))):
+        run(1, tiny_config(folder / name, data, "train.steps=1", *settings))
     return folder
 
 
@@ -76,6 +90,61 @@ def test_an_export_for_transformers_has_the_logits_of_the_checkpoint(trained, tm
     assert texts[0] == texts[1]
 
 
+@pytest.fixture
+def for_transformers(trained, tmp_path, request):
+    """A run, its export for transformers, and a token file of its tokenizer."""
+    name = request.param
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers")
+        export.main([str(trained / name), str(tmp_path / "out"), "--to", "hf"])
+    return trained / name, tmp_path / "out", request.getfixturevalue("subwords" if name == "subwords" else "corpus")
+
+
+of_each_run = pytest.mark.parametrize("for_transformers", ["run", "tied", "subwords"], indirect=True)
+
+
+@of_each_run
+def test_an_export_for_transformers_is_evaluated_as_its_run_is(for_transformers, capsys):
+    *folders, data = for_transformers
+    results = []
+    for folder in folders:
+        capsys.readouterr()
+        evaluate.main([str(folder), "--data", str(data), "--context", "64", "--tokens", "128", "--json"])
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0] == results[1]
+
+
+@of_each_run
+def test_an_export_for_transformers_is_exported_again(for_transformers, tmp_path):
+    folder, exported, _ = for_transformers
+    for source, place in ((folder, "plain"), (exported, "again")):
+        export.main([str(source), str(tmp_path / place)])
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    first, again = (from_pretrained(tmp_path / place) for place in ("plain", "again"))
+    ids = torch.randint(0, 256, (2, 50))
+    assert torch.equal(again(ids).logits, first(ids).logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export.main([str(exported), str(tmp_path / "both"), "--to", "hf"])
+    assert (tmp_path / "both" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+@of_each_run
+def test_a_run_begins_with_an_export_for_transformers(for_transformers, tmp_path):
+    """Its sizes are those of the export, and its first loss that of a run that begins with the run itself."""
+    folder, exported, data = for_transformers
+    losses = []
+    for name, source in (("a", folder), ("b", exported)):
+        words = f"train.init={source}", f"train.output_dir={tmp_path / name}", f"data.path={data}", *SHORT
+        config = load_config(None, words)
+        plan = RunSetup.make(config, 1, "cpu")
+        assert plan.init.tokenizer == digest_of_tokenizer(TokenFile.open(data).tokenizer.to_json())
+        losses.append(run(1, config)[0]["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_a_plain_export_is_continued_too(trained, tmp_path, capsys):
     export.main([str(trained / "run"), str(tmp_path / "out")])
     generate.main([str(tmp_path / "out"), "--prompt", "ab", "--tokens", "5"])
@@ -89,12 +158,14 @@ def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "other model", "no file"])
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "other model", "no file", "no object"])
 def test_a_damaged_export_is_refused(trained, tmp_path, damage):
     folder = tmp_path / "out"
     export.main([str(trained / "run"), str(folder)])
     if damage == "no file":
         (folder / "model.safetensors").unlink()
+    elif damage == "no object":
+        (folder / "config.json").write_text("[]")
     elif damage == "other model":
         save_file({"embedding.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
     else:

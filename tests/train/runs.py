@@ -35,9 +35,9 @@ def import_deepspeed():
         import deepspeed.runtime.zero.stage3  # noqa: F401
 
 
-def write_corpus(path):
-    """A token file of some of this package's source."""
-    with TokenFileWriter(path, ByteTokenizer(), validation=0.2) as writer:
+def write_corpus(path, tokenizer=None):
+    """A token file of some of this package's source, of bytes if no tokenizer is given."""
+    with TokenFileWriter(path, tokenizer or ByteTokenizer(), validation=0.2) as writer:
         for source in sorted((Path(__file__).parents[2] / "longnet_dist" / "geometry").glob("*.py")):
             writer.add_document([source.read_bytes()])
     return path

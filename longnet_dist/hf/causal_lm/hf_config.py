@@ -39,7 +39,7 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[misc]
         ConfigError: a field is missing or wrong, two names give one field different values, or ``causal`` is false.
     """
 
-    model_type = "longnet"
+    model_type = core.HF_MODEL_TYPE
     attribute_map = _HF_NAMES
     keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 (transformers adds lists to it)
     has_no_defaults_at_init = True
