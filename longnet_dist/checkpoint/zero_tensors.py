@@ -37,21 +37,6 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
-def set_full_tensor(engine: Any, parameter: nn.Parameter, value: Tensor, state: str | None = None) -> None:
-    """Let every rank take its shard from the whole ``value``: the opposite of :func:`full_tensor`.
-
-    Every rank must call, for the same parameters in the same order; optimizer states must exist.
-
-    Args:
-        engine: DeepSpeed's.
-        parameter: of its model.
-        value: float32, of the whole shape, the same on every rank.
-        state: a name of ``OptimizerRule.states``; None for the master weight.
-    """
-    first, last = held_range(engine, parameter, value.numel())
-    set_held(engine, parameter, value.flatten()[first:last], state)
-
-
 def held_range(engine: Any, parameter: nn.Parameter, numel: int) -> tuple[int, int]:
     """Return which numbers of a parameter, or of a state of it, this rank holds, as ``[first, last)``.
 
