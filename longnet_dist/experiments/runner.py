@@ -56,6 +56,8 @@ def run_all(
         print(f"{run.experiment.name}: {run.key}", flush=True)
         if kind.trains:
             kind.prepare(run)
+            if is_late():
+                return False
             train(run)
         if is_late():
             return False

@@ -158,6 +158,13 @@ def test_nothing_begins_when_it_is_late(tmp_path):
     assert run_all(runs, forked.never, LaunchEnvironment(), lambda: False)
 
 
+def test_no_training_begins_when_its_preparation_took_the_time(tmp_path, monkeypatch):
+    runs, prepared = list(runs_of(Experiment.read("retrieval", smoke=True), (), tmp_path)), []
+    monkeypatch.setattr(KINDS["retrieval_tasks"], "prepare", staticmethod(prepared.append))
+    assert not run_all(runs, forked.never, LaunchEnvironment(), lambda: bool(prepared))
+    assert prepared == runs[:1]
+
+
 def test_mistakes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no experiment 'contxt': use one of .*; the nearest is context"):
         Experiment.read("contxt")
