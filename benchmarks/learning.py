@@ -117,7 +117,7 @@ def jobs_of(names: Sequence[str], output: Path, data: Path | None, smoke: bool =
 def command_of(job: Job, data: Path | None, minutes: float) -> list[str]:
     """Return the command that does a job."""
     words = [sys.executable, "-m", "longnet_dist", "experiment", job.run.experiment.name, "--runs", job.run.key]
-    words += ["--output", str(job.run.output), "--minutes", f"{minutes:.3f}"]
+    words += ["--output", str(job.run.output), "--minutes", f"{max(minutes, 0.001):.3f}"]
     words += ["--smoke"] if job.run.experiment.smoke else []
     return words if data is None or job.run.experiment.name in WITHOUT_TEXT else [*words, "--data", str(data)]
 

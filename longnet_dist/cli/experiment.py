@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longnet_dist.cli.program.parser import CommandParser
+from longnet_dist.cli.program.parser import CommandParser, above_zero
 from longnet_dist.cli.program.processes import Processes
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="only these runs (default: all)")
     result.add_argument(
-        "--minutes", type=float, metavar="M", help="end after so long with a checkpoint; the same command goes on"
+        "--minutes", type=above_zero, metavar="M", help="end after so long with a checkpoint; the same command goes on"
     )
     result.add_argument("--smoke", action="store_true", help="the size for trials on a CPU")
     result.add_processes()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from longnet_dist.cli.program.parser import CommandParser, positive
+from longnet_dist.cli.program.parser import CommandParser, above_zero, positive
 
 if TYPE_CHECKING:
     from longnet_dist.config.schema import Config
@@ -123,13 +123,6 @@ def _ranks(config: Config) -> int:
     return (data if isinstance(data, int) else 1) * (sequence if isinstance(sequence, int) else 1)
 
 
-def _rate(word: str) -> float:
-    value = float(word)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {word}")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet plan``."""
     from longnet_dist.config.packaged import run_names
@@ -148,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--gpus-per-host", type=positive, metavar="n", help="GPUs of a machine (default 8)")
     memory = "of a machine with GPUs (default: this machine's, or no limit for a named device)"
-    result.add_argument("--host-memory", type=_rate, metavar="GiB", help=memory)
+    result.add_argument("--host-memory", type=above_zero, metavar="GiB", help=memory)
     fabric = "from a GPU to other machines, one way (default: of the device's usual machine)"
-    result.add_argument("--fabric", type=_rate, metavar="GB/s", help=fabric)
+    result.add_argument("--fabric", type=above_zero, metavar="GB/s", help=fabric)
     result.add_argument("--json", action="store_true", help="print a JSON object")
     return result

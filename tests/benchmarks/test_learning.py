@@ -75,3 +75,11 @@ def test_reports_are_copied_and_finished_runs_are_left_out(tmp_path, capsys):
     assert len(json.loads((tmp_path / "results" / "distance.json").read_text())["records"]) == 2
     learning.main(words)
     assert "finished  " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes", [3.0, 1e-5, -1e-5])
+def test_a_command_gets_minutes_that_it_takes(tmp_path, minutes):
+    """The time may have just run out; the command then begins nothing."""
+    job, *_ = learning.jobs_of(["distance"], tmp_path, None)
+    *_, given = learning.command_of(job, None, minutes)
+    assert float(given) == max(minutes, 0.001)

@@ -5,7 +5,7 @@ import pytest
 
 from longnet_dist.cli.experiment import _train, main
 from longnet_dist.cli.program import ranks
-from longnet_dist.errors import REQUEUE_STATUS, ConfigError
+from longnet_dist.errors import REQUEUE_STATUS, USER_ERROR_STATUS, ConfigError
 from longnet_dist.experiments import experiment_names
 from longnet_dist.experiments.plan import Experiment, runs_of
 
@@ -44,6 +44,15 @@ def test_it_ends_in_time_and_the_same_command_goes_on(tmp_path, capsys):
     assert "the 0.1 minutes are over; the same command goes on" in capsys.readouterr().out
     main([*words, "--minutes", "5"])
     assert "| geometric | 32K | causal |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_are_none_are_refused(tmp_path, capsys, minutes):
+    with pytest.raises(SystemExit) as stopped:
+        main(["distance", "--smoke", "--output", str(tmp_path), "--minutes", minutes])
+    assert stopped.value.code == USER_ERROR_STATUS
+    assert f"argument --minutes: must be above 0 and finite, not {minutes}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_training_is_asked_to_stop_when_the_time_is_over(tmp_path, monkeypatch):

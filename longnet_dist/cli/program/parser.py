@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 from typing import NoReturn
 
@@ -56,4 +57,11 @@ def positive(text: str) -> int:
     """Parse a number of at least 1, for ``type=``."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """Parse a finite number above 0, for ``type=``."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
     return number
