@@ -41,7 +41,7 @@ def score(model: LongNet, continuations: Sequence[Continuation], chunk_length: i
     """Yield the score of each continuation, in their order.
 
     Short ones are packed into one sequence of at most ``chunk_length`` tokens, in which each is a document. A longer
-    one passes as a stream of chunks.
+    one passes as a stream of chunks. Kinds of attention that need whole sequences compute each text alone and whole.
 
     Args:
         model: causal, on one device, in evaluation mode.
@@ -58,8 +58,9 @@ def score(model: LongNet, continuations: Sequence[Continuation], chunk_length: i
                 f"a continuation has a context of ids 0 to {vocab - 1} and ids of its own, but one has "
                 f"{context[:8]}… and {ids[:8]}…; use the tokenizer that the model was trained with"
             )
-    for batch in _batches(continuations, chunk_length, alone=model.config.needs_whole_sequences):
-        if len(batch) == 1 and len(batch[0].context) + len(batch[0].ids) - 1 > chunk_length:
+    whole = model.config.needs_whole_sequences
+    for batch in _batches(continuations, chunk_length, alone=whole):
+        if not whole and len(batch[0].context) + len(batch[0].ids) - 1 > chunk_length:
             yield _streamed(model, batch[0], chunk_length)
         else:
             yield from _packed(model, batch)
@@ -83,7 +84,7 @@ def _batches(continuations: Sequence[Continuation], most: int, alone: bool) -> I
 def _packed(model: LongNet, batch: list[Continuation]) -> Iterator[Score]:
     """Yield the scores of continuations that are computed in one pass."""
     device = model.embedding.weight.device
-    rows = [(context + ids)[: len(context) + len(ids) - 1] or context for context, ids in batch]
+    rows = [(context + ids)[:-1] or context for context, ids in batch]
     edges = [0]
     for tokens in rows:
         edges.append(edges[-1] + len(tokens))
