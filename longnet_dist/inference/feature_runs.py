@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from longnet_dist.checkpoint.format import (
@@ -120,7 +121,7 @@ def export_feature_run(path: Path, output: Path, precision: Precision) -> None:
         save_file(rest, output / HEAD_FILE)
         if run.classes:
             write_text(output / CLASSES_FILE, json.dumps(run.classes, ensure_ascii=False))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write the head to {output}: {error}") from None
 
 

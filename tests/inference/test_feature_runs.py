@@ -71,6 +71,16 @@ def test_the_encoder_embeds_and_is_exported(trained, tmp_path, capsys):
     assert isinstance(from_pretrained(tmp_path / "exported"), LongNetEncoder)
 
 
+def test_a_head_that_cannot_be_written_is_one_error(trained, tmp_path, monkeypatch):
+    def save_with_obstacle(model, output):
+        save_pretrained(model, output)
+        (output / "head.safetensors").mkdir()
+
+    monkeypatch.setattr("longnet_dist.inference.feature_runs.save_pretrained", save_with_obstacle)
+    with pytest.raises(ConfigError, match="cannot write the head to"):
+        call(export, trained[0] / "run", tmp_path / "exported")
+
+
 def test_a_pretrained_encoder_is_fine_tuned(trained, tmp_path):
     """A run on masked features, an exported folder and a run on classes begin from one another."""
     folder = trained[0]
