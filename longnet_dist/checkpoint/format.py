@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -316,6 +316,16 @@ def sha256_of(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checksums_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of some files of a folder, by their names; several are read at once.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return dict(zip(names, threads.map(lambda name: sha256_of(folder / name), names), strict=True))
 
 
 def parse_state(folder: Path) -> CheckpointState:

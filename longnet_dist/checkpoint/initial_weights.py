@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from longnet_dist.checkpoint.format import (
     STATE_FILE,
     WEIGHTS,
+    checksums_of,
     damaged_file,
     newest_checkpoint,
     parse_state,
@@ -70,17 +71,17 @@ class InitialWeights:
         is_exported = (path / CONFIG_FILE).is_file() and not (path / STATE_FILE).is_file()
         folder = path if is_exported else newest_checkpoint(path)
         try:
-            names = [] if is_exported else files_of(parse_state(folder).sha256, WEIGHTS)
+            state = None if is_exported else parse_state(folder)
+            names = files_of(state.sha256, WEIGHTS) if state else []
             files = tuple(folder / name for name in names or [file_name(WEIGHTS)])
-            found = {name: list(shape) for name, shape in SavedTensors(files).shapes.items()}
-            if is_exported:
+            found = _shapes_in(files)
+            if state is None:
                 sha256, tokenizer = sha256_of(files[0]), _exported_tokenizer(folder)
                 prefix = weights_prefix(folder)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"train.init={path}: cannot read the weights in {folder}: {error}") from None
-        if not is_exported:
-            state = parse_state(folder)
-            if file := damaged_file(folder, state, files_of(state.sha256, WEIGHTS)):
+        if state is not None:
+            if file := damaged_file(folder, state, names):
                 raise CheckpointError(f"train.init={path}: {file} is damaged: its checksum is not that of {STATE_FILE}")
             sha256, tokenizer = state.weights_sha256, state.identity.tokenizer if state.identity else None
             prefix = ENCODER_PREFIX if isinstance(model, EncoderConfig) else ""
@@ -149,8 +150,8 @@ def _folder_of_transformers(folder: Path, what: str) -> tuple[tuple[Path, ...], 
     """
     try:
         files = _tensor_files(folder) if folder.is_dir() else ()
-        digests, found = {file.name: sha256_of(file) for file in files}, _shapes_in(files)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        digests, found = checksums_of(folder, [file.name for file in files]), _shapes_in(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{what}: cannot read the weights in {folder}: {error}") from None
     pickles = [] if files else [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
     if pickles:
@@ -172,13 +173,9 @@ def _tensor_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / Path(name).name for name in sorted(set(names)))
 
 
-def _shapes_in(files: Iterable[Path]) -> dict[str, Any]:
-    """Return the shape of each tensor in some files."""
-    found: dict[str, Any] = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return found
+def _shapes_in(files: Sequence[Path]) -> dict[str, Any]:
+    """Return the shape of each tensor in some files, or in none."""
+    return {name: list(shape) for name, shape in SavedTensors(files).shapes.items()} if files else {}
 
 
 def _exported_tokenizer(folder: Path) -> str | None:
