@@ -149,8 +149,12 @@ def tensor_shapes(optimizer: str, model: nn.Module) -> dict[str | None, dict[str
 
 
 def tensor_files(optimizer: str = ADAMW, parts: int = 1) -> tuple[str, ...]:
-    """Return the names of the tensor files in a checkpoint of an optimizer, in this number of parts."""
-    kinds = (WEIGHTS, *state_names(optimizer))
+    """Return the names of the tensor files in a checkpoint of an optimizer, in this number of parts.
+
+    Of an optimizer that is not registered they are those of the weights: somebody else's may not be, and weights are
+    read without it.
+    """
+    kinds = (WEIGHTS, *(state_names(optimizer) if optimizer in OPTIMIZERS.names() else ()))
     return tuple(file_name(kind, number, parts) for kind in kinds for number in range(parts))
 
 
@@ -166,10 +170,7 @@ def read_state(folder: Path, model: LongNetConfig | None = None) -> CheckpointSt
         CheckpointError: of another format, or of another model.
     """
     state = parse_state(folder)
-    # An optimizer of somebody else's file may not be registered here; weights are read without it.
-    kinds = (WEIGHTS, *(state_names(state.optimizer) if state.optimizer in OPTIMIZERS.names() else ()))
-    parts = num_parts(state.sha256)
-    known = [file_name(kind, number, parts) for kind in kinds for number in range(parts)]
+    known = tensor_files(state.optimizer, num_parts(state.sha256))
     if file := damaged_file(folder, state, dict.fromkeys((*known, *state.sha256))):
         raise DamagedCheckpointError(
             f"{file} is missing or damaged: its checksum is not that of {STATE_FILE}; "
