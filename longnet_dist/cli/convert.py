@@ -95,7 +95,7 @@ def _write_back(program: str, source: Path, output: Path) -> None:
     from longnet_dist.interop.gigapath import to_gigapath
     from longnet_dist.interop.longvit import to_longvit
     from longnet_dist.model.encoder import LongNetEncoder
-    from longnet_dist.model.pretrained import from_pretrained
+    from longnet_dist.model.pretrained import empty_folder, from_pretrained
 
     model = from_pretrained(source)
     if not isinstance(model, LongNetEncoder):
@@ -106,9 +106,7 @@ def _write_back(program: str, source: Path, output: Path) -> None:
     else:
         state = to_gigapath(model) if program == "gigapath" else to_longvit(model)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()):
-            raise ConfigError(f"{output} is not empty, and nothing in it is overwritten; use another folder")
+        empty_folder(output)
         torch.save({"model": state}, output / STATE_FILE)
         if config is not None:
             (output / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from longnet_dist.errors import ConfigError
 from longnet_dist.hf.decoder.streamed_decoder import StreamedDecoder
 from longnet_dist.hf.dilation import dilate
+from longnet_dist.model.pretrained import empty_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,9 +48,7 @@ def export_decoder(
     """
     chosen = dtype or model.config.transformers.dtype or torch.float32
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()):
-            raise ConfigError(f"{output} is not empty, and nothing in it is overwritten; use another folder")
+        empty_folder(output)
         whole: PreTrainedModel = dilate(model.transformers_model.to(chosen), model.config.pattern)
         whole.eval().save_pretrained(output)
         _write_tokenizer(model.config.path, output, tokenizer)
