@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from longnet_dist.config.hf_model import check_full_attention
+from longnet_dist.config.hf_model import PATTERN_FIELD, check_full_attention
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.hf.interface import dilated_forward, dilated_mask
-from longnet_dist.hf.pattern_field import FIELD, NAME, pattern_of
+from longnet_dist.hf.pattern_field import NAME, pattern_of
 from longnet_dist.private_interfaces import attention_of, set_attention
 
 Dilated = TypeVar("Dilated")
@@ -45,7 +45,7 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
         raise ConfigError(f"the pattern must be a DilatedPattern, not {type(pattern).__name__}")
     text = config.get_text_config()
     check_full_attention(text)
-    setattr(text, FIELD, _fields(pattern))
+    setattr(text, PATTERN_FIELD, _fields(pattern))
     if isinstance(model, PreTrainedModel) or hasattr(model, "set_attn_implementation"):
         key = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
         model.set_attn_implementation(NAME if key is None else {key: NAME})  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def _write_implementation() -> None:
     @wraps(original)
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
         fields: dict[str, Any] = original(self)
-        if attention_of(self) == NAME and hasattr(self, FIELD):
+        if attention_of(self) == NAME and hasattr(self, PATTERN_FIELD):
             fields["attn_implementation"] = NAME
         return fields
 

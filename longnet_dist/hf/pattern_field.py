@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from longnet_dist.config.hf_model import PATTERN_FIELD
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 
 NAME = "dilated"
 """Under which attention and mask are registered."""
-FIELD = "dilated_pattern"
-"""Of a configuration: the arguments of DilatedPattern."""
 
 
 def pattern_of(config: Any) -> DilatedPattern:
@@ -19,7 +18,7 @@ def pattern_of(config: Any) -> DilatedPattern:
     Raises:
         ConfigError: it has none.
     """
-    fields = getattr(config, FIELD, None)
+    fields = getattr(config, PATTERN_FIELD, None)
     if not isinstance(fields, dict):
         raise ConfigError(
             f"attn_implementation={NAME!r} needs a pattern, but the configuration has none; call "
