@@ -215,6 +215,11 @@ def _average(gradient: Tensor, settings: _Settings) -> Tensor:
     group = settings.group
     if group is None or not settings.average_gradients or dist.get_world_size(group) == 1:
         return gradient
+    return _mean(gradient, group)
+
+
+def _mean(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the mean of the ranks' gradients."""
     total = gradient.detach().contiguous().clone()
     dist.all_reduce(total, group=group)
     return total / dist.get_world_size(group)
@@ -231,6 +236,4 @@ class _AverageInBackward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total / dist.get_world_size(ctx.group), None
+        return _mean(gradient, ctx.group), None
