@@ -105,10 +105,6 @@ class LongNetLM(TemplateLM):  # type: ignore[misc]
         """Return the ids of a text; what looks like a special token is text."""
         return [int(number) for number in self._own_tokenizer.encode(string.encode())]
 
-    def tok_decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of ids."""
-        return self._own_tokenizer.decode(list(tokens)).decode("utf-8", errors="replace")
-
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
