@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class RankFacts:
     all_reduce_gbytes: float | None = None
     seconds_ahead: float = 0.0
     sees_folder: bool = True
-    failure: str = field(default="")
+    failure: str = ""
 
 
 def measure_ranks(launch: LaunchEnvironment, folder: Path) -> list[RankFacts]:
