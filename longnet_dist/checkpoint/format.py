@@ -10,9 +10,8 @@ A checkpoint is a folder, complete as soon as it has its name::
 
 A large checkpoint has its tensors in parts, one of each rank (``checkpoint/parts.py``); ``state.json`` is written when
 all parts are on the disk. Any number of ranks, mesh and ZeRO stage can go on from both, and reading runs no code (no
-pickle). Nothing in training
-is random but the initial weights, and the order of samples is a function of seed and step (there is no dropout): so
-there is no state of a random generator to keep. ``checkpoint/writer.py`` writes checkpoints.
+pickle). The order of samples, hidden rows and dropout follow from seed and step, so there is no state of a random
+generator to keep. ``checkpoint/writer.py`` writes checkpoints.
 """
 
 from __future__ import annotations
