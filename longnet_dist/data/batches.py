@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor
 
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.data.best_fit import FittedWindows
-from longnet_dist.data.shuffle import permuted
+from longnet_dist.data.shuffle import in_epochs, samples_of
 from longnet_dist.data.token_file import SplitName, TokenFile
 from longnet_dist.data.windows import IGNORE_INDEX, Objective, Windows
 from longnet_dist.errors import ConfigError, DataError
@@ -88,8 +87,7 @@ class Batches:
 
     def windows_of(self, samples: Sequence[int]) -> list[int]:
         """Return, for each sample, the index of the window that it reads."""
-        epochs, indices = np.divmod(np.asarray(samples, dtype=np.int64), self.num_samples)
-        return list(map(int, permuted(indices, self.num_samples, self.seed, epochs)))
+        return in_epochs(samples, self.num_samples, self.seed)
 
     def local(
         self,
@@ -146,16 +144,8 @@ class Batches:
         samples = self._samples(step, data_rank, data_size, micro_batch, num_micro_batches)
         return self.windows.documents_of(self.windows_of(samples))
 
-    def _samples(self, step: int, data_rank: int, data_size: int, micro_batch: int, num_micro_batches: int) -> range:
-        parts = data_size * num_micro_batches
-        if self.batch_size % parts:
-            raise ConfigError(
-                f"train.batch_size must be a multiple of the {data_size} data ranks times {num_micro_batches} "
-                f"micro-batches, but {self.batch_size} is not; use {-(-self.batch_size // parts) * parts}"
-            )
-        size = self.batch_size // parts
-        first = step * self.batch_size + self.sample_offset + (data_rank * num_micro_batches + micro_batch) * size
-        return range(first, first + size)
+    def _samples(self, step: int, *place: int) -> range:
+        return samples_of(step, self.batch_size, self.sample_offset, *place)
 
 
 def objective(model: LongNetConfig) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Random numbers are pure functions of integers here: there is no state to save, and all ranks agree."""
+"""Random numbers and the order of samples are pure functions of integers: no state is saved, and all ranks agree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from longnet_dist.errors import ConfigError
 
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.integer[Any]]
@@ -57,6 +60,55 @@ def permuted(indices: Integers, size: int, *keys: int | Integers) -> npt.NDArray
         images[walking] = _feistel(images[walking], np.uint64(half_bits), seeds[walking])
         walking = images >= size
     return images.astype(np.int64)
+
+
+def samples_of(
+    step: int,
+    batch_size: int,
+    sample_offset: int = 0,
+    data_rank: int = 0,
+    data_size: int = 1,
+    micro_batch: int = 0,
+    num_micro_batches: int = 1,
+) -> range:
+    """Return the numbers of the samples of one micro-batch of a data rank.
+
+    Step ``s`` takes the ``batch_size`` samples from ``s·batch_size + sample_offset`` on, whatever the number of ranks.
+    Each data rank takes consecutive ones and cuts them into equal micro-batches.
+
+    Args:
+        step: index of the step, from 0.
+        batch_size: samples of a step, over all ranks.
+        sample_offset: samples seen before a step, minus ``batch_size`` for each earlier step.
+        data_rank: coordinate of the rank along the data axis, in ``[0, data_size)``.
+        data_size: ranks along the data axis.
+        micro_batch: index of the micro-batch, in ``[0, num_micro_batches)``.
+        num_micro_batches: micro-batches of a step.
+
+    Raises:
+        ConfigError: ``batch_size`` is not a multiple of ``data_size · num_micro_batches``.
+    """
+    parts = data_size * num_micro_batches
+    if batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size must be a multiple of the {data_size} data ranks times {num_micro_batches} "
+            f"micro-batches, but {batch_size} is not; use {-(-batch_size // parts) * parts}"
+        )
+    size = batch_size // parts
+    first = step * batch_size + sample_offset + (data_rank * num_micro_batches + micro_batch) * size
+    return range(first, first + size)
+
+
+def in_epochs(samples: Sequence[int], size: int, seed: int) -> list[int]:
+    """Return the element of the data that each sample is; every epoch of ``size`` samples has an order of its own.
+
+    Args:
+        samples: numbers of samples, from 0.
+        size: elements of the data, positive.
+        seed: of the orders.
+    """
+    epochs, indices = np.divmod(np.asarray(samples, dtype=np.int64), size)
+    return list(map(int, permuted(indices, size, seed, epochs)))
 
 
 def _feistel(values: Hashes, half_bits: np.uint64, seeds: Hashes) -> Hashes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longnet_dist.data.shuffle import hashed, permuted
+from longnet_dist.data.shuffle import hashed, in_epochs, permuted, samples_of
+from longnet_dist.errors import ConfigError
 
 
 def test_values_never_change() -> None:
@@ -52,3 +53,24 @@ def test_every_index_may_have_its_own_keys() -> None:
     together = permuted(np.array([3, 3, 4]), 50, 1, np.array([0, 1, 1]))
     alone = [permuted(np.array([index]), 50, 1, epoch)[0] for index, epoch in ((3, 0), (3, 1), (4, 1))]
     assert together.tolist() == alone
+
+
+def test_micro_batches_of_all_ranks_are_the_samples_of_a_step() -> None:
+    places = [(rank, 2, number, 3) for rank in range(2) for number in range(3)]
+    for step in (0, 5):
+        first = step * 12 + 7
+        parts = [samples_of(step, 12, 7, *place) for place in places]
+        assert [sample for part in parts for sample in part] == list(range(first, first + 12))
+        assert list(samples_of(step, 12, 7)) == list(range(first, first + 12))
+
+
+def test_micro_batches_must_divide_a_batch() -> None:
+    with pytest.raises(ConfigError, match=r"multiple of the 2 data ranks times 3 micro-batches, but 10 is not; use 12"):
+        samples_of(0, 10, 0, 0, 2, 0, 3)
+
+
+def test_every_epoch_has_all_elements_in_an_order_of_its_own() -> None:
+    epochs = np.reshape(in_epochs(range(3 * 20), 20, 4), (3, 20)).tolist()
+    assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert in_epochs([25], 20, 4) == [permuted(np.array([5]), 20, 4, 1)[0]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longnet_dist.data.features.feature_files import FeatureFile
 from longnet_dist.data.features.feature_set import FeatureSet
-from longnet_dist.data.shuffle import hashed, permuted
+from longnet_dist.data.shuffle import hashed, in_epochs, samples_of
 from longnet_dist.data.windows import IGNORE_INDEX
 from longnet_dist.geometry.documents import Documents
 
@@ -130,16 +130,17 @@ class FeatureBatches:
         Args:
             step: index of the step, from 0.
             data_rank: coordinate of the rank along the data axis.
-            data_size: ranks along the data axis; times ``num_micro_batches`` it divides ``batch_size``.
+            data_size: ranks along the data axis.
             micro_batch: index of the micro-batch.
             num_micro_batches: micro-batches of a step.
+
+        Raises:
+            ConfigError: ``batch_size`` is not a multiple of ``data_size · num_micro_batches``.
         """
-        size = self.batch_size // (data_size * num_micro_batches)
-        first = step * self.batch_size + self.sample_offset + (data_rank * num_micro_batches + micro_batch) * size
-        samples = np.arange(first, first + size)
-        epochs, indices = np.divmod(samples, len(self.names))
-        order = permuted(indices, len(self.names), self.seed, epochs).tolist()
-        return self.of_names([self.names[number] for number in order], samples.tolist())
+        place = data_rank, data_size, micro_batch, num_micro_batches
+        samples = samples_of(step, self.batch_size, self.sample_offset, *place)
+        order = in_epochs(samples, len(self.names), self.seed)
+        return self.of_names([self.names[number] for number in order], samples)
 
     def in_order(self, batch_size: int) -> list[PackedFeatures]:
         """Return all files once, in alphabetical order, ``batch_size`` at a time."""
