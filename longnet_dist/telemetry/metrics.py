@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from longnet_dist.checkpoint.run_folder import RunFolder
-from longnet_dist.inference.evaluation import Evaluation
 from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.telemetry.loggers import Kind, Logger
 
@@ -87,9 +86,8 @@ class MetricsLog:
         fields = {name: value if math.isfinite(value) else None for name, value in known.items()}
         self._log("train", metrics.step, fields)
 
-    def validation(self, step: int, evaluation: Evaluation | Mapping[str, float]) -> None:
+    def validation(self, step: int, fields: Mapping[str, float]) -> None:
         """Record the result of one validation, after ``step``."""
-        fields = asdict(evaluation) if isinstance(evaluation, Evaluation) else evaluation
         self._log("validation", step, {name: value if math.isfinite(value) else None for name, value in fields.items()})
 
     def _log(self, kind: Kind, step: int, fields: Mapping[str, float | None]) -> None:

@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,12 @@ from longnet_dist.comm.mesh import Mesh
 from longnet_dist.comm.waits import CollectiveWaits
 from longnet_dist.config.notes import notes
 from longnet_dist.config.schema import Config
-from longnet_dist.data.batches import Windows
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
 from longnet_dist.geometry.documents import Documents
-from longnet_dist.inference.evaluation import Evaluation, evaluate
+from longnet_dist.inference.evaluation import evaluate
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.optim.sequence_lengths import growth
 from longnet_dist.private_interfaces import default_store
@@ -246,18 +246,15 @@ class Trainer:
         return build_engine(model, self.config, self.plan.precision, self.plan.micro_batch_size, self.plan.passes)
 
     def _model(self) -> nn.Module:
-        model: nn.Module = new_model(self.config.model, **self._model_options())
+        model: nn.Module = new_model(
+            self.config.model,
+            group=self.mesh.sequence_group,
+            overlap=self.config.parallel.overlap,
+            backend=self.config.train.attention_backend,
+            deterministic=self.config.train.deterministic,
+            execution=Execution.of(self.config.train, self.device.type),
+        )
         return model
-
-    def _model_options(self) -> dict[str, Any]:
-        """Return how the model is computed, whatever it computes."""
-        return {
-            "group": self.mesh.sequence_group,
-            "overlap": self.config.parallel.overlap,
-            "backend": self.config.train.attention_backend,
-            "deterministic": self.config.train.deterministic,
-            "execution": Execution.of(self.config.train, self.device.type),
-        }
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
         restore(self.engine, checkpoint, state.step - state.skipped, self.config.train.optimizer)
@@ -394,14 +391,19 @@ class Trainer:
             step, data_rank, data_size, window, number, self.plan.accumulation
         )
 
-    def _validate(self, windows: Windows) -> Evaluation:
+    def _validate(self, data: Any) -> Mapping[str, float]:
+        """Evaluate on the validation data, record the result and return it."""
         self.engine.eval()
-        num_tokens, plan = self.config.train.validation_tokens, self.plan
-        evaluation = evaluate(
-            self.engine, windows, num_tokens, plan.micro_batch_size, self.mesh, self.device, plan.chunk_length
-        )
+        evaluation = self._evaluate(data)
         self.engine.train()
-        self._validations.add(self.step, evaluation.loss)
+        self._validations.add(self.step, evaluation["loss"])
         if self._log:
             self._log.validation(self.step, evaluation)
         return evaluation
+
+    def _evaluate(self, data: Any) -> Mapping[str, float]:
+        """Return the fields of an evaluation, ``loss`` among them, with the engine in evaluation mode."""
+        num_tokens, plan = self.config.train.validation_tokens, self.plan
+        return asdict(
+            evaluate(self.engine, data, num_tokens, plan.micro_batch_size, self.mesh, self.device, plan.chunk_length)
+        )

@@ -87,5 +87,5 @@ def test_validation_of_sharded_models(tmp_path, corpus, stage):
         config = tiny_config(tmp_path / f"{world_size}", corpus, "parallel.data=2", *settings)
         for result, training in run_distributed(validate, world_size, config):
             assert training
-            assert result.tokens == one.tokens == 320
-            assert result.loss == pytest.approx(one.loss, rel=1e-5)
+            assert result["tokens"] == one["tokens"] == 320
+            assert result["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import import_module
 
 import pytest
@@ -22,7 +23,7 @@ def write(folder, names, steps=(1, 2)):
     with MetricsLog(folder, 0, usable_loggers(names), {"train": {"steps": 2}}) as log:
         for step in steps:
             log.step(StepMetrics(step, 1.5 / step, 0.5, 1e-3, 10 * step, 0.1, 100.0, 0))
-        log.validation(2, Evaluation(1.0, 10, 2.7, 1.4))
+        log.validation(2, asdict(Evaluation(1.0, 10, 2.7, 1.4)))
 
 
 def test_loggers_are_files_of_a_folder():

@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -26,7 +26,7 @@ def write(folder, last_step, steps):
     with MetricsLog(folder, last_step, DEFAULT) as log:
         for step in steps:
             log.step(line(step))
-            log.validation(step, Evaluation(1.0, 10, 2.7, 1.4))
+            log.validation(step, asdict(Evaluation(1.0, 10, 2.7, 1.4)))
 
 
 def test_every_step_is_one_object(folder):
@@ -82,7 +82,7 @@ def test_a_damaged_line_is_a_message(folder, capsys, line):
 
 def test_json_has_no_numbers_that_are_not_finite(folder):
     with MetricsLog(folder, 0, DEFAULT) as log:
-        log.validation(1, Evaluation(math.nan, 10, math.inf, -math.inf))
+        log.validation(1, asdict(Evaluation(math.nan, 10, math.inf, -math.inf)))
     (record,) = read_jsonl(folder.validation_file)
     assert (record["loss"], record["perplexity"], record["bits_per_byte"]) == (None, None, None)
     draw_loss_curve(folder, bytes_per_token=1.0)

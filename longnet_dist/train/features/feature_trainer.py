@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +75,5 @@ class FeatureTrainer(Trainer):
         faults = (part.fault for part in micro_batches if isinstance(part, FeatureMicroBatch))
         refuse_together([fault for fault in faults if fault is not None], self.device)
 
-    def _validate(self, windows: Any) -> Any:
-        self.engine.eval()
-        evaluation = evaluate_features(self.engine, windows, self.plan.micro_batch_size, self.mesh, self.device)
-        self.engine.train()
-        self._validations.add(self.step, evaluation["loss"])
-        if self._log:
-            self._log.validation(self.step, evaluation)
-        return evaluation
+    def _evaluate(self, data: Any) -> Mapping[str, float]:
+        return evaluate_features(self.engine, data, self.plan.micro_batch_size, self.mesh, self.device)
