@@ -1,7 +1,6 @@
 """LongNet as a model of transformers: equal to the wrapped model, saved and loaded, continued, tuned."""
 
 import json
-import warnings
 from itertools import pairwise
 
 import pytest
@@ -9,13 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers")
-    import longnet_dist.hf as hf
-
 import longnet_dist
 from longnet_dist.errors import CheckpointError, ConfigError, ShapeError
+from tests.hf.models import hf, padded, padding, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 
@@ -36,13 +31,6 @@ IDS = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
 def make(**fields):
     torch.manual_seed(0)
     return hf.LongNetForCausalLM(hf.LongNetConfig(**{**FIELDS, **fields})).eval()
-
-
-def padding(start, stop):
-    mask = torch.zeros(2, 40, dtype=torch.int64)
-    mask[0] = 1
-    mask[1, start:stop] = 1
-    return mask
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
@@ -336,13 +324,6 @@ def test_adapters_train_and_merge(tmp_path):
 def trainer(folder, steps, **fields):
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 20, (length,), generator=generator) for length in (17, 40, 5, 33, 21, 9, 30, 12)]
-
-    def padded(items):
-        tokens = [item["input_ids"] for item in items]
-        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in tokens], batch_first=True)
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=steps, logging_steps=1,
         learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], save_steps=4, use_cpu=True, disable_tqdm=True,

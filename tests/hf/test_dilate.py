@@ -1,67 +1,25 @@
 """Hugging Face models with dilated attention: dense where the pattern is dense, and what they compute alone."""
 
 import json
-import warnings
 from itertools import pairwise
 
 import pytest
 import torch
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers")
-    import longnet_dist.hf as hf
-
 from longnet_dist import DilatedPattern
 from longnet_dist.errors import ConfigError, ShapeError
+from tests.hf.models import MODELS, SIZES, SPARSE, hf, padded, padding, plain, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 
 
-DENSE, SPARSE = DilatedPattern([64], [1]), DilatedPattern([8, 32], [1, 4])
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
-    "max_position_embeddings": 512,
-}  # fmt: skip
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MODELS = {
-    "llama": lambda t, **f: t.LlamaForCausalLM(t.LlamaConfig(**{**SIZES, **GROUPED, **IDS, **f})),
-    "qwen3": lambda t, **f: t.Qwen3ForCausalLM(t.Qwen3Config(**{**SIZES, **GROUPED, **f})),
-    "mistral": lambda t, **f: t.MistralForCausalLM(
-        t.MistralConfig(**{**SIZES, "num_key_value_heads": 2, "sliding_window": None, **f})
-    ),
-    "bert": lambda t, **f: t.BertForMaskedLM(t.BertConfig(**{**SIZES, **f})),
-    "modernbert": lambda t, **f: t.ModernBertForMaskedLM(
-        t.ModernBertConfig(
-            **{**SIZES, **IDS, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1, **f}
-        )
-    ),
-    "gpt_oss": lambda t, **f: t.GptOssForCausalLM(
-        t.GptOssConfig(
-            **{**SIZES, **GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1, **f},
-            layer_types=["full_attention"] * 2,
-        )
-    ),
-}
+DENSE = DilatedPattern([64], [1])
 IDS_40 = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
-
-
-def make(name, **fields):
-    torch.manual_seed(0)
-    return MODELS[name](transformers, **fields).eval()
-
-
-def padding(start, stop):
-    mask = torch.zeros(2, 40, dtype=torch.int64)
-    mask[0] = 1
-    mask[1, start:stop] = 1
-    return mask
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_dense_pattern_is_full_attention_and_padding_takes_no_part(name, tmp_path):
-    model = make(name)
+    model = plain(name)
     model.set_attn_implementation("eager" if name == "gpt_oss" else "sdpa")
     masks = [None, padding(0, 25), padding(13, 40)]
     expected = [model(IDS_40, attention_mask=mask).logits for mask in masks]
@@ -83,7 +41,7 @@ def test_a_dense_pattern_is_full_attention_and_padding_takes_no_part(name, tmp_p
 
 
 def test_loading_without_the_package_is_an_error(tmp_path):
-    model = hf.dilate(make("llama"), SPARSE)
+    model = hf.dilate(plain("llama"), SPARSE)
     model.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["attn_implementation"] == "dilated"
@@ -110,7 +68,7 @@ def test_a_configuration_is_dilated_too():
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_packed_documents_are_those_alone_and_train(name):
-    model = hf.dilate(make(name), SPARSE)
+    model = hf.dilate(plain(name), SPARSE)
     documents = [IDS_40[:1, :17], IDS_40[1:, :40], IDS_40[:1, 20:25]]
     packed, edges = torch.cat(documents, 1), [0, 17, 57, 62]
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
@@ -131,7 +89,7 @@ def test_packed_documents_are_those_alone_and_train(name):
 @pytest.mark.parametrize("pattern", [SPARSE, DilatedPattern([8, 32], [1, 4], "blocked", shift=[3, 10])])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_generation_with_a_cache_is_that_without(name, pattern):
-    model = hf.dilate(make(name, eos_token_id=None), pattern)
+    model = hf.dilate(plain(name, eos_token_id=None), pattern)
     mask = padding(13, 40)
     for options in ({}, {"num_beams": 3}, {"do_sample": True}):
         found = []
@@ -148,7 +106,7 @@ def test_generation_with_a_cache_is_that_without(name, pattern):
 
 
 def test_logits_with_a_compact_cache_are_those_of_the_whole_text():
-    model = hf.dilate(make("llama"), SPARSE)
+    model = hf.dilate(plain("llama"), SPARSE)
     mask, cache = padding(13, 40), hf.CompactCache(model.config)
     parts = []
     edges = [0, 20, 21, 22, 29, 40]  # a prompt, tokens, and several at once
@@ -165,7 +123,7 @@ def test_logits_with_a_compact_cache_are_those_of_the_whole_text():
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_a_compiled_model_has_one_graph(name):
-    model = hf.dilate(make(name), SPARSE)
+    model = hf.dilate(plain(name), SPARSE)
     module = model.model.layers[0].self_attn
     x = torch.randn(2, 40, 32, requires_grad=True)
     places = model.model.rotary_emb(x, torch.arange(40)[None])
@@ -186,7 +144,7 @@ def test_a_compiled_model_has_one_graph(name):
 
 def test_autocast_and_adapters():
     peft = pytest.importorskip("peft")
-    model = hf.dilate(make("llama"), SPARSE)
+    model = hf.dilate(plain("llama"), SPARSE)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(IDS_40).logits
     torch.testing.assert_close(rounded.float(), model(IDS_40).logits, atol=0.05, rtol=0.05)
@@ -198,9 +156,9 @@ def test_autocast_and_adapters():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: make("mistral", sliding_window=16), "sliding_window=16"),
-        (lambda: make("modernbert", global_attn_every_n_layers=2), "sliding_attention"),
-        (lambda: make("bert", add_cross_attention=True, is_decoder=True), "no cross-attention"),
+        (lambda: plain("mistral", sliding_window=16), "sliding_window=16"),
+        (lambda: plain("modernbert", global_attn_every_n_layers=2), "sliding_attention"),
+        (lambda: plain("bert", add_cross_attention=True, is_decoder=True), "no cross-attention"),
         (lambda: transformers.Gemma2Config(**SIZES), "soft cap|windows"),
         (lambda: torch.nn.Linear(2, 2), "takes a model or configuration"),
     ],
@@ -212,8 +170,8 @@ def test_models_that_are_refused(build, message):
 
 def test_calls_that_are_refused():
     with pytest.raises(ConfigError, match="must be a DilatedPattern"):
-        hf.dilate(make("llama"), [8])
-    model = hf.dilate(make("llama", attention_dropout=0.1), SPARSE)
+        hf.dilate(plain("llama"), [8])
+    model = hf.dilate(plain("llama", attention_dropout=0.1), SPARSE)
     with pytest.raises(ConfigError, match="attention_dropout"):
         model.train()(IDS_40)
     model.eval()
@@ -229,16 +187,6 @@ def test_calls_that_are_refused():
     model.config.num_key_value_heads = 4
     with pytest.raises(ConfigError, match="do not split heads over ranks"):
         model(IDS_40)
-
-
-def padded(items):
-    """A batch with padding behind its texts; the first token of a text is not predicted."""
-    tokens = [torch.tensor(item["input_ids"]) for item in items]
-    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in tokens], batch_first=True)
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def test_the_trainer_takes_packed_and_padded_batches_alike(tmp_path):
@@ -261,7 +209,7 @@ def test_the_trainer_takes_packed_and_padded_batches_alike(tmp_path):
             gradient_checkpointing=True,
             remove_unused_columns=False,
         )
-        model = hf.dilate(make("llama"), SPARSE)
+        model = hf.dilate(plain("llama"), SPARSE)
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collator)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

@@ -9,20 +9,13 @@ from torch.nn import functional as F
 
 from longnet_dist.errors import ConfigError, ShapeError
 from tests.distributed import run_distributed
-from tests.hf.parallel.models import SPARSE, hf, make, tokens, transformers
+from tests.hf.models import SPARSE, hf, make, padding, tokens, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 
 
 def positions(*lengths):
     return torch.cat([torch.arange(length) for length in lengths])[None]
-
-
-def mask(rows, first, last):
-    found = torch.zeros(2, rows, dtype=torch.int64)
-    found[0] = 1
-    found[1, first:last] = 1
-    return found
 
 
 def batch(kind, rows):
@@ -42,7 +35,7 @@ def batch(kind, rows):
     if kind == "shifted":
         given["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=-100)
     if kind in ("right", "left"):
-        given["attention_mask"] = mask(rows, *((0, rows - 6) if kind == "right" else (6, rows)))
+        given["attention_mask"] = padding(*((0, rows - 6) if kind == "right" else (6, rows)), rows)
         given["labels"] = labels.masked_fill(given["attention_mask"] == 0, -100)
     if kind == "counted":
         given["num_items_in_batch"] = torch.tensor(50)
@@ -221,7 +214,7 @@ def faults():
     group = dist.group.WORLD
     model = hf.sequence_parallel(make("llama"), group)
     rank = dist.get_rank()
-    gap = mask(40, 0, 40)
+    gap = padding(0, 40)
     gap[1, 7] = 0
     return [
         message_of(lambda: model(tokens(40) + rank)),

@@ -7,7 +7,7 @@ import torch
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.hf.parallel.mlp_tiles import tile_mlps
-from tests.hf.parallel.models import make, tokens
+from tests.hf.models import make, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 

@@ -8,7 +8,7 @@ from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.errors import ConfigError
 from longnet_dist.train.deepspeed_engine import prepare_deepspeed
 from tests.distributed import run_distributed
-from tests.hf.parallel.models import hf, make, tokens
+from tests.hf.models import hf, make, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 REMEDY = "longnet_dist.hf.sequence_parallel"

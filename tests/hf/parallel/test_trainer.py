@@ -7,7 +7,7 @@ import torch.distributed as dist
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.train.deepspeed_engine import prepare_deepspeed
 from tests.distributed import run_distributed
-from tests.hf.parallel.models import Trainer, TrainingArguments, hf, make, transformers
+from tests.hf.models import Trainer, TrainingArguments, hf, make, padded, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 LENGTHS = (17, 40, 5, 33, 21, 9, 30, 12, 25, 38, 7, 19)
@@ -16,14 +16,6 @@ LENGTHS = (17, 40, 5, 33, 21, 9, 30, 12, 25, 38, 7, 19)
 def texts():
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(3, 100, (length,), generator=generator).tolist()} for length in LENGTHS]
-
-
-def padded(items):
-    """A batch with padding behind its texts."""
-    tokens = [torch.tensor(item["input_ids"]) for item in items]
-    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in tokens], batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def collator(packed):

@@ -16,7 +16,10 @@ with warnings.catch_warnings():
 
 from longnet_dist import DilatedPattern
 
-__all__ = ["SPARSE", "Trainer", "TrainingArguments", "hf", "make", "tokens", "transformers"]
+__all__ = [
+    "MODELS", "SIZES", "SPARSE", "Trainer", "TrainingArguments", "hf", "make", "padded", "padding", "plain", "tokens",
+    "transformers",
+]  # fmt: skip
 
 SPARSE = DilatedPattern([8, 32], [1, 4])
 SIZES = {
@@ -29,6 +32,9 @@ MODELS = {
     "llama": lambda **f: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **GROUPED, **IDS, **f})),
     "qwen3": lambda **f: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**{**SIZES, **GROUPED, "tie_word_embeddings": True, **f})
+    ),
+    "mistral": lambda **f: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**{**SIZES, "num_key_value_heads": 2, "sliding_window": None, **f})
     ),
     "bert": lambda **f: transformers.BertForMaskedLM(
         transformers.BertConfig(
@@ -49,11 +55,16 @@ MODELS = {
 }
 
 
-def make(name, pattern=SPARSE, dtype=torch.float64, **fields):
-    """A model with the same weights at every call, dilated; transformers has no experts in float64."""
+def plain(name, **fields):
+    """A model in evaluation mode, as transformers has it, with the same weights at every call."""
     torch.manual_seed(0)
+    return MODELS[name](**fields).eval()
+
+
+def make(name, pattern=SPARSE, dtype=torch.float64, **fields):
+    """The same model in training mode, dilated; transformers has no experts in float64."""
     dtype = torch.float32 if name == "gpt_oss" else dtype
-    model = MODELS[name](**fields).to(dtype)
+    model = plain(name, **fields).train().to(dtype)
     with torch.no_grad():  # larger than transformers draws them, so that attention counts
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -64,3 +75,21 @@ def make(name, pattern=SPARSE, dtype=torch.float64, **fields):
 def tokens(rows, batch=2):
     """Ids ``(batch, rows)``, the same at every call."""
     return torch.randint(3, 100, (batch, rows), generator=torch.Generator().manual_seed(rows))
+
+
+def padding(start, stop, rows=40):
+    """The mask of two texts, of which the second has tokens in ``[start, stop)`` alone."""
+    mask = torch.zeros(2, rows, dtype=torch.int64)
+    mask[0] = 1
+    mask[1, start:stop] = 1
+    return mask
+
+
+def padded(items):
+    """A batch with padding behind its texts; the first token of a text is not predicted."""
+    texts = [torch.as_tensor(item["input_ids"]) for item in items]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
