@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -52,6 +54,20 @@ class Graph:
             for _ in range(WARM_UPS):
                 self._warm_up()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):  # records the kernels, which do not run
+        graph = torch.cuda.CUDAGraph()
+        with _nothing_collected(), torch.cuda.graph(graph):  # records the kernels, which do not run
             self._result = self._function()
+        self._graph = graph
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Collect garbage now and not inside: an older graph that is freed while one is captured makes that fail."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
