@@ -120,7 +120,7 @@ def measure_dilated(model: Path, data: Path, options: argparse.Namespace) -> dic
         "train.checkpoint_every=0", "train.validate_every=0", "train.sample_tokens=0", *options.settings,
     ]  # fmt: skip
     command = [sys.executable, "-m", "longnet_dist", "train", *words]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if options.device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([*command, "--processes", "1"], env=environ, capture_output=True, text=True, check=False)
