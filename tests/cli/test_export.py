@@ -21,16 +21,10 @@ from longnet_dist.inference.runs import load_trained
 from longnet_dist.model.pretrained import from_pretrained
 from longnet_dist.train.setup import RunSetup
 from tests.data.tiny_tokenizer import write_tiny_tokenizer
-from tests.train.runs import import_deepspeed, run, tiny_config, write_corpus
+from tests.train.runs import run, tiny_config, write_corpus
 
 TIED, SUBWORDS = "model.tie_embeddings=true", "model.vocab_size=300"
 SHORT = ("data.sequence_length=64", "train.steps=1", "train.batch_size=4", "train.validate_every=0")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    import_deepspeed()
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "source.tokens")
 
 
 @pytest.fixture(scope="module")

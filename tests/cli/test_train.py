@@ -17,15 +17,10 @@ from longnet_dist.cli.train import main
 from longnet_dist.config.keys import keys
 from longnet_dist.config.loading import load_config
 from longnet_dist.errors import ConfigError
-from tests.train.runs import run, tiny_config, write_config, write_corpus
+from tests.train.runs import run, tiny_config, write_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "source.tokens")
 
 
 def start(*words, cwd):

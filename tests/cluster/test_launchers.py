@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from longnet_dist.telemetry.json_lines import read_jsonl
-from tests.train.runs import write_config, write_corpus
+from tests.train.runs import write_config
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
@@ -23,11 +23,6 @@ ENVIRONMENT = os.environ | {
 }
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return write_corpus(tmp_path / "source.tokens")
 
 
 def run_all(commands, folder=ROOT, **environment):

@@ -10,17 +10,11 @@ from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.memory import memory_of
 from tests.distributed import run_distributed
 from tests.estimate.live_bytes import LiveBytes
-from tests.train.runs import import_deepspeed, make_trainer, tiny_config, write_corpus
+from tests.train.runs import make_trainer, tiny_config
 
 MODEL = ("model.dim=384", "model.heads=4", "data.sequence_length=16", "train.batch_size=2")
 EPS = ("train.adam_eps=1e-8",)  # the default: the optimizer has none
 BUCKET = 100_000  # so that it is not all there is to see; matrices larger than what stage 3 leaves whole
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    import_deepspeed()
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "source.tokens")
 
 
 def bytes_of_a_run(config):

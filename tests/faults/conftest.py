@@ -1,11 +1,6 @@
 import pytest
 
-from tests.train.runs import write_config, write_corpus
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "source.tokens")
+from tests.train.runs import write_config
 
 
 @pytest.fixture

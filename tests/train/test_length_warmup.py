@@ -13,14 +13,9 @@ from longnet_dist.model.longnet import LongNet
 from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.train.setup import RunSetup
 from tests.distributed import run_distributed
-from tests.train.runs import import_deepspeed, make_trainer, run, tiny_config, write_corpus
+from tests.train.runs import make_trainer, run, tiny_config
 
 GROWING = ("train.length_warmup=4", "train.shortest_length=16", "train.steps=6")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.tokens")
 
 
 def weights(config):
@@ -36,7 +31,6 @@ def test_a_resumed_run_is_the_run_in_every_bit(tmp_path, corpus, capfd):
     metrics = run(1, whole)
     assert "sequences grow: 16 tokens from step 1, 32 tokens from step 3, 64 from step 5" in capfd.readouterr().out
     first = tiny_config(tmp_path / "parts", corpus, *GROWING, "train.checkpoint_every=3")
-    import_deepspeed()
     run_distributed(stop_after, 1, first, 3)
     assert losses(run(1, first)) == losses(metrics)
     assert weights(first) == weights(whole)
