@@ -12,7 +12,7 @@ from longnet_dist.data.token_file_writer import TokenFileWriter
 from longnet_dist.data.tokenizers import ByteTokenizer
 from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.train.deepspeed_engine import prepare_deepspeed
-from longnet_dist.train.loop import Trainer
+from longnet_dist.train.loop import trainer_of
 from longnet_dist.train.setup import RunSetup
 from tests.distributed import run_distributed
 
@@ -56,10 +56,10 @@ def tiny_config(output_dir, data, *settings):
 
 
 def make_trainer(config, waits=None):
-    """A trainer of the rank that calls, inside ``run_distributed``."""
+    """A trainer of the rank that calls, on text or features, inside ``run_distributed``."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     prepare_deepspeed(LaunchEnvironment(rank, world_size, rank, world_size), CPU)
-    return Trainer(RunSetup.make(config, world_size, "cpu"), CPU, waits)
+    return trainer_of(RunSetup.make(config, world_size, "cpu"), CPU, waits)
 
 
 def train(config):

@@ -2,16 +2,10 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.loading import parse_config, parse_yaml
 from longnet_dist.telemetry.json_lines import read_jsonl
-from longnet_dist.train.deepspeed_engine import prepare_deepspeed
-from longnet_dist.train.loop import trainer_of
-from longnet_dist.train.setup import RunSetup
-from tests.distributed import run_distributed
-from tests.train.runs import CPU, import_deepspeed
+from tests.train import runs
 
 CHANNELS = 12
 MODEL = {
@@ -63,20 +57,6 @@ def feature_config(folder, output, *settings, classify=True, model=MODEL):
     return parse_config(values)
 
 
-def make_trainer(config):
-    """A trainer of the rank that calls, inside ``run_distributed``."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    prepare_deepspeed(LaunchEnvironment(rank, world_size, rank, world_size), CPU)
-    return trainer_of(RunSetup.make(config, world_size, "cpu"), CPU)
-
-
-def train(config):
-    make_trainer(config).run()
-
-
 def run(world_size, config):
     """Train on ``world_size`` ranks; the metrics of every step, and the validations."""
-    import_deepspeed()
-    run_distributed(train, world_size, config)
-    folder = config.train.output_dir
-    return read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "validation.jsonl")
+    return runs.run(world_size, config), read_jsonl(config.train.output_dir / "validation.jsonl")

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from longnet_dist.checkpoint.format import newest_checkpoint
 from longnet_dist.errors import DataError
 from tests.distributed import run_distributed
-from tests.train.features.slides import feature_config, make_trainer, run, write_slides
-from tests.train.runs import import_deepspeed
+from tests.train.features.slides import feature_config, run, write_slides
+from tests.train.runs import import_deepspeed, make_trainer
 
 
 @pytest.fixture(scope="module")
