@@ -21,7 +21,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from pathlib import Path
 
 from benchmarks.record import environment
 from longnet_dist.checkpoint.format import checkpoints
+from tests.faults.disks import full, small_disk
 from tests.faults.kill_test import start as start_torchrun
 from tests.faults.kill_test import workers
 from tests.faults.ranks import Ranks, num_steps, same_bits, wait_until
@@ -69,7 +69,7 @@ def random_faults(folder, faults, seed, parts=False, kinds=KINDS):
     """Do it; return what was seen. Raises AssertionError if anything is different."""
     rng, seen, starts, began = random.Random(seed), Counter(), 0, time.monotonic()
     data, config = write_corpus(folder / "source.tokens"), None
-    with small_disk(folder / "disk") as (disk, is_small):
+    with small_disk(folder / "disk", 16) as (disk, is_small):
         kinds = [kind for kind in kinds if is_small or kind != "full disk"]
         config = write_config(folder, "faulty", data)
         run = disk / "run"
@@ -156,32 +156,6 @@ def check(status, ranks):
         # A thread of TensorBoard, which has lost its file, shows one; the logger then says that it records no more.
         text = re.sub(r"Exception in thread Thread-\d+[^:]*:\nTraceback", "", ranks.output(rank))
         assert "Traceback" not in text, text[-5000:]
-
-
-@contextmanager
-def small_disk(folder):
-    """A folder, on a small file system of its own if this process may mount one; and whether it is."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]
-    is_small = not subprocess.run(command, capture_output=True).returncode
-    try:
-        yield folder, is_small
-    finally:
-        if is_small:
-            subprocess.run(["umount", "-l", folder], check=True)
-
-
-@contextmanager
-def full(disk):
-    """Fill a small file system, and make room again."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    try:
-        yield
-    finally:
-        filler.unlink()
 
 
 @contextmanager

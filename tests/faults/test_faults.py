@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from longnet_dist.checkpoint.format import checkpoints, tensor_files
 from longnet_dist.telemetry.json_lines import read_jsonl
+from tests.faults import disks
 from tests.faults.ranks import Ranks, wait_for_step
 from tests.train.runs import write_config
 
@@ -100,12 +101,10 @@ def test_a_killed_rank_ends_the_others_with_one_message(config, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a file system of 1 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("a small file system needs the right to mount one")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with disks.small_disk(tmp_path / "small", 1) as (folder, is_small):
+        if not is_small:
+            pytest.skip("a small file system needs the right to mount one")
+        yield folder
 
 
 def test_a_full_disk_is_one_message_and_keeps_the_checkpoint_before(config, small_disk, tmp_path):
