@@ -104,7 +104,7 @@ class HuggingFaceConfig(LongNetConfig):
     @property
     def block_matrices(self) -> tuple[tuple[int, int], ...]:
         """Return the shapes of a block's matrices: queries, keys, values, output; gate, up, down."""
-        q, kv, inner = self.query_dim, (self.kv_heads or self.heads) * self.head_dim, self.inner_dim
+        q, kv, inner = self.query_dim, self.key_dim, self.inner_dim
         feed_forward = (inner, self.dim), (inner, self.dim), (self.dim, inner)
         return (q, self.dim), (kv, self.dim), (kv, self.dim), (self.dim, q), *feed_forward
 

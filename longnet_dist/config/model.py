@@ -241,6 +241,11 @@ class LongNetConfig(BaseModel):
         return self.heads * self.head_dim
 
     @property
+    def key_dim(self) -> int:
+        """Return the width of a token's keys over all heads, ``Hkv · D``; its values have the same."""
+        return (self.kv_heads or self.heads) * self.head_dim
+
+    @property
     def inner_dim(self) -> int:
         """Return the inner dim of the feed-forward network."""
         return self.ffn_dim or 4 * self.dim
@@ -253,7 +258,7 @@ class LongNetConfig(BaseModel):
     @property
     def block_matrices(self) -> tuple[tuple[int, int], ...]:
         """Return the shapes of a block's matrices: queries, keys, values, output; the two of the feed-forward."""
-        dim, kv, inner = self.dim, (self.kv_heads or self.heads) * self.head_dim, self.inner_dim
+        dim, kv, inner = self.dim, self.key_dim, self.inner_dim
         return (dim, dim), (kv, dim), (kv, dim), (dim, dim), (self.first_dim, dim), (dim, inner)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.estimate.layout import RunLayout
-from longnet_dist.estimate.model_cost import block_parameters, first_dim, inner_dim, key_dim
+from longnet_dist.estimate.model_cost import block_parameters
 
 WIDE = 4  # bytes of a float32
 SDPA_BLOCK_NUMBERS = 1 << 22  # numbers of a block of queries in attention/kernels/backends/sdpa.py
@@ -51,7 +51,7 @@ def _peak_with_autograd(layout: RunLayout) -> int:
     width = model.dim * itemsize
     freed = sum(tensors[name] for name in _AFTER_ATTENTION)
     in_attention = 2 * width + attention_backward_bytes(layout) - freed
-    return tokens * max(width + inner_dim(model) * itemsize, in_attention)
+    return tokens * max(width + model.inner_dim * itemsize, in_attention)
 
 
 def _peak_with_checkpointing(layout: RunLayout) -> int:
@@ -62,14 +62,14 @@ def _peak_with_checkpointing(layout: RunLayout) -> int:
     """
     model, itemsize, tokens, tensors = layout.config.model, layout.itemsize, layout.local_tokens, _tensors(layout)
     tile = min(layout.config.train.feed_forward_tile or tokens, tokens)
-    width, inner = model.dim * itemsize, (first_dim(model) + inner_dim(model)) * itemsize
+    width, inner = model.dim * itemsize, (model.first_dim + model.inner_dim) * itemsize
     qkv = _qkv(layout)
     recomputed_qkv = 0 if layout.config.train.cache_qkv else qkv
     full = layout.config.train.activation_checkpointing == "full"
     attended = tensors["out"] + tensors["lse"] if full else 0
     # Compiled code does not store the five results of the model's width between row-wise operations, nor one factor
     # of the product in a gated network.
-    factor = (first_dim(model) - inner_dim(model)) * itemsize
+    factor = (model.first_dim - model.inner_dim) * itemsize
     after = sum(tensors[name] for name in _AFTER_ATTENTION) + inner + (0 if layout.compiled else 5 * width + factor)
     before = tensors["norm1"] + 2 * qkv + 2 * model.dim * WIDE  # RoPE computes in float32
     gradients = attention_backward_bytes(layout)
@@ -89,7 +89,7 @@ def _peak_of_transformers(layout: RunLayout) -> int:
     recomputed = 0 if train.activation_checkpointing == "none" else tokens * sum(_tensors(layout).values())
     tile = min(train.feed_forward_tile or tokens, tokens)
     # The gradients of the product, of its two factors and of the activation; a tile is recomputed before.
-    inner = tile * (4 if tile == tokens else 8) * inner_dim(model) * itemsize
+    inner = tile * (4 if tile == tokens else 8) * model.inner_dim * itemsize
     rows = tokens * 3 * model.dim * itemsize
     return (
         recomputed + rows + max(inner, tokens * attention_backward_bytes(layout)) + block_parameters(model) * itemsize
@@ -108,7 +108,7 @@ def attention_backward_bytes(layout: RunLayout) -> int:
     gradients = _gradients(layout) + _sink_gradient(layout)
     if layout.device_type == "cuda":
         return gradients + WIDE * (model.query_dim if _copies_dq(layout) else 2 * model.heads)
-    numbers = model.query_dim + 2 * key_dim(model)
+    numbers = model.query_dim + 2 * model.key_dim
     block = min(1.0, SDPA_BLOCK_NUMBERS / (layout.local_tokens * model.query_dim))
     wide = numbers * WIDE if itemsize < WIDE else 0
     return gradients + wide + int(block * numbers * itemsize) + WIDE * model.heads
@@ -134,7 +134,7 @@ def _gradients(layout: RunLayout) -> int:
     """Return the bytes for each token of the gradients of q, k and v that the backward of attention returns."""
     model, itemsize = layout.config.model, layout.itemsize
     wide = layout.device_type == "cuda" and not _copies_dq(layout)
-    return model.query_dim * (WIDE if wide else itemsize) + 2 * key_dim(model) * itemsize
+    return model.query_dim * (WIDE if wide else itemsize) + 2 * model.key_dim * itemsize
 
 
 def _copies_dq(layout: RunLayout) -> bool:
@@ -153,8 +153,8 @@ def _tensors(layout: RunLayout) -> dict[str, int]:
     model, itemsize = layout.config.model, layout.itemsize
     if isinstance(model, HuggingFaceConfig):
         return _tensors_of_transformers(layout, model)
-    width, keys, inner = model.dim * itemsize, key_dim(model) * itemsize, inner_dim(model) * itemsize
-    first = first_dim(model) * itemsize
+    width, keys, inner = model.dim * itemsize, model.key_dim * itemsize, model.inner_dim * itemsize
+    first = model.first_dim * itemsize
     statistics = 2 * WIDE
     return {
         "x": width,
@@ -181,10 +181,10 @@ def _tensors_of_transformers(layout: RunLayout, model: HuggingFaceConfig) -> dic
     nothing of the rows. A feed-forward network in tiles saves its input alone.
     """
     itemsize, train = layout.itemsize, layout.config.train
-    queries, keys = model.query_dim * itemsize, key_dim(model) * itemsize
+    queries, keys = model.query_dim * itemsize, model.key_dim * itemsize
     norm = model.dim * (WIDE + 2 * itemsize) + WIDE
     tiled = train.feed_forward_tile is not None and train.feed_forward_tile < layout.local_tokens
-    heads = (model.query_dim + key_dim(model)) * (WIDE + itemsize) if model.transformers.model_type == "qwen3" else 0
+    heads = (model.query_dim + model.key_dim) * (WIDE + itemsize) if model.transformers.model_type == "qwen3" else 0
     return {
         "x": 0 if train.activation_checkpointing == "none" else model.dim * itemsize,
         "norm1": norm,
@@ -195,7 +195,7 @@ def _tensors_of_transformers(layout: RunLayout, model: HuggingFaceConfig) -> dic
         "out": queries,
         "lse": model.heads * WIDE,
         "norm2": norm,
-        "feed_forward": 0 if tiled else 4 * inner_dim(model) * itemsize,
+        "feed_forward": 0 if tiled else 4 * model.inner_dim * itemsize,
     }
 
 
@@ -208,7 +208,7 @@ def _head_norms(layout: RunLayout) -> dict[str, int]:
     model = layout.config.model
     if not model.qk_norm:
         return {}
-    numbers = model.dim + key_dim(model)
+    numbers = model.dim + model.key_dim
     if layout.device_type == "cpu":
         return {"qk_norm": 2 * numbers * WIDE}
-    return {"qk_norm": numbers * layout.itemsize + (model.heads + key_dim(model) // model.head_dim) * WIDE}
+    return {"qk_norm": numbers * layout.itemsize + (model.heads + model.key_dim // model.head_dim) * WIDE}

@@ -129,8 +129,7 @@ def _in_flight(layout: RunLayout, exchange: Exchange) -> int:
 
 def _record_numbers(layout: RunLayout) -> int:
     """Return the numbers in the keys and values of one row, over all heads and sequences."""
-    model = layout.config.model
-    return 2 * model.head_dim * (model.kv_heads or model.heads) * layout.micro_batch_size
+    return 2 * layout.config.model.key_dim * layout.micro_batch_size
 
 
 def _logits(layout: RunLayout) -> int:

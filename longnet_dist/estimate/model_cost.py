@@ -97,18 +97,3 @@ def forward_flops(model: LongNetConfig, length: int) -> int:
 def flops_per_token(model: LongNetConfig, length: int) -> float:
     """Return the model FLOPs of a training step for each token, in sequences of ``length`` tokens."""
     return 3 * forward_flops(model, length) / length
-
-
-def key_dim(model: LongNetConfig) -> int:
-    """Return the width of a token's keys over all heads, ``Hkv · D``; its values have the same."""
-    return (model.kv_heads or model.heads) * model.head_dim
-
-
-def inner_dim(model: LongNetConfig) -> int:
-    """Return the inner dim of the feed-forward network."""
-    return model.inner_dim
-
-
-def first_dim(model: LongNetConfig) -> int:
-    """Return the outputs of the feed-forward network's first linear layer, which may be gates too."""
-    return model.first_dim

@@ -7,14 +7,7 @@ from longnet_dist.estimate.activations import WIDE
 from longnet_dist.estimate.devices import Device
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.memory import offloaded_bytes
-from longnet_dist.estimate.model_cost import (
-    block_matrix_weights,
-    first_dim,
-    inner_dim,
-    key_dim,
-    num_parameters,
-    pattern_flops,
-)
+from longnet_dist.estimate.model_cost import block_matrix_weights, num_parameters, pattern_flops
 from longnet_dist.estimate.network import Network
 from longnet_dist.estimate.traffic import exchange_of
 from longnet_dist.geometry.overlap import computed_share
@@ -100,11 +93,11 @@ def _matmul_flops(layout: RunLayout) -> float:
     """
     model = layout.config.model
     with_qkv, with_rest = _recomputed_blocks(layout)
-    qkv = model.dim * (model.query_dim + 2 * key_dim(model))
-    recomputed = with_qkv * qkv + with_rest * model.dim * (model.query_dim + first_dim(model))
+    qkv = model.dim * (model.query_dim + 2 * model.key_dim)
+    recomputed = with_qkv * qkv + with_rest * model.dim * (model.query_dim + model.first_dim)
     if isinstance(model, HuggingFaceConfig):
         tiled = layout.config.train.feed_forward_tile is not None
-        recomputed = with_rest * block_matrix_weights(model) + tiled * model.layers * 3 * model.dim * inner_dim(model)
+        recomputed = with_rest * block_matrix_weights(model) + tiled * model.layers * 3 * model.dim * model.inner_dim
     blocks = model.layers * block_matrix_weights(model) * (6 + 2 * _extra_forwards(layout)) + 2 * recomputed
     head = model.num_outputs * model.dim * 6  # the loss computes its gradients in forward, so nothing is recomputed
     return _tokens(layout) * (blocks + head)
@@ -133,7 +126,7 @@ def _row_wise_bytes(layout: RunLayout) -> float:
     recomputed = with_qkv * QKV_PASSES + with_rest * (FORWARD_PASSES[0] - QKV_PASSES)
     width = FORWARD_PASSES[0] * forwards + recomputed + BACKWARD_PASSES[0]
     inner = FORWARD_PASSES[1] * forwards + BACKWARD_PASSES[1]
-    blocks = model.layers * (width * model.dim + inner * (first_dim(model) + inner_dim(model))) * layout.itemsize
+    blocks = model.layers * (width * model.dim + inner * (model.first_dim + model.inner_dim)) * layout.itemsize
     sums = LOGIT_SUM_PASSES * model.dim / min(model.logits_rows, layout.local_tokens)
     logits = model.num_outputs * (LOGIT_PASSES + sums) * layout.itemsize
     return _tokens(layout) * (blocks + logits) * (1 if layout.compiled else EAGER)

@@ -271,7 +271,7 @@ def config_for_torchscale(config: EncoderConfig) -> dict[str, Any]:
     result = {
         f"{side}_embed_dim": config.dim,
         f"{side}_attention_heads": config.heads,
-        f"{side}_ffn_embed_dim": config.ffn_dim or 4 * config.dim,
+        f"{side}_ffn_embed_dim": config.inner_dim,
         f"{side}_layers": config.layers,
         f"{side}_normalize_before": config.pre_norm,
         f"share_{side}_input_output_embed": config.tie_embeddings,

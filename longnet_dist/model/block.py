@@ -100,8 +100,7 @@ class Block(nn.Module):
         )
         self.self_attn.reset_parameters(gain)
         self.final_layer_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        ffn_dim = config.ffn_dim or 4 * config.dim
-        self.ffn = FeedForward(config.dim, ffn_dim, norm_eps=config.norm_eps, gain=gain, style=style)
+        self.ffn = FeedForward(config.dim, config.inner_dim, norm_eps=config.norm_eps, gain=gain, style=style)
 
     def forward(
         self,

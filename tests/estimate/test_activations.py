@@ -8,7 +8,6 @@ import torch
 from longnet_dist.attention import functional
 from longnet_dist.engine.execution import Execution
 from longnet_dist.estimate.activations import backward_peak_of_block, saved_by_block, saved_qkv
-from longnet_dist.estimate.model_cost import inner_dim
 from longnet_dist.model.block import Block
 from longnet_dist.model.longnet import LongNet, positions_of
 from tests.estimate.layouts import small_layout
@@ -109,4 +108,4 @@ def test_compiled_blocks_make_the_gelu_again():
     }
     assert sizes["auto"] == sizes[True]
     layout = small_layout(rows=512)
-    assert sizes[False] - sizes[True] == 512 * inner_dim(layout.config.model) * layout.itemsize
+    assert sizes[False] - sizes[True] == 512 * layout.config.model.inner_dim * layout.itemsize

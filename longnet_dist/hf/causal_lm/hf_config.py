@@ -58,7 +58,7 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         special = {name: fields.pop(name, None) for name in _SPECIAL_IDS}
         super().__init__(**fields)
-        resolved = {"kv_heads": config.kv_heads or config.heads, "ffn_dim": config.ffn_dim or 4 * config.dim}
+        resolved = {"kv_heads": config.kv_heads or config.heads, "ffn_dim": config.inner_dim}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in config.model_dump().items()}
         for name, value in (own | resolved | special).items():
             setattr(self, name, value)
