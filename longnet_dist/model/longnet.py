@@ -128,17 +128,7 @@ class LongNet(nn.Module):
 
     def stream(self, total_rows: int, cu_seqlens: Any = None) -> Stream:
         """Return a stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
-        ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
-        config = self.config
-        return Stream(
-            [config.layer_pattern(layer) for layer in range(config.layers)],
-            total_rows,
-            config.layers,
-            num_ranks=ranks,
-            rank=rank,
-            causal=config.causal,
-            cu_seqlens=cu_seqlens,
-        )
+        return stream_of(self.config, self.group, total_rows, cu_seqlens)
 
     def decoding(self, texts: int, max_rows: int) -> Decoding:
         """Return the cache with which ``texts`` texts of at most ``max_rows`` rows are continued, each from its row.
@@ -146,19 +136,7 @@ class LongNet(nn.Module):
         Raises:
             ConfigError: a bidirectional model, or xPos cannot span the pattern.
         """
-        config, weight = self.config, self.embedding.weight
-        if not config.causal:
-            raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
-        return Decoding(
-            [config.layer_pattern(layer) for layer in range(config.layers)],
-            texts,
-            max_rows,
-            config.kv_heads or config.heads,
-            config.head_dim,
-            weight.dtype,
-            weight.device,
-            self.positions,
-        )
+        return decoding_of(self.config, texts, max_rows, self.embedding.weight, self.positions)
 
     def forward(
         self,
@@ -248,6 +226,49 @@ class LongNet(nn.Module):
         """Apply ``norm`` to as many rows at a time as torch's kernels can count with 32 bits."""
         tiles = torch.split(x, max(1, (2**31 - 1) // (x.shape[0] * x.shape[2])), dim=1)
         return self.norm(x) if len(tiles) == 1 else torch.cat([self.norm(tile) for tile in tiles], dim=1)
+
+
+def stream_of(
+    config: LongNetConfig, group: dist.ProcessGroup | None, total_rows: int, cu_seqlens: Any = None
+) -> Stream:
+    """Return a stream in which a sequence passes through a model in chunks, over the ranks of its group.
+
+    Args:
+        config: of the model.
+        group: the sequence-parallel group; None for one device.
+        total_rows: rows ``N`` of the sequence.
+        cu_seqlens: edges of packed documents, as in :class:`~longnet_dist.Stream`.
+
+    Raises:
+        ShapeError: edges that do not fit.
+    """
+    ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
+    patterns = [config.layer_pattern(layer) for layer in range(config.layers)]
+    return Stream(
+        patterns, total_rows, config.layers, num_ranks=ranks, rank=rank, causal=config.causal, cu_seqlens=cu_seqlens
+    )
+
+
+def decoding_of(
+    config: LongNetConfig, texts: int, max_rows: int, weight: Tensor, positions: Positions | None = None
+) -> Decoding:
+    """Return the cache with which a model continues texts, each from its row.
+
+    Args:
+        config: of the model.
+        texts: number of texts.
+        max_rows: the most rows that a text can have.
+        weight: of the model, whose dtype and device the cache gets.
+        positions: of queries and keys; None if the cached keys have none, or are rotated before.
+
+    Raises:
+        ConfigError: a bidirectional model, or positions that cannot span ``max_rows``.
+    """
+    if not config.causal:
+        raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
+    patterns = [config.layer_pattern(layer) for layer in range(config.layers)]
+    kv_heads = config.kv_heads or config.heads
+    return Decoding(patterns, texts, max_rows, kv_heads, config.head_dim, weight.dtype, weight.device, positions)
 
 
 def run_blocks(

@@ -18,7 +18,7 @@ from longnet_dist.errors import ShapeError
 from longnet_dist.hf.decoder.stream_attention import STREAMED, StreamAttention
 from longnet_dist.hf.parallel.head_loss import head_loss
 from longnet_dist.hf.parallel.mlp_tiles import tile_mlps
-from longnet_dist.model.longnet import LongNetOutput
+from longnet_dist.model.longnet import LongNetOutput, decoding_of, stream_of
 from longnet_dist.model.loss import IGNORE_INDEX
 from longnet_dist.private_interfaces import set_attention
 
@@ -89,16 +89,11 @@ class StreamedDecoder(nn.Module):
 
     def stream(self, total_rows: int, cu_seqlens: Any = None) -> Stream:
         """Return a stream in which a sequence of ``total_rows`` rows passes through this model in chunks."""
-        ranks, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
-        config = self.config
-        return Stream(config.pattern, total_rows, config.layers, num_ranks=ranks, rank=rank, cu_seqlens=cu_seqlens)
+        return stream_of(self.config, self.group, total_rows, cu_seqlens)
 
     def decoding(self, texts: int, max_rows: int) -> Decoding:
         """Return the cache with which ``texts`` texts of at most ``max_rows`` rows are continued, each from its row."""
-        config, weight = self.config, next(self.parameters())
-        kv_heads = config.kv_heads or config.heads
-        patterns = [config.pattern] * config.layers
-        return Decoding(patterns, texts, max_rows, kv_heads, config.head_dim, weight.dtype, weight.device)
+        return decoding_of(self.config, texts, max_rows, next(self.parameters()))
 
     def forward(
         self,

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from longnet_dist.attention.stream import Stream
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.model.block import Block
 from longnet_dist.model.encoder import LongNetEncoder
+from longnet_dist.model.longnet import stream_of
 from longnet_dist.registry import FEATURE_TASKS
 
 __all__ = ["FEATURE_TASKS", "FeatureTask", "PackedSequences", "TaskHead", "TaskOutput"]
@@ -109,12 +109,7 @@ class FeatureTask(nn.Module):
 
     def stream(self, total_rows: int, cu_seqlens: Any = None) -> Stream:
         """Return the geometry of packed sequences, cls rows counted; they pass as one chunk."""
-        group, config = self.encoder.group, self.encoder.config
-        ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
-        patterns = [config.layer_pattern(layer) for layer in range(config.layers)]
-        return Stream(
-            patterns, total_rows, config.layers, num_ranks=ranks, rank=rank, causal=False, cu_seqlens=cu_seqlens
-        )
+        return stream_of(self.encoder.config, self.encoder.group, total_rows, cu_seqlens)
 
     @property
     def block_types(self) -> list[type[nn.Module]]:
