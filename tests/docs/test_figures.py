@@ -17,6 +17,7 @@ from tests.docs.pages import ROOT, table_rows
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS, MEMORY, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "memory.md", ROOT / "README.md"
 GIB = 2**30
+CASES = ("lognormal", "long", "padded")
 
 
 @cache
@@ -167,8 +168,8 @@ def other_figures() -> dict[str, str]:
         f"{short(curves['plain again'])}",
         "forward and backward of 32,768": f"{result('cpu')['speedup_over_dense']:.1f} × faster than full attention",
         "time a token from 8,192": f"within {100 * result('cpu')['spread_per_token']:.1f} %",
-        "GigaPath's slide encoder": f"{slide['forward_seconds_median']:.0f} s, {slide['peak_gib']:.2f} GiB",
-        "decoding at token": f"{decode[0]:.1f}, {decode[1]:.1f} and {decode[2]:.1f} ms a token",
+        "GigaPath's slide encoder over 5,000": f"{slide['forward_seconds_median']:.0f} s, {slide['peak_gib']:.2f} GiB",
+        "decoding at token 2^14, 2^17 and 2^20, one": f"{listed(decode)} ms a token",
         f"a checkpoint of {megabytes:.0f} MiB": f"costs {lost['asynchronous']:.1f} s of training; "
         f"{lost['synchronous']:.1f} s if waited for",
         "`longnet prepare` with a BPE": f"{rates['1']:.1f} and {rates['2']:.1f} MB/s; {speedup:.1f} × by CPU time",
@@ -179,6 +180,49 @@ def other_figures() -> dict[str, str]:
         "six runs on an H100": planner_errors("planner_h100"),
         "19 training steps": planner_errors("planner_training_h100"),
     }
+
+
+def document_figures() -> dict[str, str]:
+    ratios = [[p["ratio"] for p in result("documents_h200")["points"] if p["case"] == case] for case in CASES]
+    (short64, short128), (long64, long128), (padded64, padded128) = ratios
+    return {
+        "documents of 1,260 tokens": f"{short64:.2f} × the time of one sequence; head dim 128 {short128:.2f} ×",
+        "documents of 20,000 tokens": f"{long64:.2f} × the time of one sequence; head dim 128 {long128:.2f} ×",
+        "16 sequences of": f"{padded64:.2f} × the time of one call each; head dim 128 {padded128:.2f} ×",
+    }
+
+
+def model_figures() -> dict[str, str]:
+    slide, steps = result("slide_encoder_h200"), result("slide_encoder_h200")["finetune"]
+    model = result("hf_training_h200")
+    dilated, full = model["dilated"], model["sdpa"][-1]
+    first = result("first_step_h200")
+    seconds = [statistics.median(run["first_step_seconds"] for run in first[name]) for name in ("new", "again")]
+    decode = result("decode_h200")
+    plain, graph = (
+        [p["milliseconds_per_step"] for p in decode["one"] if not p["split_keys"] and p["graphs"] is graphs]
+        for graphs in (False, True)
+    )
+    return {
+        "GigaPath's slide encoder over 45,680": f"{slide['forward_seconds_median']:.3f} s, {slide['peak_gib']:.1f} GiB",
+        "fine-tuning it on 16 slides": f"{statistics.median(steps['step_seconds']):.1f} s a step, "
+        f"{steps['peak_gib']:.0f} GiB",
+        "Qwen3-0.6B's shape": f"{speed(dilated)}, {dilated['peak_bytes'] / GIB:.0f} GiB",
+        f"the same with full attention (sdpa), {full['rows']:,}": speed(full),
+        "first step of a run": f"after {seconds[0]:.0f} s; {seconds[1]:.0f} s where compiled code was kept",
+        "decoding at token 2^14, 2^17 and 2^20, the paper's": f"{listed(graph)} ms a token as a CUDA graph, "
+        f"{plain[0]:.0f} to {plain[-1]:.0f} without",
+    }
+
+
+def speed(point: dict[str, Any]) -> str:
+    return f"{float(format(point['tokens_per_second'], '.3g')):,.0f} tokens/s, {100 * point['mfu']:.1f} % MFU"
+
+
+def listed(numbers: list[float]) -> str:
+    """Numbers with one digit behind the point: 1.2, 1.3 and 1.4."""
+    *some, last = (f"{number:.1f}" for number in numbers)
+    return f"{', '.join(some)} and {last}"
 
 
 def planner_errors(name: str) -> str:
@@ -192,6 +236,7 @@ def planner_errors(name: str) -> str:
 
 
 FIGURES = billion_figures() | attention_figures() | scaling_figures() | training_figures() | other_figures()
+FIGURES |= document_figures() | model_figures()
 
 
 def rows_of(page: Path) -> list[list[str]]:
