@@ -1,8 +1,9 @@
-"""Widths, block sizes and processors that kernels and hand-written gradients agree on."""
+"""Dtypes, block sizes and processors that kernels and hand-written gradients agree on."""
 
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,11 @@ COMPILE = {"enable_fp_fusion": True}
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype for sums over inputs of ``dtype``: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_of(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """Return the dtype of weights and activations in a precision that a configuration names."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def block_dim(dim: int) -> int:

@@ -37,9 +37,10 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from longnet_dist.inference.embedding import embed_folder
+    from longnet_dist.numerics import dtype_of
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = dtype_of(options.precision)
     new = embed_folder(options.model, options.folder, options.output, device, dtype, options.all_layers)
     print(f"{new} new vectors in {options.output}")
 

@@ -34,6 +34,7 @@ from longnet_dist.inference.runs import MEETING_TIME
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.feature_tasks import FEATURE_TASKS, FeatureTask
 from longnet_dist.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, from_pretrained, save_pretrained
+from longnet_dist.numerics import dtype_of
 
 HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
 
@@ -78,8 +79,7 @@ def evaluate_feature_run(
     timeout = MEETING_TIME
     with process_group(launch, device, timeout, store):
         mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
-        bf16 = run.config.precision(device.type) == "bf16"
-        task = run.task(mesh.sequence_group).to(device, torch.bfloat16 if bf16 else torch.float32)
+        task = run.task(mesh.sequence_group).to(device, dtype_of(run.config.precision(device.type)))
         return evaluate_features(task, batches, 1, mesh, device)
 
 
@@ -114,7 +114,7 @@ def export_feature_run(path: Path, output: Path, precision: Precision) -> None:
         LongNetError: no such run, or the output cannot be written.
     """
     run = FeatureRun.open(path)
-    task = run.task().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    task = run.task().to(dtype_of(precision))
     save_pretrained(task.encoder, output)
     rest = {name: x for name, x in task.state_dict().items() if not name.startswith("encoder.")}
     try:

@@ -55,6 +55,7 @@ from longnet_dist.model.pretrained import (
     save_pretrained,
     tokenizer_of,
 )
+from longnet_dist.numerics import dtype_of
 from longnet_dist.ops.compile_cache import prepare_compile_cache
 
 COMPILED_FROM = 2**24  # tokens
@@ -307,7 +308,7 @@ def export_run(path: Path, output: Path, precision: Precision | None = None, for
         raise ConfigError(f"{path} trained a model of transformers, which is exported for it alone; use --to hf")
     model = new_model(run.config.model)
     load_weights(run.checkpoint, model)
-    dtype = None if precision is None else torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = None if precision is None else dtype_of(precision)
     if of_transformers:
         from longnet_dist.hf.decoder.exported import export_decoder
 
@@ -380,8 +381,7 @@ class _Run:
         overlap = self.config.parallel.overlap
         model: LongNet = new_model(self.config.model, group=group, overlap=overlap, execution=execution)
         load_weights(self.checkpoint, model)
-        bf16 = self.config.precision(device.type) == "bf16"
-        return model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+        return model.to(device, dtype_of(self.config.precision(device.type))).eval()
 
     def facts(self, *windows: Windows) -> dict[str, str]:
         """Return what must be equal on all ranks: model, weights, tokens and code."""

@@ -37,6 +37,7 @@ from longnet_dist.errors import LongNetError
 from longnet_dist.extras import require_extra
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.inference.evaluation import evaluate
+from longnet_dist.numerics import dtype_of
 from longnet_dist.optim.schedules import learning_rate
 from longnet_dist.optim.sequence_lengths import growth
 from longnet_dist.private_interfaces import default_store
@@ -371,7 +372,7 @@ class Trainer:
             documents = (documents or Documents.whole(sequence_length)).cut(length, sample)
         model = self.engine.module
         stream = model.stream(sequence_length, cu_seqlens=documents)
-        dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
+        dtype = dtype_of(self.plan.precision)
         plan_stream(model.attentions, stream, chunk_length, dtype, self.device)
         if chunk_length < sequence_length:
             return MicroBatch(read, num_labels, documents)

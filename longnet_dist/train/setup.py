@@ -27,6 +27,7 @@ from longnet_dist.errors import CheckpointError, ConfigError, LongNetError
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.model.feature_tasks import FEATURE_TASKS
 from longnet_dist.model.longnet import positions_of
+from longnet_dist.numerics import dtype_of
 from longnet_dist.telemetry.loggers import usable_loggers
 
 
@@ -65,7 +66,7 @@ class RunSetup(RunLayout):
         config = config if features is None else config_of(config, features)
         layout = RunLayout.of(config, world_size, device_type)
         _check_shortest(features, layout.mesh.sequence)
-        dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+        dtype = dtype_of(layout.precision)
         _check_positions(config, dtype)
         check_backend(config.train.attention_backend, torch.device(device_type), dtype, config.train.deterministic)
         usable_loggers(config.train.loggers)

@@ -8,7 +8,7 @@ from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.registry import describe_kernels
 from longnet_dist.estimate.devices import Device, device_of
 from longnet_dist.estimate.layout import RunLayout
-from longnet_dist.numerics import log_once
+from longnet_dist.numerics import dtype_of, log_once
 
 
 def planned_device(device: torch.device, layout: RunLayout) -> Device:
@@ -25,7 +25,7 @@ def planned_device(device: torch.device, layout: RunLayout) -> Device:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != support.COMPUTE_CAPABILITY:
         return found  # no other device has kernels of its own
     head_dim, train = layout.config.model.head_dim, layout.config.train
-    dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+    dtype = dtype_of(layout.precision)
     model, tables = layout.config.model, layout.config.data.documents
     choice = describe_kernels(
         device,
