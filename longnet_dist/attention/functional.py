@@ -86,7 +86,7 @@ def dilated_attention(
             stream has been given the documents of its whole sequence.
         cu_seqlens: edges of packed documents, host integers in rows of the whole sequence over all ranks: ``[0, a, …,
             N]``, or one such list for each item; the same on all ranks. Each document computes what it computes alone.
-            A list may begin above 0 and end below ``N``: rows outside are padding, output 0, lse ``-inf``, gradient 0.
+            A list from above 0 to below ``N`` leaves padding: finite numbers with output 0, lse ``-inf``, gradient 0.
         sink: ``(H,)``, ``(n, H)`` or ``(B, n, H)``, the logarithm of the weight of one more key, whose value is 0
             (:mod:`longnet_dist.attention.sink`); differentiable. Over ranks, rows are this rank's, and the gradient of
             ``(H,)`` is this rank's part: their sum is the whole.

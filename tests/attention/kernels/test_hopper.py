@@ -108,6 +108,21 @@ def test_documents(dim, rows, heads, kv_heads, edges, lengths, rates, offsets, s
     assert (kernel.launched["forward"] > 0) == (dim == 128)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_finite_padding_changes_no_bit(dim, causal):
+    """The copy engine reads rows behind a document, which weigh nothing."""
+    pattern, given, results = DilatedPattern([64, 128], [1, 2]), inputs(220, 1, 1, dim), []
+    for number in (0.0, 1e4):
+        for x in given:
+            x[:, :3], x[:, 150:] = number, number
+        kernel = EmulatedKernel()
+        results.append(attended(*given, pattern, kernel, causal=causal, cu_seqlens=[3, 150]))
+        assert kernel.launched["backward"] > 0
+        assert (kernel.launched["forward"] > 0) == (dim == 128)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_shifted_grid_without_documents():
     kernel, pattern = EmulatedKernel(), DilatedPattern([128, 256], [1, 2], shift=[64, 192])
     given = inputs(340, 2, 1, 128)
