@@ -23,14 +23,13 @@ from longnet_dist.checkpoint.format import (
 from longnet_dist.checkpoint.identity import code_versions, digest_of
 from longnet_dist.checkpoint.run_folder import RunFolder, write_text
 from longnet_dist.comm.agreement import agreed
-from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
-from longnet_dist.comm.mesh import Mesh, MeshShape
+from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.features.feature_batches import FeatureBatches
 from longnet_dist.data.features.feature_set import FeatureSet, Split, encoder_of
 from longnet_dist.errors import ConfigError
 from longnet_dist.inference.feature_evaluation import evaluate_features
-from longnet_dist.inference.runs import MEETING_TIME
+from longnet_dist.inference.runs import MEETING_TIME, meshed
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.feature_tasks import FEATURE_TASKS, FeatureTask
 from longnet_dist.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, from_pretrained, save_pretrained
@@ -74,11 +73,7 @@ def evaluate_feature_run(
 
     store = meeting_store(launch, MEETING_TIME)
     run, batches = agreed(store, launch, "evaluate", opened, lambda part: part[0].facts(part[1]))
-    device = launch.device()
-    launch.share_cores()
-    timeout = MEETING_TIME
-    with process_group(launch, device, timeout, store):
-        mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
+    with meshed(run.config, launch, store) as (mesh, device):
         task = run.task(mesh.sequence_group).to(device, dtype_of(run.config.precision(device.type)))
         return evaluate_features(task, batches, 1, mesh, device)
 

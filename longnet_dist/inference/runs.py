@@ -323,6 +323,28 @@ def export_run(path: Path, output: Path, precision: Precision | None = None, for
     return save_for_transformers(model, output, tokenizer, run.config.data.sequence_length)
 
 
+@contextmanager
+def meshed(config: Config, launch: LaunchEnvironment, store: Any = None) -> Iterator[tuple[Mesh, torch.device]]:
+    """Let the ranks of a launch share every sequence; every rank must enter the context.
+
+    Args:
+        config: of the run, which says how long a collective waits for the other ranks.
+        launch: this process.
+        store: of the meeting, if the caller has it already.
+
+    Returns:
+        the ranks, and the device of this one.
+
+    Raises:
+        ConfigError: the ranks do not meet.
+    """
+    device = launch.device()
+    launch.share_cores()
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    with process_group(launch, device, timeout, store):
+        yield Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout), device
+
+
 @dataclass(frozen=True)
 class _Run:
     """A run's folder, its configuration, and one of its checkpoints."""
@@ -395,9 +417,5 @@ class _Run:
         self, launch: LaunchEnvironment, execution: Execution = _PLAIN, store: Any = None
     ) -> Iterator[tuple[LongNet, Mesh, torch.device]]:
         """Return the model on all ranks of a launch, which share every sequence."""
-        device = launch.device()
-        launch.share_cores()
-        timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
-        with process_group(launch, device, timeout, store):
-            mesh = Mesh.build(MeshShape(data=1, sequence=launch.world_size), timeout)
+        with meshed(self.config, launch, store) as (mesh, device):
             yield self.model(mesh.sequence_group, device, execution), mesh, device

@@ -1,12 +1,14 @@
 """What is done with a run on features: evaluation, embedding, export; and what needs text refuses it."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from longnet_dist.cli import embed, evaluate, export, generate
+from longnet_dist.comm.launch_env import process_group
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.interop import from_torchscale, to_torchscale
 from longnet_dist.model.encoder import LongNetEncoder
@@ -18,7 +20,8 @@ from tests.train.features.slides import feature_config, run, write_slides
 def trained(tmp_path_factory):
     """A run that has learned to classify, and its slides."""
     folder = write_slides(tmp_path_factory.mktemp("trained"))
-    _, validations = run(1, feature_config(folder, folder / "run", "train.steps=20", "train.validate_every=20"))
+    settings = "train.steps=20", "train.validate_every=20", "parallel.timeout_minutes=7"
+    _, validations = run(1, feature_config(folder, folder / "run", *settings))
     return folder, validations[-1]
 
 
@@ -38,6 +41,18 @@ def test_evaluation_is_that_of_the_run(trained, capsys):
     shown = capsys.readouterr().out.split()
     assert shown[shown.index("accuracy") + 1] == "1.0000"
     assert shown[shown.index("sequences") + 1] == "6"
+
+
+def test_evaluation_waits_for_ranks_as_long_as_the_run_says(trained, monkeypatch):
+    waits = []
+
+    def recorded(launch, device, timeout, store):
+        waits.append(timeout)
+        return process_group(launch, device, timeout, store)
+
+    monkeypatch.setattr("longnet_dist.inference.runs.process_group", recorded)
+    call(evaluate, trained[0] / "run")
+    assert waits == [timedelta(minutes=7)]
 
 
 def test_what_does_not_fit_is_refused(trained, tmp_path):
