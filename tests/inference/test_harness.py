@@ -69,6 +69,12 @@ def test_continuations_that_cannot_be_scored(wrong):
         list(score(make(), [wrong]))
 
 
+@pytest.mark.parametrize("chunk_length", [16, 4096])
+def test_bidirectional_models_are_refused(chunk_length):
+    with pytest.raises(ConfigError, match=r"model\.causal=false; score a causal model"):
+        list(score(make(causal=False), draw(), chunk_length))
+
+
 def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "longnet_dist.inference.harness.language_model", raising=False)

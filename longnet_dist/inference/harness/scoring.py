@@ -49,8 +49,13 @@ def score(model: LongNet, continuations: Sequence[Continuation], chunk_length: i
         chunk_length: tokens that are computed at once.
 
     Raises:
-        ConfigError: an empty context, or ids that the model does not have.
+        ConfigError: a bidirectional model, an empty context, or ids that the model does not have.
     """
+    if not model.config.causal:
+        raise ConfigError(
+            "a bidirectional model sees the tokens that it would have to predict, and this one has "
+            "model.causal=false; score a causal model"
+        )
     vocab = model.config.vocab_size
     for context, ids in continuations:
         if not context or not 0 <= min(context + ids) <= max(context + ids) < vocab:
