@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -108,20 +108,13 @@ class CheckpointState(Progress):
 
     def sealed(self) -> CheckpointState:
         """Return the same state with its digest."""
-        return self.model_copy(update={"digest": self._digest()})
+        return self.model_copy(update={"digest": _digest_of_state(self.model_dump(mode="json"))})
 
     @property
     def weights_sha256(self) -> str:
         """Return the SHA-256 of the file of the weights, or one of those of its parts."""
         sums = [self.sha256[name] for name in files_of(self.sha256, WEIGHTS)]
         return sums[0] if len(sums) == 1 else digest_of(sums)
-
-    def is_intact(self) -> bool:
-        """Say whether the state is what was sealed; one without a digest, of an older version, counts as such."""
-        return self.digest in (None, self._digest())
-
-    def _digest(self) -> str:
-        return digest_of(self.model_dump(mode="json", exclude={"digest"}))
 
 
 def state_names(optimizer: str) -> tuple[str, ...]:
@@ -350,9 +343,14 @@ def parse_state(folder: Path) -> CheckpointState:
     if state.format != (FORMAT if num_parts(state.sha256) == 1 else FORMAT_OF_PARTS):
         known = f"{FORMAT}, and {FORMAT_OF_PARTS} in parts"
         raise CheckpointError(f"{folder} has format {state.format}, and this version reads {known}")
-    if not state.is_intact():
+    # The digest is that of the file: a state of a version without some of the fields has none of their defaults in it.
+    if state.digest not in (None, _digest_of_state(fields)):
         raise DamagedCheckpointError(f"{folder / STATE_FILE} is damaged: its digest is not that of its content")
     return state
+
+
+def _digest_of_state(fields: Mapping[str, Any]) -> str:
+    return digest_of({name: value for name, value in fields.items() if name != "digest"})
 
 
 def _check_same_model(folder: Path, saved: dict[str, Any], model: LongNetConfig) -> None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, tensor_files
+from longnet_dist.checkpoint.identity import digest_of
 from longnet_dist.checkpoint.writer import write_checkpoint
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.token_file_writer import TokenFileWriter
@@ -125,6 +126,14 @@ def test_a_state_that_was_edited_is_damaged(tmp_path, corpus):
     state_file.write_text(state_file.read_text().replace('"tokens": 512', '"tokens": 513'))
     with pytest.raises(CheckpointError, match="its digest is not that of its content"):
         setup(tmp_path / "run", corpus)
+
+
+def test_a_state_without_the_fields_of_a_later_version_is_intact(tmp_path, corpus):
+    state_file = trained(tmp_path / "run", corpus) / "state.json"
+    state = json.loads(state_file.read_text())
+    older = {key: value for key, value in state.items() if key not in ("spikes", "recent", "digest")}
+    state_file.write_text(json.dumps(older | {"digest": digest_of(older)}))
+    assert setup(tmp_path / "run", corpus).resume.state.spikes == 0
 
 
 def test_neither_before_nor_at_the_end(tmp_path, corpus):
