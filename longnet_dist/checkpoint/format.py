@@ -44,6 +44,7 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
 from longnet_dist.model.pretrained import weights_prefix
 from longnet_dist.optim.optimizers import OPTIMIZERS
+from longnet_dist.optim.schedules import ScheduleStart
 
 FORMAT, FORMAT_OF_PARTS = 1, 2
 WEIGHTS = "model"
@@ -70,6 +71,7 @@ class Progress(BaseModel):
         validation_loss: of the validation after this step, nats; None if there was none.
         best_validation_loss: least one so far; None if there was none.
         validations_since_best: number of validations since then.
+        schedule_start: where the learning-rate schedule started again, if it did.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -83,6 +85,7 @@ class Progress(BaseModel):
     validation_loss: float | None = None
     best_validation_loss: float | None = None
     validations_since_best: NonNegativeInt = 0
+    schedule_start: ScheduleStart | None = None
 
 
 class CheckpointState(Progress):

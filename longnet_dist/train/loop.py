@@ -38,7 +38,7 @@ from longnet_dist.extras import require_extra
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.inference.evaluation import evaluate
 from longnet_dist.numerics import dtype_of
-from longnet_dist.optim.schedules import learning_rate
+from longnet_dist.optim.schedules import course, learning_rate
 from longnet_dist.optim.sequence_lengths import growth
 from longnet_dist.private_interfaces import default_store
 from longnet_dist.resilience.out_of_memory import explained
@@ -192,6 +192,7 @@ class Trainer:
             validation_loss=self._validations.loss_after(self.step),
             best_validation_loss=self._validations.best,
             validations_since_best=self._validations.since_best,
+            schedule_start=self.plan.schedule_start,
         )
 
     @property
@@ -214,7 +215,9 @@ class Trainer:
         if self.is_first:
             for line in [*notes(self.config), *unread_keys(self.config.deepspeed.extra)]:
                 print(f"note: {line}")
-            train = self.config.train
+            train, start, state = self.config.train, self.plan.schedule_start, self.plan.resume.state
+            if start and state and start != state.schedule_start:
+                print(f"learning rate: {course(train, start)}")
             if self.step < train.length_warmup:
                 lengths = growth(train.length_warmup, train.shortest_length, self.config.data.sequence_length)
                 print(f"sequences grow: {lengths}")
@@ -275,7 +278,7 @@ class Trainer:
         with bar:
             while self.step < train.steps:
                 began = time.perf_counter()
-                rate = learning_rate(self.step + 1, train)
+                rate = learning_rate(self.step + 1, train, self.plan.schedule_start)
                 with self.profiler.step(self.step + 1), stragglers.step():
                     result = self._train_step(self.step, rate, stop_requested, stragglers.report())
                     seconds = time.perf_counter() - began

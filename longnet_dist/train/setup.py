@@ -28,6 +28,7 @@ from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.model.feature_tasks import FEATURE_TASKS
 from longnet_dist.model.longnet import positions_of
 from longnet_dist.numerics import dtype_of
+from longnet_dist.optim.schedules import SCHEDULES, ScheduleStart, start_after
 from longnet_dist.telemetry.loggers import usable_loggers
 
 
@@ -42,6 +43,7 @@ class RunSetup(RunLayout):
         source: the weights in the folder ``model.path``, if any.
         token_file: of ``data.path``, opened once, or the features of ``data.features``; None if the default corpus has
             still to be made.
+        schedule_start: where the learning-rate schedule starts again, if it does.
     """
 
     folder: RunFolder
@@ -49,6 +51,7 @@ class RunSetup(RunLayout):
     init: InitialWeights | None
     source: InitialWeights | None = None
     token_file: TokenFile | FeatureSet | None = None
+    schedule_start: ScheduleStart | None = None
 
     @classmethod
     def make(cls, config: Config, world_size: int, device_type: str) -> RunSetup:
@@ -82,7 +85,15 @@ class RunSetup(RunLayout):
         if config.train.init and begins:
             init = InitialWeights.find(config.train.init, config.model)
         token_file = features or (None if config.data.path is None else TokenFile.open(config.data.path))
-        plan = cls(**vars(layout), folder=folder, resume=resume, init=init, source=source, token_file=token_file)
+        plan = cls(
+            **vars(layout),
+            folder=folder,
+            resume=resume,
+            init=init,
+            source=source,
+            token_file=token_file,
+            schedule_start=_schedule_start(resume, config.train),
+        )
         if token_file is not None:
             plan.training_data(token_file)
             if config.train.validate_every:
@@ -255,6 +266,22 @@ def _check_end(train: TrainConfig, folder: RunFolder, resume: ResumePoint) -> No
             f"{resume.checkpoint} has step {step}, the last of this run, train.steps={train.steps}, so there is no "
             f"step to take; use more train.steps, or train.init={resume.checkpoint} for a new run from its weights"
         )
+
+
+def _schedule_start(resume: ResumePoint, train: TrainConfig) -> ScheduleStart | None:
+    """Return where the schedule starts again, by the settings that the checkpoint stores; without these nowhere."""
+    state = resume.state
+    if state is None or state.identity is None or state.step >= train.steps:
+        return None
+    settings, names = state.identity.settings, type(train).model_fields.keys() - {"learning_rate"}
+    before = train.model_copy(update={name: settings[f"train.{name}"] for name in names if f"train.{name}" in settings})
+    if before.schedule not in SCHEDULES.names():
+        raise ConfigError(
+            f"{resume.checkpoint} is of a run with train.schedule={before.schedule}, which is not known here, so the "
+            f"learning rate of its step is not known; import the file that registers it, or begin a new run from its "
+            f"weights: train.init={resume.checkpoint} and another train.output_dir"
+        )
+    return start_after(state.step, before, train, state.schedule_start)
 
 
 def _check_positions(config: Config, dtype: torch.dtype) -> None:

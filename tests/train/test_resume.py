@@ -1,17 +1,19 @@
 """What a run may change between its starts, and what it may not."""
 
 import json
+import math
 import shutil
 
 import pytest
 
-from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, tensor_files
+from longnet_dist.checkpoint.format import Progress, checkpoint_folder, checkpoints, read_state, tensor_files
 from longnet_dist.checkpoint.identity import digest_of
 from longnet_dist.checkpoint.writer import write_checkpoint
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.data.token_file_writer import TokenFileWriter
 from longnet_dist.data.tokenizers import ByteTokenizer
 from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.optim.schedules import ScheduleStart
 from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.train.setup import RunSetup
 from tests.train.runs import run, tiny_config
@@ -224,6 +226,39 @@ def test_a_new_run_begins_with_weights(tmp_path, corpus, capfd):
         setup(tmp_path / "other", corpus, settings[0])
     with pytest.raises(CheckpointError, match="neither a checkpoint nor"):
         setup(tmp_path / "other", corpus, "train.init=nowhere")
+
+
+def test_more_steps_go_on_from_the_learning_rate_of_the_checkpoint(tmp_path, corpus):
+    trained(tmp_path / "run", corpus, step=4)
+    assert setup(tmp_path / "run", corpus).schedule_start is None
+    for settings in (("train.steps=9",), ("train.steps=9", "train.schedule=cosine", "train.learning_rate=0.5")):
+        assert setup(tmp_path / "run", corpus, *settings).schedule_start == ScheduleStart(step=4, share=0.5)
+    state_file = checkpoint_folder(tmp_path / "run", 4) / "state.json"
+    state = json.loads(state_file.read_text()) | {"digest": None}
+    state_file.write_text(json.dumps(state | {"identity": None}))
+    assert setup(tmp_path / "run", corpus, "train.steps=9").schedule_start is None
+    state["identity"]["settings"]["train.schedule"] = "of somebody else"
+    state_file.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"train\.schedule=of somebody else, which is not known here.*train\.init="):
+        setup(tmp_path / "run", corpus, "train.steps=9")
+
+
+def test_a_run_that_was_extended_resumes_in_every_bit(tmp_path, corpus, capfd):
+    settings = ("train.schedule=cosine", "train.checkpoint_every=2", "train.keep_last=0")
+    run(2, tiny_config(tmp_path / "run", corpus, *settings, "train.steps=4"))
+    assert "learning rate: " not in capfd.readouterr().out
+    lines = run(2, tiny_config(tmp_path / "run", corpus, *settings, "train.steps=8"))
+    told = "learning rate: 0.005 after step 4, then by train.schedule=cosine to 0 at step 8 "
+    assert told in capfd.readouterr().out
+    expected = [0.01, 0.005, *(0.0025 * (1 + math.cos(math.pi * done / 4)) for done in range(4))]
+    assert [line["lr"] for line in lines[2:]] == pytest.approx(expected)
+    shutil.copytree(checkpoint_folder(tmp_path / "run", 6), checkpoint_folder(tmp_path / "again", 6))
+    resumed = run(2, tiny_config(tmp_path / "again", corpus, *settings, "train.steps=8"))
+    assert "learning rate: " not in capfd.readouterr().out
+    assert [line["lr"] for line in resumed] == [line["lr"] for line in lines[6:]]
+    states = [read_state(checkpoint_folder(tmp_path / name, 8)) for name in ("run", "again")]
+    assert states[0].schedule_start == states[1].schedule_start == ScheduleStart(step=4, share=0.5)
+    assert states[0].sha256 == states[1].sha256
 
 
 def test_the_configuration_changes_with_the_first_step(tmp_path, corpus):

@@ -1,4 +1,4 @@
-"""Warm-up, stable, decay (arXiv 2404.06395): a run can be extended before its decay without a jump."""
+"""Warm-up, stable, decay (arXiv 2404.06395): before its decay the rate does not depend on the steps of the run."""
 
 from __future__ import annotations
 
