@@ -70,7 +70,7 @@ def _estimate(options: argparse.Namespace) -> Estimate:
 
     from longnet_dist.attention.kernels.planning import planned_device
     from longnet_dist.config.loading import load_config
-    from longnet_dist.config.packaged import find_config
+    from longnet_dist.config.packaged import find_config, read_once
     from longnet_dist.data.features.feature_set import sized
     from longnet_dist.estimate.devices import GIB
     from longnet_dist.estimate.layout import RunLayout
@@ -79,7 +79,8 @@ def _estimate(options: argparse.Namespace) -> Estimate:
 
     alone = options.config.startswith("model.path=")
     words = [options.config, *options.settings] if alone else options.settings
-    config = sized(load_config(None if alone else find_config(options.config), words))
+    with read_once(None if alone else options.config) as file:
+        config = sized(load_config(None if file is None else find_config(file), words))
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
     if here and device.type == "cuda":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,27 +70,12 @@ def main(arguments: Sequence[str], as_rank: bool = False) -> None:
             "a configuration must come first: longnet train CONFIG [key=value ...], where CONFIG is a YAML file or "
             f"one of {', '.join(run_names())}; with model.path=FOLDER it may be left out"
         )
+    from longnet_dist.config.packaged import read_once
+
     with read_once(config) as file:
         command = [file if file and word == config else word for word in arguments]
         processes = Processes(["train", *command], options.processes, starts=not as_rank)
         train(file, words, processes, verify=options.verify)
-
-
-@contextmanager
-def read_once(word: str | None) -> Iterator[str | None]:
-    """Yield a configuration that can be read again and again: a copy of a pipe's content, for the ranks, too.
-
-    Args:
-        word: a file, a pipe, ``-`` for standard input, a name, or None for none.
-    """
-    path = Path("/dev/stdin" if word == "-" else word or "")
-    if word is None or not path.exists() or path.is_file() or path.is_dir():
-        yield word
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "standard_input.yaml"
-        copy.write_bytes(path.read_bytes())
-        yield str(copy)
 
 
 def train(

@@ -10,9 +10,16 @@ ROOT = Path(__file__).parents[2]
 KEYS = {"parameters", "flops_per_token", "peak_gpu_bytes", "peak_host_bytes", "step_seconds", "longest_sequence"}
 
 
-def run(*words):
+def run(*words, **given):
     command = [sys.executable, "-m", "longnet_dist", "plan", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **given)
+
+
+def test_a_configuration_from_standard_input():
+    text = (ROOT / "longnet_dist/config/runs/quickstart.yaml").read_text()
+    printed = run("-", "--device", "h100", "--json", input=text)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout == run("quickstart", "--device", "h100", "--json").stdout
 
 
 def test_json_and_table_say_the_same():

@@ -100,6 +100,7 @@ def test_a_configuration_from_a_pipe_is_read_once_for_all_ranks(tmp_path, corpus
         main([str(reading), "train.steps=7"])
     else:
         with reading.open() as pipe:
+            writer.join()  # nobody writes any more
             kept = os.dup(0)
             os.dup2(pipe.fileno(), 0)
             try:
