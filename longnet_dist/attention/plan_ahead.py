@@ -69,7 +69,9 @@ def _plan(
         None,
         cache,
     )
-    spec.dense_calls(kv_heads)
+    calls = list(spec.dense_calls(kv_heads))
     if spec.exchanges:
         spec.plan(kv_heads)
-        spec.shared_calls(kv_heads)
+        calls += [call for of_segment in spec.shared_calls(kv_heads) for call in of_segment]
+    for call in calls:
+        spec.kernel.prepare(call, queries)

@@ -114,6 +114,12 @@ class Kernel(Protocol):
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """Return the dtypes of ``dq``, and of ``dk`` and ``dv``, for inputs of ``dtype``; ``dk, dv`` may be wider."""
 
+    def prepare(self, call: Call, q: Tensor) -> None:
+        """Work out on the host what the launches of a call take long for, so that they find it; nothing is launched.
+
+        Another thread may call it. Of the queries ``q`` only shape, dtype and device count.
+        """
+
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
@@ -153,6 +159,9 @@ class WideAccumulation:
 
     starts_fresh = False
     merges_overlaps = False
+
+    def prepare(self, call: Call, q: Tensor) -> None:
+        """Do nothing: a launch takes no time to work out."""
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return float32, or float64 for float64."""

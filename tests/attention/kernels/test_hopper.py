@@ -1,14 +1,21 @@
 """The kernels for Hopper in the emulator of ``tests/gluon``, against the definition in float64."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from longnet_dist.attention.kernels.hopper.tables import tile_table
+from longnet_dist.attention import functional
+from longnet_dist.attention.kernels.hopper import launches
+from longnet_dist.attention.kernels.hopper.tables import listed_tiles, tile_table
+from longnet_dist.attention.kernels.triton import kernel as portable
+from longnet_dist.attention.module import DilatedAttention
+from longnet_dist.attention.plan_ahead import plan_stream
 from longnet_dist.attention.stream import Stream
+from longnet_dist.caches import clear_caches
 from longnet_dist.geometry.documents import Documents, segment_table
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import Piece
@@ -121,6 +128,27 @@ def test_finite_padding_changes_no_bit(dim, causal):
         assert kernel.launched["backward"] > 0
         assert (kernel.launched["forward"] > 0) == (dim == 128)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rows", [364, 363])  # of 363 the copy engine does not see the last
+@pytest.mark.parametrize("dim", [64, 128])
+def test_tiles_of_documents_are_listed_with_the_plan(dim, rows):
+    """The launches of a batch find what another thread has worked out."""
+    pattern, documents = DilatedPattern([64, 256], [1, 2]), Documents.of_edges([0, 50, 130, rows])
+    attention, kernel = DilatedAttention(2 * dim, 2, pattern), EmulatedKernel()
+    clear_caches()
+    with (
+        mock.patch.object(functional, "choose_kernel", return_value=kernel),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(portable, "_hopper", return_value=launches),
+    ):
+        stream = Stream(pattern, rows, 1, cu_seqlens=documents)
+        plan_stream([attention], stream, rows, torch.bfloat16, torch.device("cpu"))
+    planned = listed_tiles.cache_info().misses
+    attended(*inputs(rows, 2, 2, dim), pattern, kernel, cu_seqlens=documents)
+    found = listed_tiles.cache_info()
+    assert planned == found.misses > 0
+    assert found.hits > 0
 
 
 def test_a_shifted_grid_without_documents():

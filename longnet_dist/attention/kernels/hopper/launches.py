@@ -13,7 +13,7 @@ from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.hopper.backward.kernel import hopper_backward_kernel
 from longnet_dist.attention.kernels.hopper.forward.kernel import hopper_forward_kernel
 from longnet_dist.attention.kernels.hopper.gluon_api import ASSEMBLER_OPTIONS
-from longnet_dist.attention.kernels.hopper.tables import TileTable, tile_table
+from longnet_dist.attention.kernels.hopper.tables import TileTable, listed_tiles, tile_table
 from longnet_dist.attention.kernels.triton.launch import BACKWARD_SIDES, FORWARD_SIDES, Geometry, Launch, Problem, View
 
 
@@ -40,6 +40,17 @@ TILES = {64: HopperTiles(128, 3), 128: HopperTiles(64, 2)}
 OPTIONS: dict[str, Any] = {"num_warps": 4, **ASSEMBLER_OPTIONS}
 QUERIES = KEYS = 128  # of a tile of a program, forward and backward
 ENOUGH = 4 * 132  # programs: with fewer, some multiprocessors have more to do than others
+
+
+def prepare(problem: Problem) -> None:
+    """List the tiles that the launches of a piece with a table of segments take."""
+    if not _takes_piece(problem):
+        return
+    piece, fresh = problem.piece, problem.call.fresh
+    if problem.dim in support.FORWARD_DIMS:
+        listed_tiles(piece, True, QUERIES, fresh)
+    if problem.dim in support.BACKWARD_DIMS:
+        listed_tiles(piece, False, KEYS, fresh)
 
 
 def takes_forward(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
@@ -147,14 +158,20 @@ def _work(
 
 def _takes(problem: Problem, queries: tuple[Geometry, ...], keys: tuple[Geometry, ...]) -> bool:
     return (
+        _takes_piece(problem)
+        and all(_flat(x, problem.piece.dilation_rate) for x in queries)
+        and all(_flat(x, problem.key_rate) for x in keys)
+    )
+
+
+def _takes_piece(problem: Problem) -> bool:
+    return (
         problem.fits
         and (problem.piece.table is None or takes_tables(problem.call.deterministic))
         and problem.call.head_block is not None
         and (problem.heads_before is None or support.TABLES)
         and torch.cuda.get_device_capability(problem.q.device)[0] == support.COMPUTE_CAPABILITY
         and not problem.wide
-        and all(_flat(x, problem.piece.dilation_rate) for x in queries)
-        and all(_flat(x, problem.key_rate) for x in keys)
     )
 
 

@@ -33,17 +33,29 @@ class TileTable(NamedTuple):
 
 @bounded_cache(maxsize=128)
 def tile_table(piece: Piece, of_queries: bool, rows: int, fresh: bool, device: torch.device) -> TileTable:
+    """Return :func:`listed_tiles`, of the same arguments, on a device."""
+    integers = listed_tiles(piece, of_queries, rows, fresh)
+    return TileTable(len(integers) // 4, _on_device(integers, device))
+
+
+@bounded_cache(maxsize=512)
+def listed_tiles(piece: Piece, of_queries: bool, rows: int, fresh: bool) -> Integers:
     """List the tiles of a piece that has a table of segments, those of the longest segment first.
 
     The tiles of a segment stay together, because they read the same keys or queries. The one with the most work in a
     causal model comes first: the last queries, or the first keys.
+
+    The list takes longer than its copy to a device, so it is made ahead of the launch where that is possible
+    (:meth:`Kernel.prepare`).
 
     Args:
         piece: what is launched.
         of_queries: whether the programs take tiles of queries; else of keys.
         rows: of a tile.
         fresh: whether tiles without work are listed too, because the launch writes all rows.
-        device: of the table.
+
+    Returns:
+        the integers of a :class:`TileTable`.
     """
     assert piece.table is not None
     table = piece.table
@@ -58,7 +70,7 @@ def tile_table(piece: Piece, of_queries: bool, rows: int, fresh: bool, device: t
     if of_queries:
         number = np.repeat(counts, counts) - 1 - number
     segments = np.stack([table.starts[place], table.stops[place], table.leads[place]], 1)
-    return TileTable(len(place), _on_device(np.concatenate([segments.ravel(), number]), device))
+    return np.concatenate([segments.ravel(), number])
 
 
 def _on_device(integers: Integers, device: torch.device) -> Tensor:

@@ -84,6 +84,13 @@ class TritonKernel:
     def gradient_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         return wide_dtype(dtype), dtype
 
+    def prepare(self, call: Call, q: Tensor) -> None:
+        """List the tiles of a piece with a table of segments: see :meth:`Kernel.prepare`."""
+        hopper, geometry = _hopper(q.device), Geometry.of(q)
+        if call.piece.table is not None and hopper and hopper.takes_tables(call.deterministic):
+            for part in Problem(call, geometry, geometry).parts(split_tables=True):
+                hopper.prepare(part)
+
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Merge the keys of the piece into the running ``(out, lse)``: see :meth:`Kernel.forward`."""
         for launch in _forward(call, *map(Geometry.of, (q, k, v, out, lse))):

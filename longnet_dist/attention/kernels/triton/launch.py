@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -207,8 +206,7 @@ class Problem:
             return
         if piece.table is not None:
             whole = self.q.shape[1] // piece.dilation_rate * piece.dilation_rate + piece.window_start
-            stops = np.minimum(piece.table.stops, max(piece.query_stop, 0 if piece.compact else piece.key_stop))
-            yield from (self._with(part) for part in _split_table(piece, stops <= whole, whole))
+            yield from (self._with(part) for part in _split_table(piece, whole))
             return
         if piece.num_segments > 1:
             last = piece.first_segment + piece.num_segments - 1
@@ -304,10 +302,15 @@ def _device_table(table: SegmentTable, device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([table.starts, table.stops, table.leads], 1)).to(device)
 
 
-def _split_table(piece: Piece, inside: npt.NDArray[np.bool_], whole: int) -> Iterator[Piece]:
-    """Yield the segments ``inside``, which end at row ``whole`` or before, and the others, where there are any."""
+@bounded_cache(maxsize=256)
+def _split_table(piece: Piece, whole: int) -> tuple[Piece, ...]:
+    """Return the segments whose rows end at row ``whole`` or before, and the others, where there are any.
+
+    They are the same objects for each launch of a piece, by which it finds its table of tiles.
+    """
     assert piece.table is not None
-    table = piece.table
+    table, parts = piece.table, []
+    inside = np.minimum(table.stops, max(piece.query_stop, 0 if piece.compact else piece.key_stop)) <= whole
     for some in (inside, ~inside):
         if not some.any():
             continue
@@ -316,7 +319,8 @@ def _split_table(piece: Piece, inside: npt.NDArray[np.bool_], whole: int) -> Ite
         if some is inside:
             key_stop = piece.key_stop if piece.compact else min(piece.key_stop, whole)
             found = replace(found, query_stop=min(piece.query_stop, whole), key_stop=key_stop)
-        yield found
+        parts.append(found)
+    return tuple(parts)
 
 
 def rows_of_segments(piece: Piece) -> tuple[Integers, Integers]:
