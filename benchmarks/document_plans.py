@@ -4,7 +4,8 @@
 
 The lengths are log-normal (mean 1,260, sigma 1.2), new in each batch. The pattern is geometric from 2,048 up to all
 rows, 12 heads of 64, causal, with overlaps merged as on a GPU. A plan reads and checks the edges, makes the tables of
-segments of all launches, and over ranks the exchange of one rank. Later layers find it again by the edges.
+segments of all launches, and over ranks the exchange of one rank. Later layers find it again by the edges. ``tiles`` is
+the time to list the tiles of all backward launches on a Hopper GPU, which a plan that is made ahead does, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 
 from benchmarks.record import environment
 from longnet_dist.attention.functional import AttentionSpec
+from longnet_dist.attention.kernels.contract import Call
+from longnet_dist.attention.kernels.hopper.tables import listed_tiles
 from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.packing import PackedBatch
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -40,8 +43,12 @@ def random_edges(generator: np.random.Generator, documents: int) -> list[int]:
     return [0, *np.cumsum(np.maximum(lengths.astype(np.int64), 1)).tolist()]
 
 
-def plan(edges: list[int], ranks: int) -> None:
-    """Do what a layer does on the host before its first launch, on the middle one of ``ranks`` ranks."""
+def plan(edges: list[int], ranks: int) -> list[Call]:
+    """Do what a layer does on the host before its first launch, on the middle one of ``ranks`` ranks.
+
+    Returns:
+        all calls of the kernel.
+    """
     rows, rank = edges[-1], ranks // 2
     x = torch.empty(1).expand(1, rows, HEADS, DIM)
     packed = PackedBatch.read(edges, x, x, None, None)
@@ -53,30 +60,37 @@ def plan(edges: list[int], ranks: int) -> None:
     )  # fmt: skip
     if ranks > 1:
         packed.digest  # noqa: B018 (the ranks compare it)
-    spec.dense_calls(HEADS)
+    calls = list(spec.dense_calls(HEADS))
     if spec.exchanges:
         spec.plan(HEADS)
-        spec.shared_calls(HEADS)
+        calls += [call for of_segment in spec.shared_calls(HEADS) for call in of_segment]
+    return calls
 
 
 def measured(documents: int, ranks: int, batches: int) -> dict[str, Any]:
-    """Median and largest milliseconds of the first layer, and the median of a later one."""
-    generator, first, later = np.random.default_rng(0), [], []
+    """Median and largest milliseconds of the first layer, the median of a later one, and that of the tiles."""
+    generator = np.random.default_rng(0)
+    first, later, tiles = list[float](), list[float](), list[float]()
     for number in range(batches + 3):
         edges = random_edges(generator, documents)
         times = [time.process_time()]
         for given in (edges, list(edges)):
-            plan(given, ranks)
+            calls = plan(given, ranks)
             times.append(time.process_time())
+        for call in calls:
+            if call.piece.table is not None:
+                listed_tiles(call.piece, False, 128, call.fresh)
+        times.append(time.process_time())
         if number >= 3:  # the first ones import
-            first.append(1000 * (times[1] - times[0]))
-            later.append(1000 * (times[2] - times[1]))
+            for found, start, stop in zip((first, later, tiles), times, times[1:], strict=False):
+                found.append(1000 * (stop - start))
     return {
         "documents": documents,
         "ranks": ranks,
         "first_layer_ms": statistics.median(first),
         "first_layer_worst_ms": max(first),
         "later_layer_ms": statistics.median(later),
+        "tiles_ms": statistics.median(tiles),
     }
 
 

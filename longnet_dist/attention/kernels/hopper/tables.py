@@ -63,14 +63,20 @@ def listed_tiles(piece: Piece, of_queries: bool, rows: int, fresh: bool) -> Inte
     own, other = (queries, keys) if of_queries else (keys, queries)
     sparse = -(-own // piece.dilation_rate)
     counts = np.where((other > 0) | fresh, -(-sparse // rows), 0)
-    order = np.argsort(table.starts - table.stops, kind="stable")
+    busy = np.flatnonzero(counts)
+    if not len(busy):
+        return busy
+    order = busy[np.argsort(table.starts[busy] - table.stops[busy], kind="stable")]
     counts = counts[order]
     place = np.repeat(order, counts)
     number = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
     if of_queries:
         number = np.repeat(counts, counts) - 1 - number
-    segments = np.stack([table.starts[place], table.stops[place], table.leads[place]], 1)
-    return np.concatenate([segments.ravel(), number])
+    integers = np.empty(4 * len(place), np.int64)
+    segments = integers[: 3 * len(place)].reshape(-1, 3)
+    segments[:, 0], segments[:, 1], segments[:, 2] = table.starts[place], table.stops[place], table.leads[place]
+    integers[3 * len(place) :] = number
+    return integers
 
 
 def _on_device(integers: Integers, device: torch.device) -> Tensor:
