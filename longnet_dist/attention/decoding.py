@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.attention.positions import Factors, Positions, RotaryTable
+from longnet_dist.attention.positions import Factors, Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache, Stream
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import open_segments
@@ -43,8 +43,8 @@ class Decoding:
     Attributes:
         rows: ``(B,)`` int64, the row of each text that comes next.
         layers: the cache of each layer.
-        split_keys: whether the keys of a head are split over the processors of a GPU, by kernels of our own, in layers
-            without sinks.
+        split_keys: whether kernels of our own rotate queries and keys and keep the new rows and, in layers without
+            sinks, split the keys of a head over the processors of a GPU.
 
     Raises:
         ConfigError: positions that cannot span ``max_rows``.
@@ -132,13 +132,13 @@ class Present(NamedTuple):
         slots: where its keys and values go, ``(branches, B, Hkv)`` int64; the last slot for branches that skip it.
         seen: the slots that a head's query sees, ``(B, Hkv, slots)`` bool; slot 0 where it sees nothing.
         nothing: whether it sees nothing, ``(B, Hkv, 1)`` bool.
-        tables: cosines and sines of queries and keys, ``(B, 1, D/2, 2)`` float64; None without positions.
+        tables: rotations of queries and keys, ``(B, 1, D/2, 2)``; None without positions.
     """
 
     slots: Tensor
     seen: Tensor
     nothing: Tensor
-    tables: list[Tensor] | None
+    tables: RotaryTable | None
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class Grid:
         firsts: ``first`` without its last, ``(branches, 1, 1)`` int64.
         factors: constants of the positions; None without.
         span: see :meth:`Positions.span`.
+        wide: dtype of the rotations.
     """
 
     pattern: DilatedPattern
@@ -164,6 +165,7 @@ class Grid:
     firsts: Tensor
     factors: Factors | None
     span: tuple[int, int]
+    wide: torch.dtype
 
     @classmethod
     def of(
@@ -197,6 +199,7 @@ class Grid:
             column(first[:-1]),
             None if positions is None else positions.factors(head_dim, device),
             (1, 0) if positions is None else positions.span(pattern, max_rows),
+            wide_dtype(dtype),
         )
 
     def at(self, rows: Tensor) -> Present:
@@ -217,11 +220,12 @@ class Grid:
         ranges = zip(self.first, self.first[1:], counts.unsqueeze(-1), strict=False)
         return torch.cat([slots[: stop - first] < count for first, stop, count in ranges], -1)
 
-    def _tables(self, rows: Tensor) -> list[Tensor] | None:
+    def _tables(self, rows: Tensor) -> RotaryTable | None:
         if self.factors is None:
             return None
         n, (length, phase) = rows.view(-1, 1, 1), self.span
-        return self.factors.at(n, (n - phase) % length, length)
+        tables = [table.to(self.wide) for table in self.factors.at(n, (n - phase) % length, length)]
+        return RotaryTable(tables[0], tables[-1])
 
 
 class DecodingLayer:
@@ -256,14 +260,10 @@ class DecodingLayer:
             kept = torch.unflatten(part, 1, (compact_rows, kv_heads)).transpose(1, 2)[:, :, : stop - first]
             self.records[:, text, :, first : first + kept.shape[2]] = kept
 
-    def table(self, dtype: torch.dtype) -> RotaryTable | None:
-        """Return the rotations ``(B, 1, D/2, 2)`` of the present rows; None without positions."""
-        tables = self.decoding.present(self.grid).tables
-        wide = wide_dtype(dtype)
-        return None if tables is None else RotaryTable(tables[0].to(wide), tables[-1].to(wide))
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None) -> Tensor:
         """Keep the keys and values of the present rows, and return what their queries attend to.
+
+        Queries and keys are rotated here, if there are positions.
 
         Args:
             q: ``(B, 1, H, D)``.
@@ -274,7 +274,7 @@ class DecodingLayer:
             ``(B, 1, H, D)``; 0 for heads whose row no branch keeps.
         """
         present = self.decoding.present(self.grid)
-        self._keep(present.slots, k, v)
+        q = self._rotate_and_keep(present, q, k, v)
         heads, seen = q.view(k.shape[0], k.shape[2], -1, q.shape[3]), present.seen.unsqueeze(2)
         if sink is None:
             keys, values = self.records[:, :, :, :-1]
@@ -292,10 +292,19 @@ class DecodingLayer:
             out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=torch.cat([scores, of_sink], -1))
         return out.masked_fill(present.nothing.unsqueeze(2), 0.0).view_as(q)
 
-    def _keep(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        texts, heads = (torch.arange(size, device=k.device) for size in slots.shape[1:])
+    def _rotate_and_keep(self, present: Present, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the rotated queries, and keep rotated keys and values in their slots."""
+        if self.decoding.split_keys:
+            from longnet_dist.attention.kernels.triton.keep import rotate_and_keep
+
+            return rotate_and_keep(q, k, v, self.records, present.slots, present.tables)
+        if present.tables is not None:
+            q, k = (rows.unsqueeze(1) for rows in rotate(q[:, 0], k[:, 0], present.tables))
+        texts, heads = (torch.arange(size, device=k.device) for size in present.slots.shape[1:])
         records = torch.stack([k, v])[:, :, 0].unsqueeze(1)  # (2, 1, B, Hkv, D)
-        self.records[:, texts[:, None], heads, slots] = records.expand(2, len(slots), *records.shape[2:])
+        branches = len(present.slots)
+        self.records[:, texts[:, None], heads, present.slots] = records.expand(2, branches, *records.shape[2:])
+        return q
 
 
 Cache = LayerCache | DecodingLayer

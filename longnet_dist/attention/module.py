@@ -149,7 +149,7 @@ class DilatedAttention(nn.Module):
             joined: Tensor = self(x.flatten(0, 1)[None], cu_seqlens=documents)
             return joined.view_as(x)
         if isinstance(cache, DecodingLayer):
-            out = cache.attend(*self.project(x, cache.table(x.dtype)), self.sinks)
+            out = cache.attend(*self.project(x, None), self.sinks)
         else:
             spec, table = self.prepare(x, start, total_rows, cache, documents)
             out, _ = attend(*self.project(x, table), spec, self.sink(spec, x.device))
@@ -191,7 +191,7 @@ class DilatedAttention(nn.Module):
 
         Args:
             x: tokens.
-            table: rotations of all ``B·n`` of them; None without positions.
+            table: rotations of all ``B·n`` of them; None without positions, or to leave the rotation to the caller.
         """
         q, k, v = (
             rearrange(layer(x), "b n (h d) -> b n h d", d=self.head_dim)
