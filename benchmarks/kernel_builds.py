@@ -157,7 +157,8 @@ def attention(capability: int, dim: int) -> None:
 
 def row_wise() -> None:
     """Launch the row-wise kernels in widths of models from 768 to 4,096."""
-    from longnet_dist.attention.kernels.triton.decode import attend_to_slots
+    from longnet_dist.attention.kernels.triton.decode import attend_to_slots, block_size, visible_blocks
+    from longnet_dist.attention.kernels.triton.keep import rotate_and_keep
     from longnet_dist.attention.positions import RotaryTable
     from longnet_dist.ops.gated_norm import triton as gated_norm
     from longnet_dist.ops.gelu_norm.triton import gelu_norm, gelu_norm_gradients
@@ -168,9 +169,13 @@ def row_wise() -> None:
         wide, inner = torch.empty(4, 2 * length, dtype=HALF), torch.empty(4, length, dtype=HALF)
         gated_norm.gated_norm(wide, None, None, 1e-5)
         gated_norm.gated_norm_gradients(inner, wide, 1e-5)
-    for group in (1, 3):
-        cached, seen = torch.empty(2, 4, 999, 64, dtype=HALF), torch.ones(2, 4, 999, dtype=torch.bool)
-        attend_to_slots(torch.empty(2, 4, group, 64, dtype=HALF), cached, cached, seen, ~seen[..., :1])
+    for group in (1, 3, 4):
+        cache, seen = torch.empty(2, 2, 4, 999, 64, dtype=HALF), torch.ones(2, 4, 999, dtype=torch.bool)
+        q, blocks = torch.empty(2, 4, group, 64, dtype=HALF), visible_blocks(seen, block_size(group, 64))
+        attend_to_slots(q, cache[0], cache[1], seen, ~seen[..., :1], blocks)
+        table, row = torch.empty(2, 1, 32, 2), torch.empty(2, 1, 4, 64, dtype=HALF)
+        slots = torch.zeros(3, 2, 4, dtype=torch.int64)
+        rotate_and_keep(q.view(2, 1, -1, 64), row, row, cache, slots, (table, table))
     for length in (3072, 8192):
         inner = torch.empty(4, length, dtype=HALF)
         gelu_norm(inner, None, None, 1e-5)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from longnet_dist.attention.stream import LayerCache, Stream
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import open_segments
 from longnet_dist.numerics import wide_dtype
+
+if TYPE_CHECKING:
+    from longnet_dist.attention.kernels.triton.decode import VisibleBlocks
 
 
 class Decoding:
@@ -67,6 +70,7 @@ class Decoding:
         self.rows = torch.zeros(texts, dtype=torch.int64, device=device)
         self._going_on = torch.zeros_like(self.rows)
         self._present: dict[DilatedPattern, Present] = {}
+        self._blocks: dict[tuple[DilatedPattern, int], VisibleBlocks] = {}
         grids: dict[DilatedPattern, Grid] = {}
         for pattern in patterns:
             if pattern not in grids:
@@ -82,12 +86,22 @@ class Decoding:
     def forget_places(self) -> None:
         """Forget where the next rows lie, so that the next pass computes it."""
         self._present.clear()
+        self._blocks.clear()
 
     def present(self, grid: Grid) -> Present:
         """Return where the next row of every text lies in a grid: once for all layers that have it."""
         if grid.pattern not in self._present:
             self._present[grid.pattern] = grid.at(self.rows)
         return self._present[grid.pattern]
+
+    def blocks(self, grid: Grid, group: int, dim: int) -> VisibleBlocks:
+        """Return the blocks of slots that ``group`` queries of ``dim`` channels see in a grid: once, too."""
+        from longnet_dist.attention.kernels.triton.decode import block_size, visible_blocks
+
+        key = grid.pattern, block_size(group, dim)
+        if key not in self._blocks:
+            self._blocks[key] = visible_blocks(self.present(grid).seen, key[1])
+        return self._blocks[key]
 
     def clear(self, text: int) -> None:
         """Forget a text; its place computes row 0 until another is loaded."""
@@ -211,8 +225,9 @@ class Grid:
         seen = self._seen(torch.where(kept, index + 1, 0))
         # A head that sees nothing would have no largest score; it sees slot 0, and its result is dropped.
         nothing = ~seen.any(-1, keepdim=True)
+        seen[:, :, :1] |= nothing
         slots = torch.where(kept, self.firsts + index, self.first[-1])
-        return Present(slots, seen | nothing, nothing, self._tables(rows))
+        return Present(slots, seen, nothing, self._tables(rows))
 
     def _seen(self, counts: Tensor) -> Tensor:
         """Return the first ``counts (branches, B, Hkv)`` slots of each branch, ``(B, Hkv, slots)``."""
@@ -281,7 +296,8 @@ class DecodingLayer:
             if self.decoding.split_keys:
                 from longnet_dist.attention.kernels.triton.decode import attend_to_slots
 
-                return attend_to_slots(heads, keys, values, present.seen, present.nothing).view_as(q)
+                blocks = self.decoding.blocks(self.grid, *heads.shape[2:])
+                return attend_to_slots(heads, keys, values, present.seen, present.nothing, blocks).view_as(q)
             out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen)
         else:
             # The last slot, which nobody reads, is the sink's key: its product is 0, and the mask adds its score.

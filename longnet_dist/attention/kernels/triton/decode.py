@@ -8,44 +8,98 @@ are split, every program computes the softmax of its part, and a second kernel m
 
 .. math::
     o = \sum_s e^{\ell_s - \ell}\, o_s, \qquad \ell = \log \sum_s e^{\ell_s} .
+
+Keys are read in blocks. Only blocks with a key that is seen are read, from a list (:func:`visible_blocks`), of which
+each program gets an equal share. The keys and values of a block are loaded without waiting for its mask.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from longnet_dist.numerics import COMPILE, block_dim, processors
 
+# What the speed depends on: benchmarks/decode_kernels.py measures other values.
 BLOCK = 64
-"""Keys that a program reads at once."""
-MOST_SPLITS = 128
+"""Most keys of a block."""
+NUMBERS = 8192
+"""Most sums of a program, ``group · block · D``, where the queries of a group do not make a matmul."""
+WARPS = 4
+STAGES = 2
+"""Blocks whose loads are under way at once."""
 PROGRAMS = 4
-"""For each of the device's processors."""
+"""For each of the device's processors, if there are few texts."""
+MOST_BLOCKS = 16
+"""Of a program, so that many texts make many programs, whose ends fall together."""
+MOST_SPLITS = 128
+DOT_GROUP = 4
+"""Queries of a key/value head from which on tensor cores compute the scores."""
 LOG2E = 1.4426950408889634
 
 
-def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, nothing: Tensor) -> Tensor:
+class VisibleBlocks(NamedTuple):
+    """List the blocks of keys of which a head sees some.
+
+    Attributes:
+        size: keys of a block.
+        numbers: ``(B, Hkv, blocks)`` int32, contiguous, the numbers of such blocks, in order, then those of the others.
+        counts: ``(B, Hkv)`` int32, contiguous, the number of such blocks.
+    """
+
+    size: int
+    numbers: Tensor
+    counts: Tensor
+
+
+def block_size(group: int, dim: int) -> int:
+    """Return the keys of a block for ``group`` queries of ``dim`` channels that share a key/value head."""
+    if group >= DOT_GROUP:
+        return BLOCK
+    return max(16, min(BLOCK, 1 << (NUMBERS // (group * block_dim(dim))).bit_length() - 1))
+
+
+def visible_blocks(seen: Tensor, size: int) -> VisibleBlocks:
+    """Return the blocks of ``size`` slots of which ``seen (B, Hkv, slots)``, bool, has some."""
+    padded = F.pad(seen, (0, -seen.shape[2] % size), value=False)
+    visible = torch.unflatten(padded, 2, (-1, size)).any(-1).to(torch.int32)
+    numbers = visible.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return VisibleBlocks(size, numbers, visible.sum(-1, dtype=torch.int32))
+
+
+def attend_to_slots(
+    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, nothing: Tensor, blocks: VisibleBlocks
+) -> Tensor:
     """Return ``(B, Hkv, G, D)``, what queries ``q (B, Hkv, G, D)`` attend to.
+
+    Keys and values that are not seen may be anything, NaN too.
 
     Args:
         q: the queries of the ``G`` heads that share a key/value head.
         keys, values: ``(B, Hkv, slots, D)``, alike in strides, with the last dim contiguous.
         seen: ``(B, Hkv, slots)`` bool, contiguous, the slots that count.
         nothing: ``(B, Hkv, 1)`` bool, contiguous, where the result is 0.
+        blocks: those of ``seen``, of :func:`block_size` slots.
     """
     (texts, heads, group, dim), slots = q.shape, keys.shape[2]
-    rows = texts * heads
-    splits = max(1, min(MOST_SPLITS, PROGRAMS * processors(q.device) // rows, -(-slots // BLOCK)))
-    chunk = -(-slots // splits // BLOCK) * BLOCK
+    rows, most = texts * heads, blocks.numbers.shape[2]
+    splits = max(PROGRAMS * processors(q.device) // rows, triton.cdiv(most, MOST_BLOCKS))
+    splits = max(1, min(splits, most, MOST_SPLITS))
     parts = q.new_empty(rows, group, splits, dim, dtype=torch.float32)
     lses = q.new_empty(rows, group, splits, dtype=torch.float32)
     padded = block_dim(dim)
-    _parts_kernel[(rows, splits)](
-        q.contiguous(), keys, values, seen, parts, lses, dim**-0.5 * LOG2E, slots, chunk, heads,
-        keys.stride(0), keys.stride(1), keys.stride(2), splits, group, dim, padded, BLOCK, num_warps=4, **COMPILE,
+    kernel, own = _parts_kernel, {}
+    if group >= DOT_GROUP:
+        kernel, own = _matmul_parts_kernel, {"ROWS": block_dim(group)}
+    kernel[(rows, splits)](
+        q.contiguous(), keys, values, seen, blocks.numbers, blocks.counts, parts, lses, dim**-0.5 * LOG2E, slots, most,
+        heads, keys.stride(0), keys.stride(1), keys.stride(2), splits, group, dim, padded, blocks.size, STAGES,
+        num_warps=WARPS, **own, **COMPILE,
     )  # fmt: skip
     out = q.new_empty(q.shape)
     _merge_kernel[(rows * group,)](
@@ -55,46 +109,110 @@ def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, nothi
 
 
 @triton.jit
+def _share(counts, row, split, SPLITS: tl.constexpr):
+    """Return the first block of part ``split`` in the list of ``row``, and the one behind its last."""
+    count = tl.load(counts + row)
+    return split * count // SPLITS, (split + 1) * count // SPLITS
+
+
+@triton.jit
+def _load_block(
+    keys, values, seen, number, row, start, slots, slot_stride, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return keys and values ``(BLOCK, PADDED)`` of a block, and which of them count; values of others are 0."""
+    place = number * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.arange(0, PADDED)
+    visible = tl.load(seen + row * slots + place, mask=place < slots, other=0) != 0
+    # The last block may end behind the slots. There it reads the last slot again, so that no load needs a mask.
+    at = start + tl.minimum(place, slots - 1).to(tl.int64)[:, None] * slot_stride + channels[None, :]
+    if PADDED == DIM:
+        key, value = tl.load(keys + at), tl.load(values + at)
+    else:
+        real = (channels < DIM)[None, :]
+        key, value = tl.load(keys + at, mask=real, other=0.0), tl.load(values + at, mask=real, other=0.0)
+    return key, tl.where(visible[:, None], value, 0.0), visible
+
+
+@triton.jit
 def _parts_kernel(
-    q, keys, values, seen, parts, lses, scale, slots, chunk, heads, text_stride, head_stride, slot_stride,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    q, keys, values, seen, numbers, counts, parts, lses, scale, slots, most, heads,
+    text_stride, head_stride, slot_stride, SPLITS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute part ``program_id(1)`` of the keys of row ``program_id(0)``, a text and a key/value head.
 
-    ``parts (rows, GROUP, SPLITS, DIM)``; ``lses (rows, GROUP, SPLITS)``, to the base 2.
+    ``numbers (rows, most)``, ``counts (rows,)``; ``parts (rows, GROUP, SPLITS, DIM)``; ``lses (rows, GROUP, SPLITS)``,
+    to the base 2. Each place of a block has a softmax of its own until the end, so that threads need not meet.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channels = tl.arange(0, PADDED)
-    real = channels < DIM
     start = (row // heads) * text_stride + (row % heads) * head_stride
     queries, tops, sums, accumulated = (), (), (), ()
     for g in tl.static_range(GROUP):
-        query = tl.load(q + (row * GROUP + g) * DIM + channels, mask=real, other=0.0).to(tl.float32) * scale
-        queries, tops = queries + (query,), tops + (tl.full((), float("-inf"), tl.float32),)
-        sums, accumulated = sums + (tl.zeros((), tl.float32),), accumulated + (tl.zeros((PADDED,), tl.float32),)
-    first = split * chunk
-    for begin in tl.range(first, tl.minimum(first + chunk, slots), BLOCK):
-        place = begin + tl.arange(0, BLOCK)
-        visible = tl.load(seen + row * slots + place, mask=place < slots, other=0) != 0
-        at = start + place.to(tl.int64)[:, None] * slot_stride + channels[None, :]
-        wanted = visible[:, None] & real[None, :]
-        key = tl.load(keys + at, mask=wanted, other=0.0).to(tl.float32)
-        value = tl.load(values + at, mask=wanted, other=0.0).to(tl.float32)
+        query = tl.load(q + (row * GROUP + g) * DIM + channels, mask=channels < DIM, other=0.0).to(tl.float32) * scale
+        queries, tops = queries + (query,), tops + (tl.full((BLOCK,), float("-inf"), tl.float32),)
+        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
+        accumulated = accumulated + (tl.zeros((BLOCK, PADDED), tl.float32),)
+    first, stop = _share(counts, row, split, SPLITS)
+    for i in tl.range(first, stop, num_stages=STAGES):
+        number = tl.load(numbers + row * most + i)
+        key, value, visible = _load_block(
+            keys, values, seen, number, row, start, slots, slot_stride, DIM, PADDED, BLOCK
+        )
+        key, value = key.to(tl.float32), value.to(tl.float32)
         new_tops, new_sums, new_accumulated = (), (), ()
         for g in tl.static_range(GROUP):
             score = tl.where(visible, tl.sum(key * queries[g][None, :], 1), float("-inf"))
-            top = tl.maximum(tops[g], tl.max(score, 0))
+            top = tl.maximum(tops[g], score)
             # Where nothing was visible so far the maximum is -inf, and 0 stands in for it.
             safe = tl.where(top == float("-inf"), 0.0, top)
             weight, old = tl.exp2(score - safe), tl.exp2(tops[g] - safe)
-            new_tops, new_sums = new_tops + (top,), new_sums + (sums[g] * old + tl.sum(weight, 0),)
-            new_accumulated = new_accumulated + (accumulated[g] * old + tl.sum(weight[:, None] * value, 0),)
+            new_tops, new_sums = new_tops + (top,), new_sums + (sums[g] * old + weight,)
+            new_accumulated = new_accumulated + (accumulated[g] * old[:, None] + weight[:, None] * value,)
         tops, sums, accumulated = new_tops, new_sums, new_accumulated
     for g in tl.static_range(GROUP):
+        top = tl.max(tops[g], 0)
+        weight = tl.exp2(tops[g] - tl.where(top == float("-inf"), 0.0, top))
+        total = tl.sum(weight * sums[g], 0)
         place = (row * GROUP + g) * SPLITS + split
-        total = tl.where(sums[g] == 0.0, 1.0, sums[g])
-        tl.store(lses + place, tl.where(sums[g] == 0.0, float("-inf"), tops[g] + tl.log2(total)))
-        tl.store(parts + place * DIM + channels, accumulated[g] / total, mask=real)
+        tl.store(lses + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(tl.where(total == 0.0, 1.0, total))))
+        part = tl.sum(weight[:, None] * accumulated[g], 0) / tl.where(total == 0.0, 1.0, total)
+        tl.store(parts + place * DIM + channels, part, mask=channels < DIM)
+
+
+@triton.jit
+def _matmul_parts_kernel(
+    q, keys, values, seen, numbers, counts, parts, lses, scale, slots, most, heads,
+    text_stride, head_stride, slot_stride, SPLITS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Compute what ``_parts_kernel`` does, with the queries of a group as the first of ``ROWS`` rows of a matmul."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    member, channels = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    real = (member < GROUP)[:, None] & (channels < DIM)[None, :]
+    start = (row // heads) * text_stride + (row % heads) * head_stride
+    queries = tl.load(q + (row * GROUP + member[:, None]) * DIM + channels[None, :], mask=real, other=0.0)
+    tops, sums = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    accumulated = tl.zeros((ROWS, PADDED), tl.float32)
+    first, stop = _share(counts, row, split, SPLITS)
+    for i in tl.range(first, stop, num_stages=STAGES):
+        number = tl.load(numbers + row * most + i)
+        key, value, visible = _load_block(
+            keys, values, seen, number, row, start, slots, slot_stride, DIM, PADDED, BLOCK
+        )
+        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        top = tl.maximum(tops, tl.max(scores, 1))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight, old = tl.exp2(scores - safe[:, None]), tl.exp2(tops - safe)
+        sums = sums * old + tl.sum(weight, 1)
+        accumulated = accumulated * old[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        tops = top
+    total = tl.where(sums == 0.0, 1.0, sums)
+    place = (row * GROUP + member) * SPLITS + split
+    tl.store(lses + place, tl.where(sums == 0.0, float("-inf"), tops + tl.log2(total)), mask=member < GROUP)
+    tl.store(parts + place[:, None] * DIM + channels[None, :], accumulated / total[:, None], mask=real)
 
 
 @triton.jit
