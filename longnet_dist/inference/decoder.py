@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,27 @@ from longnet_dist.model.longnet import LongNet
 from longnet_dist.ops.graphs import Graph
 
 CHUNK_LENGTH = 16384
+"""Tokens of a prompt that are computed at once on a CPU, and at least on a GPU."""
+_MOST_NUMBERS = 2**31 - 1
+"""Of a tensor, which torch's kernels count with 32 bits."""
+
+
+def prompt_rows(model: LongNet) -> int:
+    """Return how many tokens of a prompt are computed at once: on a GPU as many as its free memory allows.
+
+    The host plans and launches every layer of every chunk, so that few chunks are fast. Their number is a power of two,
+    since segments are multiples of one and those that cross the edge of a chunk cost more.
+    """
+    weight, config = next(model.parameters()), model.config
+    if weight.device.type != "cuda":
+        return CHUNK_LENGTH
+    allocated, reserved = (read(weight.device) for read in (torch.cuda.memory_allocated, torch.cuda.memory_reserved))
+    free = torch.cuda.mem_get_info(weight.device)[0] + reserved - allocated
+    # No more than this is alive at once: queries and keys are rotated in float32, and a feed-forward network has its
+    # first layer's output, the activation and the norm.
+    row_bytes = 64 * config.dim + 4 * config.first_dim * weight.element_size()
+    most = min(free // row_bytes, _MOST_NUMBERS // config.first_dim)
+    return max(CHUNK_LENGTH, 1 << int(most).bit_length() - 1)
 
 
 class Decoder:
@@ -22,12 +44,12 @@ class Decoder:
         model: a causal model of one device, in evaluation mode.
         texts: number of places, each of which holds a text.
         max_rows: the most tokens that a text can have.
-        chunk_length: tokens of a prompt that are computed at once.
+        chunk_length: tokens of a prompt that are computed at once; None: see :func:`prompt_rows`.
         allowed: ``(V,)`` bool, the ids that may follow; the logits of all others are ``-inf``. None: all.
         graphs: whether a step is captured once and replayed as a CUDA graph (:class:`~longnet_dist.ops.graphs.Graph`),
             so that the host launches it at once. The logits of a step are overwritten by the next one then.
-        split_keys: whether kernels of our own split the keys of a head over the processors of a GPU, in layers without
-            sinks.
+        split_keys: whether kernels of our own rotate queries and keys and keep the new rows and, in layers without
+            sinks, split the keys of a head over the processors of a GPU.
 
     Attributes:
         device: of the model.
@@ -42,7 +64,7 @@ class Decoder:
         model: LongNet,
         texts: int,
         max_rows: int,
-        chunk_length: int = CHUNK_LENGTH,
+        chunk_length: int | None = None,
         allowed: Tensor | None = None,
         graphs: bool = False,
         split_keys: bool = False,
@@ -106,10 +128,11 @@ class Decoder:
             ConfigError: as :meth:`check`.
         """
         self.check(prompt)
-        tokens = torch.tensor([prompt], device=self.device)
+        # An array takes a million ids in a tenth of the time that torch needs for a list.
+        tokens = torch.frombuffer(array("q", prompt), dtype=torch.int64)[None].to(self.device)
         passed, first = len(prompt) - 1, places[0]
         stream = self._model.stream(self.max_rows)
-        for shards in stream.prefill(passed, self._chunk_length):
+        for shards in stream.prefill(passed, self._chunk_length or prompt_rows(self._model)):
             self._model(tokens[:, shards.start : shards.stop], stream=stream)
         self._cache.load(first, stream, passed)
         for place in places[1:]:

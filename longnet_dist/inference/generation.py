@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.inference.decoder import CHUNK_LENGTH, Decoder
+from longnet_dist.inference.decoder import Decoder
 from longnet_dist.model.longnet import LongNet
 
 LEAST_TEMPERATURE = 1e-6  # logits that are divided by it are far from the end of float32
@@ -67,7 +67,7 @@ def generate(
     sampling: Sampling,
     *,
     samples: int = 1,
-    chunk_length: int = CHUNK_LENGTH,
+    chunk_length: int | None = None,
     allowed: Tensor | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``num_tokens`` times the next id of every text that continues one of the ``prompts``.
@@ -82,7 +82,7 @@ def generate(
         num_tokens: how many to add to each.
         sampling: how to draw.
         samples: texts that continue each prompt; they stand next to each other in what is yielded.
-        chunk_length: rows of a prompt that are computed at once.
+        chunk_length: rows of a prompt that are computed at once; None: on a GPU as many as its free memory allows.
         allowed: ``(V,)`` bool, the ids that may be drawn; None: all.
 
     Raises:
@@ -105,7 +105,7 @@ def _generate(
     num_tokens: int,
     sampling: Sampling,
     samples: int,
-    chunk_length: int,
+    chunk_length: int | None,
     allowed: Tensor | None,
 ) -> Iterator[list[int]]:
     """Yield as :func:`generate` does, for arguments that it has checked."""

@@ -1,5 +1,7 @@
 """A step of a decoder can be replayed: it does the same to the same tensors, whatever the texts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -8,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longnet_dist.errors import ConfigError
 from longnet_dist.inference import decoder as decoder_module
-from longnet_dist.inference.decoder import Decoder
+from longnet_dist.inference.decoder import CHUNK_LENGTH, Decoder, prompt_rows
 from longnet_dist.inference.generation import Sampling, generate
 from tests.inference.test_generation import unaligned_model
 
@@ -129,7 +131,7 @@ def test_a_decoder_with_graphs_gives_the_same_tokens(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-@pytest.mark.parametrize("fields", FIELDS[:3], ids=str)
+@pytest.mark.parametrize("fields", [*FIELDS[:3], {"kv_heads": 1}, {"kv_heads": 2, "sinks": True}], ids=str)
 def test_split_keys_give_the_same_logits(fields):
     pytest.importorskip("triton")
     decoders = [Decoder(unaligned_model(**fields).float(), 2, 200) for _ in range(2)]
@@ -147,6 +149,20 @@ def test_split_keys_give_the_same_logits(fields):
 def test_split_keys_are_refused_where_their_kernels_do_not_run():
     with pytest.raises(ConfigError, match=r"split_keys=True needs Triton, and a GPU .* not torch.float64 on cpu"):
         Decoder(unaligned_model(), 1, 100, split_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("free", "rows"), [(130 * 2**30, 2**19), (24 * 2**30, 2**18), (2**20, CHUNK_LENGTH)], ids=["H200", "24 GiB", "full"]
+)
+def test_prompts_take_the_free_memory_of_a_gpu(monkeypatch, free, rows):
+    """As rows of a power of two, whose numbers torch's kernels can count."""
+    numbers = {"mem_get_info": (free - 2**19, 0), "memory_reserved": 2**20, "memory_allocated": 2**19}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+    weight = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    model = SimpleNamespace(parameters=lambda: iter([weight]), config=SimpleNamespace(dim=768, first_dim=3072))
+    assert prompt_rows(model) == rows
+    assert prompt_rows(unaligned_model()) == CHUNK_LENGTH
 
 
 @pytest.mark.gpu
