@@ -47,9 +47,10 @@ class Decoder:
         chunk_length: tokens of a prompt that are computed at once; None: see :func:`prompt_rows`.
         allowed: ``(V,)`` bool, the ids that may follow; the logits of all others are ``-inf``. None: all.
         graphs: whether a step is captured once and replayed as a CUDA graph (:class:`~longnet_dist.ops.graphs.Graph`),
-            so that the host launches it at once. The logits of a step are overwritten by the next one then.
+            so that the host launches it at once. The logits of a step are overwritten by the next one then. None: on a
+            GPU, unless the model is one of transformers, which may read numbers back from the GPU on the way.
         split_keys: whether kernels of our own rotate queries and keys and keep the new rows and, in layers without
-            sinks, split the keys of a head over the processors of a GPU.
+            sinks, split the keys of a head over the processors of a GPU. None: where they run.
 
     Attributes:
         device: of the model.
@@ -66,19 +67,22 @@ class Decoder:
         max_rows: int,
         chunk_length: int | None = None,
         allowed: Tensor | None = None,
-        graphs: bool = False,
-        split_keys: bool = False,
+        graphs: bool | None = None,
+        split_keys: bool | None = None,
     ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
         weight = next(model.parameters())
         self.device = weight.device
-        if split_keys and not takes_triton(self.device, weight.dtype):
+        kernels_run = takes_triton(self.device, weight.dtype)
+        if split_keys and not kernels_run:
             raise ConfigError(
                 f"split_keys=True needs Triton, and a GPU with bf16, fp16 or fp32, not {weight.dtype} on "
                 f"{self.device}; use split_keys=False"
             )
-        self._cache.split_keys = split_keys
+        self._cache.split_keys = kernels_run if split_keys is None else split_keys
+        if graphs is None:
+            graphs = self.device.type == "cuda" and isinstance(model, LongNet)
         self._refused = None if allowed is None else ~allowed.to(self.device)
         self._ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
         # Between two steps texts change in place, in tensors of the cache and in the ids, so a step can be replayed.

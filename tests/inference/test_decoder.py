@@ -151,6 +151,12 @@ def test_split_keys_are_refused_where_their_kernels_do_not_run():
         Decoder(unaligned_model(), 1, 100, split_keys=True)
 
 
+def test_a_decoder_on_a_cpu_has_neither_graphs_nor_kernels():
+    decoder = Decoder(unaligned_model().float(), 1, 100)
+    assert decoder._step == decoder._pass
+    assert not decoder._cache.split_keys
+
+
 @pytest.mark.parametrize(
     ("free", "rows"), [(130 * 2**30, 2**19), (24 * 2**30, 2**18), (2**20, CHUNK_LENGTH)], ids=["H200", "24 GiB", "full"]
 )
@@ -167,10 +173,24 @@ def test_prompts_take_the_free_memory_of_a_gpu(monkeypatch, free, rows):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fields", [{}, {"kv_heads": 1}, {"kv_heads": 2, "sinks": True}], ids=str)
+def test_by_default_a_gpu_has_graphs_and_kernels(fields):
+    model = unaligned_model(**fields).float().cuda()
+    plain, decoder = (
+        Decoder(model, len(PROMPTS), 500, graphs=False, split_keys=False),
+        Decoder(model, len(PROMPTS), 500),
+    )
+    assert decoder._cache.split_keys
+    assert decoder._step != decoder._pass
+    torch.testing.assert_close(texts_of(decoder, 100), texts_of(plain, 100), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_a_cuda_graph_computes_the_plain_step(fields):
     model = unaligned_model(**fields).cuda()
-    expected = texts_of(Decoder(model, len(PROMPTS), 500), 320)
+    expected = texts_of(Decoder(model, len(PROMPTS), 500, graphs=False), 320)
     actual = texts_of(Decoder(model, len(PROMPTS), 500, graphs=True), 320)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
@@ -179,6 +199,6 @@ def test_a_cuda_graph_computes_the_plain_step(fields):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_split_keys_replay_as_a_graph_too():
     model = unaligned_model(kv_heads=2).float().cuda()
-    expected = texts_of(Decoder(model, len(PROMPTS), 500, split_keys=True), 100)
+    expected = texts_of(Decoder(model, len(PROMPTS), 500, split_keys=True, graphs=False), 100)
     actual = texts_of(Decoder(model, len(PROMPTS), 500, split_keys=True, graphs=True), 100)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
