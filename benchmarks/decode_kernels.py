@@ -7,7 +7,8 @@ all slots; ``random`` ones are anywhere. Each of ``--layers`` layers has a cache
 the GPU's own caches. The layers are replayed as a CUDA graph; a time is that of one layer.
 
 From the constants of ``attention/kernels/triton/decode.py`` on, each constant in turn takes all values that the command
-line names, and the fastest stays. The share is that of ``--bandwidth`` at which keys and values that are seen are read.
+line names, and the fastest stays; with ``--linear`` those of ``ops/normed_linear/triton.py`` too. The share is that of
+``--bandwidth`` at which keys and values that are seen are read.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from longnet_dist.attention.kernels.triton import decode
 from longnet_dist.attention.kernels.triton.keep import rotate_and_keep
 from longnet_dist.attention.positions import Positions
 from longnet_dist.ops.graphs import Graph
+from longnet_dist.ops.normed_linear import triton as normed_linear
 
 CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS", "MOST_BLOCKS", "DOT_GROUP")
 
@@ -49,8 +52,37 @@ def main(arguments: list[str] | None = None) -> None:
             layers.place(visibility)
             point = {"shape": shape, "visibility": visibility} | layers.measure()
             result["points"].append(point)
-            print(json.dumps({name: value for name, value in point.items() if name != "attempts"}), flush=True)
+            print(json.dumps({name: value for name, value in point.items() if "attempts" not in name}), flush=True)
             options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def fastest(
+    module: ModuleType, values: Mapping[str, Sequence[int]], measure: Callable[[], float]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Let each constant of a module in turn take its values; return all attempts and the fastest.
+
+    An attempt has the constants and its microseconds, infinite if the kernels do not fit.
+    """
+    kept = {name: getattr(module, name) for name in values}
+
+    def attempt(constants: Mapping[str, int]) -> dict[str, float]:
+        try:
+            for name, value in constants.items():
+                setattr(module, name, value)
+            microseconds = measure()
+        except Exception as error:  # too much shared memory, say: the others go on
+            print(f"{constants}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            microseconds = float("inf")
+        return {**constants, "microseconds": microseconds}
+
+    attempts = [attempt(kept)]
+    for name in values:
+        best = min(attempts, key=lambda found: found["microseconds"])
+        constants = {constant: int(best[constant]) for constant in kept}
+        attempts += [attempt(constants | {name: value}) for value in values[name] if value != constants[name]]
+    for name, value in kept.items():
+        setattr(module, name, value)
+    return attempts, min(attempts, key=lambda found: found["microseconds"])
 
 
 class Layers:
@@ -84,45 +116,59 @@ class Layers:
 
     def measure(self) -> dict[str, Any]:
         """Return times and shares with the fastest constants, and all attempts."""
-        records = self.records[0]
+        records, options = self.records[0], self.options
         size = int(self.present.seen.sum()) * 2 * records.shape[-1] * records.element_size()
-        best = {name: int(getattr(decode, name)) for name in CONSTANTS}
-        attempts = [best | {"microseconds": self._attend(best)}]
-        for name in CONSTANTS:
-            if name == "DOT_GROUP" and self.queries.shape[2] == 1:
-                continue
-            for value in getattr(self.options, name.lower()):
-                if value != best[name]:
-                    constants = best | {name: value}
-                    attempts = [*attempts, constants | {"microseconds": self._attend(constants)}]
-            fastest = min(attempts, key=lambda attempt: attempt["microseconds"])
-            best = {constant: int(fastest[constant]) for constant in CONSTANTS}
-        seconds = 1e-6 * min(attempt["microseconds"] for attempt in attempts)
+        values = {name: getattr(options, name.lower()) for name in CONSTANTS}
+        if self.queries.shape[2] == 1:
+            values["DOT_GROUP"] = []
+        attempts, best = fastest(decode, values, self._attend)
+        seconds = 1e-6 * best["microseconds"]
+        linear_values = {
+            "COLUMNS": [8, 16, 32],
+            "NUMBERS": [4096, 8192, 16384],
+            "WARPS": [2, 4, 8],
+            "STAGES": [2, 3, 4],
+        }
+        linears, best_linears = fastest(normed_linear, linear_values if options.linear else {}, self._linear)
         return {
-            "attend_microseconds": 1e6 * seconds,
+            "attend_microseconds": best["microseconds"],
             "bytes": size,
-            "bandwidth_share": size / seconds / self.options.bandwidth,
-            "constants": best,
+            "bandwidth_share": size / seconds / options.bandwidth,
+            "best": best,
             "with_the_module's_constants": attempts[0]["microseconds"],
             "rotate_and_keep_microseconds": self._time(self._keep),
             "visible_blocks_microseconds": self._time(lambda _: self._blocks().numbers),
+            "best_linear": best_linears,
             "attempts": attempts,
+            "linear_attempts": linears,
         }
 
-    def _attend(self, constants: dict[str, int]) -> float:
-        """Return the microseconds of the attention of a layer with some constants, infinite if they do not fit."""
-        kept = {name: getattr(decode, name) for name in constants}
-        try:
-            for name, value in constants.items():
-                setattr(decode, name, value)
-            blocks = self._blocks()
-            return self._time(lambda records: self._attended(records, blocks))
-        except Exception as error:  # too much shared memory, say: the others go on
-            print(f"{constants}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    def _attend(self) -> float:
+        """Return the microseconds of the attention of a layer."""
+        blocks = self._blocks()
+        return self._time(lambda records: self._attended(records, blocks))
+
+    def _linear(self) -> float:
+        """Return the microseconds of the linear layers of a block, from norm to residual sum."""
+        if self.texts > normed_linear.MOST_ROWS:
             return float("inf")
-        finally:
-            for name, value in kept.items():
-                setattr(decode, name, value)
+        dim = self.q.shape[2] * self.q.shape[3]
+        kv_dim, like = self.k.shape[2] * self.k.shape[3], {"device": self.device, "dtype": self.q.dtype}
+        norm, inner_norm = torch.nn.LayerNorm(dim, **like), torch.nn.LayerNorm(4 * dim, **like)
+        q, k, v, out, fc1, fc2 = (
+            torch.nn.Linear(*sizes, **like)
+            for sizes in ((dim, dim), (dim, kv_dim), (dim, kv_dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim))
+        )
+        x = self.q.flatten(1)
+
+        def block(_: Tensor) -> Tensor:
+            normed_linear.normed_linear(x, norm, [q, k, v])
+            y = normed_linear.normed_linear(x, norm, [out], x)
+            return normed_linear.normed_linear(
+                normed_linear.normed_linear(y, norm, [fc1], gelu=True), inner_norm, [fc2], y
+            )
+
+        return self._time(block)
 
     def _attended(self, records: Tensor, blocks: decode.VisibleBlocks) -> Tensor:
         keys, values = records[:, :, :, :-1]
@@ -171,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--programs", type=int, nargs="*", default=[3, 4, 6, 8])
     add("--most-blocks", type=int, nargs="*", default=[8, 16, 32])
     add("--dot-group", type=int, nargs="*", default=[2, 4])
+    add("--linear", action="store_true", help="also over the constants of ops/normed_linear")
     add("--output", type=Path, default=Path("benchmarks/results/decode_kernels.json"))
     return parser
 

@@ -164,6 +164,7 @@ def row_wise() -> None:
     from longnet_dist.ops.gelu_norm.triton import gelu_norm, gelu_norm_gradients
     from longnet_dist.ops.join_gradients import triton as join_gradients
     from longnet_dist.ops.norm_gradients import triton as norm_gradients
+    from longnet_dist.ops.normed_linear.triton import normed_linear
 
     for length in (3072, 12288):
         wide, inner = torch.empty(4, 2 * length, dtype=HALF), torch.empty(4, length, dtype=HALF)
@@ -176,6 +177,9 @@ def row_wise() -> None:
         table, row = torch.empty(2, 1, 32, 2), torch.empty(2, 1, 4, 64, dtype=HALF)
         slots = torch.zeros(3, 2, 4, dtype=torch.int64)
         rotate_and_keep(q.view(2, 1, -1, 64), row, row, cache, slots, (table, table))
+    for rows in (1, 64):
+        norm, layer = torch.nn.LayerNorm(768, dtype=HALF), torch.nn.Linear(768, 768, dtype=HALF)
+        normed_linear(torch.empty(rows, 768, dtype=HALF), norm, [layer] * 3)
     for length in (3072, 8192):
         inner = torch.empty(4, length, dtype=HALF)
         gelu_norm(inner, None, None, 1e-5)

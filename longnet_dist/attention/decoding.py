@@ -9,7 +9,7 @@ each has a row of its own and a step has the same shape whatever the rows are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -250,6 +250,7 @@ class DecodingLayer:
         decoding: the texts, whose rows are those of all layers.
         grid: where rows lie.
         records: ``(2, B, Hkv, slots + 1, D)``, keys and values. The last slot takes what no branch keeps.
+        runner: runs the layer's block in place of its modules, with the same result; None: they run.
     """
 
     def __init__(
@@ -257,6 +258,7 @@ class DecodingLayer:
     ) -> None:
         texts, kv_heads, head_dim = shape
         self.decoding, self.grid = decoding, grid
+        self.runner: Callable[..., Tensor] | None = None
         self.records = torch.zeros(2, texts, kv_heads, grid.first[-1] + 1, head_dim, dtype=dtype, device=device)
 
     def load(self, text: int, segments: Sequence[tuple[int, int]], records: Tensor) -> None:

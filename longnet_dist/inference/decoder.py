@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.kernels.registry import takes_triton
+from longnet_dist.engine.decoding_run import run_decoding
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.ops.graphs import Graph
 
 CHUNK_LENGTH = 16384
 """Tokens of a prompt that are computed at once on a CPU, and at least on a GPU."""
+MOST_TEXTS = 64
+"""Of a decoder whose blocks run in kernels of our own from end to end."""
 _MOST_NUMBERS = 2**31 - 1
 """Of a tensor, which torch's kernels count with 32 bits."""
 
@@ -50,7 +53,8 @@ class Decoder:
             so that the host launches it at once. The logits of a step are overwritten by the next one then. None: on a
             GPU, unless the model is one of transformers, which may read numbers back from the GPU on the way.
         split_keys: whether kernels of our own rotate queries and keys and keep the new rows and, in layers without
-            sinks, split the keys of a head over the processors of a GPU. None: where they run.
+            sinks, split the keys of a head over the processors of a GPU. With few texts such kernels also compute the
+            blocks of LongNet's own style (:mod:`longnet_dist.engine.decoding_run`). None: where they run.
 
     Attributes:
         device: of the model.
@@ -81,6 +85,9 @@ class Decoder:
                 f"{self.device}; use split_keys=False"
             )
         self._cache.split_keys = kernels_run if split_keys is None else split_keys
+        if self._cache.split_keys and texts <= MOST_TEXTS:
+            for layer in self._cache.layers:
+                layer.runner = run_decoding
         if graphs is None:
             graphs = self.device.type == "cuda" and isinstance(model, LongNet)
         self._refused = None if allowed is None else ~allowed.to(self.device)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longnet_dist.attention.decoding import Cache
+from longnet_dist.attention.decoding import Cache, DecodingLayer
 from longnet_dist.attention.masked import attention_class
 from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions
@@ -111,6 +111,8 @@ class Block(nn.Module):
         documents: Documents | None = None,
     ) -> Tensor:
         """Return ``(B, n, E)`` for ``x (B, n, E)``; other arguments as in :meth:`DilatedAttention.forward`."""
+        if isinstance(cache, DecodingLayer) and cache.runner is not None:
+            return cache.runner(self, x, start, total_rows, cache, documents)
         if self.engine is not None:
             return self.engine(self, x, start, total_rows, cache, documents)
         return self.compute(x, start, total_rows, cache, documents)
