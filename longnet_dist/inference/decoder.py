@@ -23,7 +23,7 @@ _MOST_NUMBERS = 2**31 - 1
 
 
 def prompt_rows(model: LongNet) -> int:
-    """Return how many tokens of a prompt are computed at once: on a GPU as many as its free memory allows.
+    """Return how many tokens of a prompt are computed at once: on a GPU as many as a quarter of its free memory holds.
 
     The host plans and launches every layer of every chunk, so that few chunks are fast. Their number is a power of two,
     since segments are multiples of one and those that cross the edge of a chunk cost more.
@@ -36,7 +36,7 @@ def prompt_rows(model: LongNet) -> int:
     # No more than this is alive at once: queries and keys are rotated in float32, and a feed-forward network has its
     # first layer's output, the activation and the norm.
     row_bytes = 64 * config.dim + 4 * config.first_dim * weight.element_size()
-    most = min(free // row_bytes, _MOST_NUMBERS // config.first_dim)
+    most = min(free // 4 // row_bytes, _MOST_NUMBERS // config.first_dim)
     return max(CHUNK_LENGTH, 1 << int(most).bit_length() - 1)
 
 
@@ -54,7 +54,7 @@ class Decoder:
             GPU, unless the model is one of transformers, which may read numbers back from the GPU on the way.
         split_keys: whether kernels of our own rotate queries and keys and keep the new rows and, in layers without
             sinks, split the keys of a head over the processors of a GPU. With few texts such kernels also compute the
-            blocks of LongNet's own style (:mod:`longnet_dist.engine.decoding_run`). None: where they run.
+            blocks of LongNet's own style (:mod:`longnet_dist.engine.decoding_run`).
 
     Attributes:
         device: of the model.
@@ -72,20 +72,19 @@ class Decoder:
         chunk_length: int | None = None,
         allowed: Tensor | None = None,
         graphs: bool | None = None,
-        split_keys: bool | None = None,
+        split_keys: bool = False,
     ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
         weight = next(model.parameters())
         self.device = weight.device
-        kernels_run = takes_triton(self.device, weight.dtype)
-        if split_keys and not kernels_run:
+        if split_keys and not takes_triton(self.device, weight.dtype):
             raise ConfigError(
                 f"split_keys=True needs Triton, and a GPU with bf16, fp16 or fp32, not {weight.dtype} on "
                 f"{self.device}; use split_keys=False"
             )
-        self._cache.split_keys = kernels_run if split_keys is None else split_keys
-        if self._cache.split_keys and texts <= MOST_TEXTS:
+        self._cache.split_keys = split_keys
+        if split_keys and texts <= MOST_TEXTS:
             for layer in self._cache.layers:
                 layer.runner = run_decoding
         if graphs is None:

@@ -158,10 +158,10 @@ def test_a_decoder_on_a_cpu_has_neither_graphs_nor_kernels():
 
 
 @pytest.mark.parametrize(
-    ("free", "rows"), [(130 * 2**30, 2**19), (24 * 2**30, 2**18), (2**20, CHUNK_LENGTH)], ids=["H200", "24 GiB", "full"]
+    ("free", "rows"), [(130 * 2**30, 2**18), (24 * 2**30, 2**16), (2**20, CHUNK_LENGTH)], ids=["H200", "24 GiB", "full"]
 )
 def test_prompts_take_the_free_memory_of_a_gpu(monkeypatch, free, rows):
-    """As rows of a power of two, whose numbers torch's kernels can count."""
+    """A quarter, as rows of a power of two, whose numbers torch's kernels can count."""
     numbers = {"mem_get_info": (free - 2**19, 0), "memory_reserved": 2**20, "memory_allocated": 2**19}
     for name, number in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
@@ -174,13 +174,10 @@ def test_prompts_take_the_free_memory_of_a_gpu(monkeypatch, free, rows):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fields", [{}, {"kv_heads": 1}, {"kv_heads": 2, "sinks": True}], ids=str)
-def test_by_default_a_gpu_has_graphs_and_kernels(fields):
+def test_by_default_a_gpu_has_graphs_and_with_split_keys_our_kernels(fields):
     model = unaligned_model(**fields).float().cuda()
-    plain, decoder = (
-        Decoder(model, len(PROMPTS), 500, graphs=False, split_keys=False),
-        Decoder(model, len(PROMPTS), 500),
-    )
-    assert decoder._cache.split_keys
+    plain = Decoder(model, len(PROMPTS), 500, graphs=False)
+    decoder = Decoder(model, len(PROMPTS), 500, split_keys=True)
     assert decoder._step != decoder._pass
     torch.testing.assert_close(texts_of(decoder, 100), texts_of(plain, 100), rtol=1e-4, atol=1e-4)
 
