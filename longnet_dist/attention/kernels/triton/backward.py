@@ -88,7 +88,7 @@ def _add_queries(
     place = row_pointers(statistics, statistics_strides, batch, head, rows[0], rows[1], index)
     row_lse = tl.load(place, mask=valid, other=float("inf"))
     if OVERLAPS and QUERIES % 64 != 0:
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, False, key.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, False, key.dtype).T
     scores = scores_of(key, key_columns, query, query_columns, OVERLAPS, PRECISION)
     weights = _weights(scores, row_lse[None, :], factor, key_index[:, None], index[None, :], keys, MASKED, CAUSAL)
     doutput = load_tile(dout, dout_strides, batch, head, rows, start, last, QUERIES, D, BLOCK_D, DESCRIPTORS)
@@ -160,7 +160,7 @@ def key_gradient_kernel(
         masked = first + tl.cdiv(tl.maximum(last - first, 0), QUERIES) * QUERIES
     if OVERLAPS:  # the same for all tiles, which are a period apart
         index = first + tl.arange(0, QUERIES)
-        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, False, key.dtype)
+        query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, False, key.dtype).T
     # The query heads of a group share the key, so their parts are summed here.
     for member in range(group):
         head = kv_head * group + member
@@ -228,7 +228,7 @@ def query_gradient_kernel(
         query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, True, query.dtype)
         key_columns = multiplicity_columns(
             begin + tl.arange(0, KEYS), tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
-        )
+        ).T
     stop = keys
     if CAUSAL:
         stop = tl.minimum(keys, first + QUERIES)
@@ -238,7 +238,7 @@ def query_gradient_kernel(
         if OVERLAPS and KEYS % 64 != 0:
             key_columns = multiplicity_columns(
                 begin + start + tl.arange(0, KEYS), tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
-            )
+            ).T
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION)
         key_index = start + tl.arange(0, KEYS)
         weights = _weights(scores, row_lse[:, None], factor, key_index[None, :], index[:, None], keys, True, CAUSAL)

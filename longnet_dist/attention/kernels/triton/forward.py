@@ -23,9 +23,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores_of(left, left_columns, right, right_columns, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return ``left · rightᵀ``, to which the columns of ``multiplicity_columns``, if any, add ``ln m / scale``."""
+    """Return ``left · rightᵀ``, to which the columns of ``multiplicity_columns``, if any, add ``ln m / scale``.
+
+    ``right_columns (16, n)`` come transposed: what a loop transposes, Triton 3.9 writes to shared memory in every step.
+    """
     if OVERLAPS:
-        scores = tl.dot(left_columns, right_columns.T, input_precision=PRECISION)
+        scores = tl.dot(left_columns, right_columns, input_precision=PRECISION)
         scores = tl.dot(left, right.T, scores, input_precision=PRECISION)
     else:
         scores = tl.dot(left, right.T, input_precision=PRECISION)
@@ -48,7 +51,9 @@ def _attend(
         key = load_tile(k, k_strides, batch, kv_head, rows, start, keys, KEYS, D, BLOCK_D, DESCRIPTORS)
         if OVERLAPS and KEYS % 64 != 0:
             place = begin_key + start + tl.arange(0, KEYS)
-            key_columns = multiplicity_columns(place, tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype)
+            key_columns = multiplicity_columns(
+                place, tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
+            ).T
         # scale·q·k + ln m, over ln 2: the GPU has exp2 alone.
         scores = scores_of(query, query_columns, key, key_columns, OVERLAPS, PRECISION) * factor
         if MASKED:
@@ -135,7 +140,7 @@ def forward_kernel(
         query_columns = multiplicity_columns(index, tl.arange(0, 16), number, r, factor, overlaps, True, query.dtype)
         key_columns = multiplicity_columns(
             begin_key + tl.arange(0, KEYS), tl.arange(0, 16), number, r, factor, overlaps, False, query.dtype
-        )
+        ).T
     # Keys from ``full`` on, which come first: masked for some query, or the last ones where no maximum is known yet.
     stop, full = keys, keys // KEYS * KEYS
     if CAUSAL:
