@@ -250,7 +250,7 @@ class DecodingLayer:
         decoding: the texts, whose rows are those of all layers.
         grid: where rows lie.
         records: ``(2, B, Hkv, slots + 1, D)``, keys and values. The last slot takes what no branch keeps.
-        runner: runs the layer's block in place of its modules, with the same result; None: they run.
+        runner: computes the layer's block from block, rows and this cache, as its modules do; None: they run.
     """
 
     def __init__(

@@ -6,29 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longnet_dist.attention.decoding import Cache, DecodingLayer
+from longnet_dist.attention.decoding import DecodingLayer
 from longnet_dist.engine.recognition import obstacle
-from longnet_dist.geometry.documents import Documents
 from longnet_dist.model.block import Block
 from longnet_dist.ops.normed_linear.choice import normed_linear_of
 
 
-def run_decoding(
-    block: Block,
-    x: Tensor,
-    start: int | None,
-    total_rows: int | None,
-    cache: Cache | None,
-    documents: Documents | None,
-) -> Tensor:
+def run_decoding(block: Block, x: Tensor, cache: DecodingLayer) -> Tensor:
     """Return what :meth:`Block.compute` returns for the next rows ``x (B, 1, E)`` of texts, without graph.
 
     A block that the engine does not recognise, or whose weights have other dtypes than the rows, runs as plain modules.
     """
     attention, ffn = block.self_attn, block.ffn
     dtypes = {weight.dtype for weight in block.parameters()}
-    if not isinstance(cache, DecodingLayer) or dtypes != {x.dtype} or obstacle(block):
-        return block.compute(x, start, total_rows, cache, documents)
+    if dtypes != {x.dtype} or obstacle(block):
+        return block.compute(x, None, None, cache, None)
     normed_linear = normed_linear_of(x.device, x.dtype, x.shape[0])
     rows, kv_dim = x[:, 0], attention.k_proj.out_features
     projections = attention.q_proj, attention.k_proj, attention.v_proj

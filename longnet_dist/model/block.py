@@ -112,7 +112,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return ``(B, n, E)`` for ``x (B, n, E)``; other arguments as in :meth:`DilatedAttention.forward`."""
         if isinstance(cache, DecodingLayer) and cache.runner is not None:
-            return cache.runner(self, x, start, total_rows, cache, documents)
+            return cache.runner(self, x, cache)
         if self.engine is not None:
             return self.engine(self, x, start, total_rows, cache, documents)
         return self.compute(x, start, total_rows, cache, documents)
