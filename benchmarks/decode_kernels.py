@@ -36,6 +36,7 @@ from longnet_dist.attention.kernels.triton.keep import rotate_and_keep
 from longnet_dist.attention.positions import Positions
 from longnet_dist.ops.graphs import Graph
 from longnet_dist.ops.normed_linear import triton as normed_linear
+from longnet_dist.ops.normed_linear.choice import MOST_ROWS
 
 CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS", "MOST_BLOCKS", "DOT_GROUP")
 
@@ -150,7 +151,7 @@ class Layers:
 
     def _linear(self) -> float:
         """Return the microseconds of the linear layers of a block, from norm to residual sum."""
-        if self.texts > normed_linear.MOST_ROWS:
+        if self.texts > MOST_ROWS:
             return float("inf")
         dim = self.q.shape[2] * self.q.shape[3]
         kv_dim, like = self.k.shape[2] * self.k.shape[3], {"device": self.device, "dtype": self.q.dtype}

@@ -13,11 +13,10 @@ from longnet_dist.engine.decoding_run import run_decoding
 from longnet_dist.errors import ConfigError
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.ops.graphs import Graph
+from longnet_dist.ops.normed_linear.choice import MOST_ROWS
 
 CHUNK_LENGTH = 16384
 """Tokens of a prompt that are computed at once on a CPU, and at least on a GPU."""
-MOST_TEXTS = 64
-"""Of a decoder whose blocks run in kernels of our own from end to end."""
 _MOST_NUMBERS = 2**31 - 1
 """Of a tensor, which torch's kernels count with 32 bits."""
 
@@ -84,7 +83,7 @@ class Decoder:
                 f"{self.device}; use split_keys=False"
             )
         self._cache.split_keys = split_keys
-        if split_keys and texts <= MOST_TEXTS:
+        if split_keys and texts <= MOST_ROWS:
             for layer in self._cache.layers:
                 layer.runner = run_decoding
         if graphs is None:

@@ -11,13 +11,14 @@ from longnet_dist.attention.kernels.registry import takes_triton
 from longnet_dist.ops.normed_linear.reference import normed_linear
 
 NormedLinear = Callable[..., Tensor]
+MOST_ROWS = 64
+"""Rows that a program of the kernel takes at once."""
 
 
 def normed_linear_of(device: torch.device, dtype: torch.dtype, rows: int) -> NormedLinear:
     """Return the kernel of ``triton.py`` where it runs: on a GPU with Triton, for few rows."""
-    if takes_triton(device, dtype):
+    if rows <= MOST_ROWS and takes_triton(device, dtype):
         from longnet_dist.ops.normed_linear import triton as kernels
 
-        if rows <= kernels.MOST_ROWS:
-            return kernels.normed_linear
+        return kernels.normed_linear
     return normed_linear

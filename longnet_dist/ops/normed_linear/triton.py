@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from longnet_dist.numerics import COMPILE, block_dim
 
-MOST_ROWS = 64
-"""Rows that a program takes at once."""
 # What the speed depends on: benchmarks/decode_kernels.py measures other values.
 COLUMNS = 16
 """Outputs of a program."""
@@ -32,7 +30,7 @@ STAGES = 3
 def normed_linear(
     x: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Linear], residual: Tensor | None = None, gelu: bool = False
 ) -> Tensor:
-    """Compute what ``reference.py`` does for at most ``MOST_ROWS`` rows and one or three layers.
+    """Compute what ``reference.py`` does for at most ``choice.MOST_ROWS`` rows and one or three layers.
 
     All tensors are of one dtype; weights are contiguous. The norm is computed in float32 and rounded once, as torch
     does; matmuls are summed in float32.
