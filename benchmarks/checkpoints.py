@@ -36,6 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
+from benchmarks.runs import import_paths
 from longnet_dist.checkpoint.format import checkpoints
 from longnet_dist.checkpoint.writer import take_snapshot
 
@@ -223,8 +224,7 @@ def train(settings: list[str], steps: int) -> tuple[float, int]:
 
 
 def _environment() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[1])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    return os.environ | {"PYTHONPATH": import_paths()}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment
+from benchmarks.runs import import_paths
 from longnet_dist import DilatedPattern
 from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.data.token_file_writer import TokenFileWriter
@@ -120,7 +121,7 @@ def measure_dilated(model: Path, data: Path, options: argparse.Namespace) -> dic
         "train.checkpoint_every=0", "train.validate_every=0", "train.sample_tokens=0", *options.settings,
     ]  # fmt: skip
     command = [sys.executable, "-m", "longnet_dist", "train", *words]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environ = os.environ | {"PYTHONPATH": import_paths()}
     if options.device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([*command, "--processes", "1"], env=environ, capture_output=True, text=True, check=False)

@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 QUIET = ("train.validate_every=0", "train.sample_tokens=0", "train.checkpoint_every=0", "train.resume=never")
 
 
+def import_paths(*first: Path) -> str:
+    """PYTHONPATH for a process of a benchmark: some folders, this checkout where nothing is installed, what is set."""
+    return os.pathsep.join(filter(None, [*map(str, first), str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def metrics_of_run(config: str, folder: Path, ranks: int, settings: list[str], device: str) -> list[dict[str, Any]]:
     """The metrics of every step of a run on ``ranks`` ranks of this machine, ``"cuda"`` or ``"cpu"`` ones.
 
@@ -26,8 +31,7 @@ def metrics_of_run(config: str, folder: Path, ranks: int, settings: list[str], d
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(ROOT / "launch/train.py"), config, f"train.output_dir={folder}", *QUIET, *settings]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # where nothing is installed
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": import_paths()}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.dense import make_dense
 from benchmarks.jobs import model_flops
+from benchmarks.runs import import_paths
 from longnet_dist import LongNet
 from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
 from longnet_dist.config.loading import load_config
@@ -77,8 +78,7 @@ def isolated(trial: Trial, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.trials", json.dumps(asdict(trial)), str(answer)]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path}
+        environment = os.environ | {"PYTHONPATH": import_paths()}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False

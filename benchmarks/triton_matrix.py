@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # to run as a file, too
+
+from benchmarks.runs import import_paths
+
 CASES = ((80, 64), (80, 128), (90, 64), (90, 128))
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program of a compute capability can have."""
@@ -41,11 +45,11 @@ def build(folder: Path | None, capability: int, dim: int) -> dict[str, Any]:
     Returns:
         ``triton, capability, dim, builds`` and, where the process failed, ``error``.
     """
-    paths = [*([str(folder)] if folder else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = import_paths(*([folder] if folder else []))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "builds.json")
-        environment |= {"TRITON_CACHE_DIR": scratch, "TRITON_DUMP_PTXAS_LOG": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        environment |= {"TRITON_CACHE_DIR": scratch, "TRITON_DUMP_PTXAS_LOG": "1", "PYTHONPATH": paths}
         command = [sys.executable, str(ROOT / "benchmarks/kernel_builds.py"), str(capability), str(dim), str(output)]
         answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if answer.returncode == 0:

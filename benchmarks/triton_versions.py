@@ -27,6 +27,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # to run as a file, too
+
+from benchmarks.runs import import_paths
+
 CASES = ("causal", "D 128 causal")
 PORTABLE = "portable"
 ALLOWED = 1.5
@@ -74,9 +77,9 @@ def worker(part: str, output: Path, shapes: int, processes: int) -> None:
 
 def run(folder: Path | None, part: str, cache: Path, shapes: int = 0, processes: int = 1) -> dict[str, Any]:
     """Start a worker with the Triton of ``folder``, or the installed one, and return its result."""
-    paths = [*([str(folder)] if folder else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = import_paths(*([folder] if folder else []))
     name = folder.name if folder else "installed"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache / name)}
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache / name)}
     output = cache / f"{name}-{part}.json"
     command = [sys.executable, __file__, "--worker", part, "--output", str(output), "--shapes", str(shapes)]
     subprocess.run([*command, "--processes", str(processes)], env=environment, check=True)
