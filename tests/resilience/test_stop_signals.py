@@ -8,9 +8,11 @@ from longnet_dist.resilience.stop_signals import STOP_SIGNALS, stop_requests
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The handlers of signals as they were."""
+    """The handlers of signals, which are Python's own whoever started the tests: nohup ignores SIGHUP."""
     old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield old
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, handler in old.items():
         signal.signal(number, handler)
 
