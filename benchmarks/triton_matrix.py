@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # to run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.runs import import_paths
 
+ROOT = Path(__file__).resolve().parents[1]
 CASES = ((80, 64), (80, 128), (90, 64), (90, 128))
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program of a compute capability can have."""

@@ -25,11 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # to run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.runs import import_paths
 
+ROOT = Path(__file__).resolve().parents[1]
 CASES = ("causal", "D 128 causal")
 PORTABLE = "portable"
 ALLOWED = 1.5

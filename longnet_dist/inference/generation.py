@@ -82,7 +82,8 @@ def generate(
         num_tokens: how many to add to each.
         sampling: how to draw.
         samples: texts that continue each prompt; they stand next to each other in what is yielded.
-        chunk_length: rows of a prompt that are computed at once; None: see :func:`~longnet_dist.inference.decoder.prompt_rows`.
+        chunk_length: rows of a prompt that are computed at once; None: as
+            :func:`~longnet_dist.inference.decoder.prompt_rows` says.
         allowed: ``(V,)`` bool, the ids that may be drawn; None: all.
 
     Raises:
