@@ -16,6 +16,7 @@ from longnet_dist.hf.causal_lm.hf_config import LongNetConfig  # noqa: E402
 from longnet_dist.hf.causal_lm.modeling import LongNetForCausalLM  # noqa: E402
 from longnet_dist.hf.compact_cache import CompactCache  # noqa: E402
 from longnet_dist.hf.dilation import dilate, pattern_of, register  # noqa: E402
+from longnet_dist.hf.finished_model import set_trained_length, write_model_card  # noqa: E402
 from longnet_dist.hf.parallel.dealing import parallelism_config  # noqa: E402
 from longnet_dist.hf.parallel.group_model import sequence_parallel  # noqa: E402
 
@@ -31,4 +32,6 @@ __all__ = [
     "parallelism_config",
     "pattern_of",
     "sequence_parallel",
+    "set_trained_length",
+    "write_model_card",
 ]

@@ -312,7 +312,7 @@ def export_run(path: Path, output: Path, precision: Precision | None = None, for
     if of_transformers:
         from longnet_dist.hf.decoder.exported import export_decoder
 
-        export_decoder(model, output, tokenizer.to_json(), dtype)
+        export_decoder(model, output, tokenizer.to_json(), run.config.data.sequence_length, dtype)
         return ""
     model.to(dtype or torch.float32)
     if not for_transformers:

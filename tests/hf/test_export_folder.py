@@ -85,7 +85,9 @@ def test_a_tokenizer_of_tiktoken_is_named_alone(tmp_path):
     note = save_for_transformers(make(vocab_size=50257), tmp_path / "out", Named(), 512)
     assert note.startswith("AutoTokenizer cannot load tiktoken:gpt2: take the ids from tiktoken itself")
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "longnet_tokenizer.json"}
+    files = {"config.json", "generation_config.json", "model.safetensors", "longnet_tokenizer.json", "README.md"}
+    assert names == files
+    assert "tokens = torch.tensor([[1, 2, 3]])" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "longnet_tokenizer.json").read_text()) == Named().to_json()
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from longnet_dist.data.tokenizers import Tokenizer
 from longnet_dist.errors import ConfigError
 from longnet_dist.hf.causal_lm.modeling import LongNetForCausalLM
+from longnet_dist.hf.finished_model import write_model_card
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import OWN_TOKENIZER_FILE, empty_folder
 
@@ -46,6 +47,7 @@ def save_for_transformers(model: LongNet, folder: Path, tokenizer: Tokenizer, co
         converted = _converted(fields, tokenizer.document_separator)
         if converted is not None:
             converted.save_pretrained(folder)
+        write_model_card(folder, context)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write the model to {folder}: {error}") from None
     if converted is None:

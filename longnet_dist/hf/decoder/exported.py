@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from longnet_dist.errors import ConfigError
 from longnet_dist.hf.decoder.streamed_decoder import StreamedDecoder
 from longnet_dist.hf.dilation import dilate
+from longnet_dist.hf.finished_model import set_trained_length, write_model_card
 from longnet_dist.model.pretrained import empty_folder
 
 TOKENIZER_FILES = (
@@ -30,9 +31,9 @@ TOKENIZER_FILES = (
 
 
 def export_decoder(
-    model: StreamedDecoder, output: Path, tokenizer: dict[str, Any], dtype: torch.dtype | None = None
+    model: StreamedDecoder, output: Path, tokenizer: dict[str, Any], length: int, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a decoder for ``from_pretrained``: config.json with its pattern, weights, and the tokenizer's files.
+    """Write a decoder for ``from_pretrained``: config.json with its pattern, weights, tokenizer, and a model card.
 
     The files of the tokenizer are those in ``model.path``; if that folder is gone, the run's ``tokenizer.json``, unless
     the run reads bytes.
@@ -41,6 +42,7 @@ def export_decoder(
         model: trained, on one device, with float32 weights; it is not usable any more.
         output: new, or empty.
         tokenizer: the JSON of the run's tokenizer.
+        length: tokens of a sample in training.
         dtype: of the weights; None: that of config.json, or float32 if it has none.
 
     Raises:
@@ -50,8 +52,10 @@ def export_decoder(
     try:
         empty_folder(output)
         whole: PreTrainedModel = dilate(model.transformers_model.to(chosen), model.config.pattern)
+        set_trained_length(whole, length)
         whole.eval().save_pretrained(output)
         _write_tokenizer(model.config.path, output, tokenizer)
+        write_model_card(output, length)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write the model to {output}: {error}") from None
 

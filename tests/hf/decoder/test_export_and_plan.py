@@ -57,6 +57,7 @@ def test_what_is_exported_is_the_trained_model_in_the_dtype_of_its_source(traine
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dilated_pattern"]["segment_lengths"] == [16, 32, 64]
     assert config["attn_implementation"] == "dilated"
+    assert "sequences of 64 tokens" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     before = json.loads((trained / "source" / "config.json").read_text())
     assert {name: config[name] for name in before if name != "transformers_version"} == {
         name: value for name, value in before.items() if name != "transformers_version"
