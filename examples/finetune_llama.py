@@ -6,32 +6,70 @@
 in every layer. ``TEXTS`` is a folder of ``.txt`` files: they are tokenized, joined and cut into samples of ``--length``
 tokens. Each GPU computes a slice of every sample; ``--ranks 4`` on 8 GPUs makes two groups with samples of their own.
 ``--zero 3`` shards weights, gradients and the optimizer's state with DeepSpeed; ``--lora 16`` trains adapters, without
-``--zero``. The output is a model of transformers with its tokenizer; it needs ``import longnet_dist.hf`` to be loaded.
+``--zero``. The output, a new folder, is a model of transformers with its tokenizer; its README.md says how to load it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.utils import logging
 
 import longnet_dist.hf as hf
 from longnet_dist import DilatedPattern
+from longnet_dist.errors import USER_ERROR_STATUS, ConfigError, LongNetError
+
+RANK_0_SECONDS = 30.0  # torchrun stops all ranks when one ends, so rank 0 has to tell its message first
 
 
 def main(words: Sequence[str] | None = None) -> list[float]:
-    """Fine-tune, and return the loss of each step."""
+    """Fine-tune, and return the loss of each step; a mistake is one message of rank 0, and status 2."""
     options = parser().parse_args(words)
+    try:
+        check(options)
+        return train(options)
+    except LongNetError as error:
+        parser().error(str(error))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what would be noticed late, or never; nothing has been loaded or written."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if options.lora and options.zero:
-        parser().error(
+        raise ConfigError(
             f"--lora {options.lora} and --zero {options.zero} cannot be combined, because DeepSpeed would save merged "
             "adapters under names that transformers does not load; leave one of them out"
         )
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise ConfigError(
+            f"--output {options.output} exists already, and nothing in it is overwritten; use a new folder, or move it "
+            "away"
+        )
+    if options.segment >= options.length:
+        raise ConfigError(
+            f"--segment {options.segment} is not shorter than --length {options.length}, so the only branch would be "
+            f"full attention; use --segment {max(1, options.length // 8)} or another smaller one, or a greater --length"
+        )
+    if options.ranks and (options.ranks < 0 or processes % options.ranks):
+        raise ConfigError(
+            f"--ranks {options.ranks} must divide the {processes} processes of the launcher; use a divisor, or leave "
+            "it out, so that all share every sample"
+        )
+    if not any(options.texts.glob("*.txt")):
+        raise ConfigError(f"{options.texts} must be a folder with *.txt files, but has none; give the folder of texts")
+
+
+def train(options: argparse.Namespace) -> list[float]:
+    """Fine-tune with options that have been checked, and return the loss of each step."""
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         str(options.output),
@@ -46,12 +84,19 @@ def main(words: Sequence[str] | None = None) -> list[float]:
         report_to=[],
         deepspeed=zero(options.zero) if options.zero else None,
     )
+    if not (first := arguments.process_index == 0):
+        logging.disable_progress_bar()
     group = sequence_group(options.ranks or arguments.world_size) if arguments.world_size > 1 else None
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    samples = read_samples(options.texts, tokenizer, options.length)
+    pattern = DilatedPattern.geometric(options.segment, options.length)
+    if first:
+        branches = ", ".join(f"{branch.segment_length:,}/{branch.dilation_rate:,}" for branch in pattern)
+        print(f"{len(samples)} samples of {options.length:,} tokens; segment length/dilation rate: {branches}")
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = hf.dilate(model, DilatedPattern.geometric(options.segment, options.length))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model = hf.dilate(model, pattern)
     # Trainer averages gradients over all ranks, by DDP or ZeRO.
     hf.sequence_parallel(model, group, mlp_tile=options.mlp_tile, average_gradients=False)
     if options.lora:
@@ -61,14 +106,16 @@ def main(words: Sequence[str] | None = None) -> list[float]:
             model, LoraConfig(r=options.lora, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         )
 
-    samples = read_samples(options.texts, tokenizer, options.length)
     trainer = Trainer(model=model, args=arguments, train_dataset=samples)
     trainer.train()
     if options.lora:
-        trainer.model = model.merge_and_unload()
+        trainer.model = model = model.merge_and_unload()
+    hf.set_trained_length(model, options.length)
     trainer.save_model(str(options.output))
-    if arguments.process_index == 0:
+    if first:
         tokenizer.save_pretrained(options.output)
+        hf.write_model_card(options.output, options.length)
+        print(f"the model is in {options.output}; its README.md says how to load it")
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -94,30 +141,58 @@ def read_samples(folder: Path, tokenizer: Any, length: int) -> list[dict[str, li
     """Samples of ``length`` tokens from the texts of a folder, one behind the other; the rest is left out."""
     stream: list[int] = []
     for path in sorted(folder.glob("*.txt")):
-        stream += tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-        stream += [tokenizer.eos_token_id]
+        # A text may be longer than the checkpoint's own length; the warning of it would be for generation.
+        stream += tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]
     if not pieces:
-        raise SystemExit(f"the texts in {folder} have {len(stream)} tokens, fewer than --length {length}")
+        raise ConfigError(
+            f"the texts in {folder} have {len(stream)} tokens, fewer than --length {length}; give more text, or a "
+            "smaller --length"
+        )
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the lines of the description and adds defaults to options."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes rank 0 alone tells; every rank ends with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        else:
+            time.sleep(RANK_0_SECONDS)
+        raise SystemExit(USER_ERROR_STATUS)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=Help)
     result.add_argument("model", help="folder or name of a checkpoint")
     result.add_argument("texts", type=Path, help="folder of .txt files")
-    result.add_argument("--output", type=Path, required=True, help="new folder")
-    result.add_argument("--length", type=int, default=262144, help="tokens of a sample")
-    result.add_argument("--segment", type=int, default=2048, help="segment length of the branch without dilation")
-    result.add_argument("--ranks", type=int, help="GPUs that share a sample (default: all)")
-    result.add_argument("--mlp-tile", type=int, default=8192, help="tokens for which an MLP computes at once")
-    result.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=0, help="DeepSpeed's stage (0: DDP)")
-    result.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters (0: all weights)")
-    result.add_argument("--steps", type=int, default=100)
-    result.add_argument("--accumulate", type=int, default=1, help="samples of a step for each group")
-    result.add_argument("--lr", type=float, default=2e-5)
+    result.add_argument("--output", type=Path, required=True, default=argparse.SUPPRESS, help="new folder")
+    result.add_argument("--length", type=positive, default=262144, help="tokens of a sample")
+    result.add_argument(
+        "--segment", type=positive, default=2048, help="segment length of the branch without dilation, below --length"
+    )
+    result.add_argument("--ranks", type=int, default=0, help="GPUs that share a sample; 0 is all")
+    result.add_argument("--mlp-tile", type=positive, default=8192, help="tokens for which an MLP computes at once")
+    result.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=0, help="DeepSpeed's stage; 0 is DDP")
+    result.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters; 0 trains all weights")
+    result.add_argument("--steps", type=positive, default=100, help="optimizer steps")
+    result.add_argument("--accumulate", type=positive, default=1, help="samples of a step for each group")
+    result.add_argument("--lr", type=float, default=2e-5, help="learning rate at the start; it falls to 0")
     return result
+
+
+def positive(word: str) -> int:
+    """A number of at least 1."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 if __name__ == "__main__":

@@ -58,12 +58,49 @@ def tune(folder, output, more):
     return example("finetune_llama").main([*words, *small, "--accumulate", "2", *more])
 
 
-def test_adapters_of_zero_are_refused(checkpoint, tmp_path, capsys):
+REFUSED = {
+    "--lora 4 --zero 2": "--lora 4 and --zero 2 cannot be combined",
+    "--length 16": "--segment 16 is not shorter than --length 16, so the only branch would be full attention; use "
+    "--segment 2 or",
+    "--ranks 3": "--ranks 3 must divide the 1 processes of the launcher; use a divisor",
+    "--steps 0": "argument --steps: must be at least 1, not 0",
+    "--length 5000": "fewer than --length 5000; give more text",
+}
+
+
+@pytest.mark.parametrize("more", REFUSED)
+def test_mistakes_are_one_message(checkpoint, tmp_path, capsys, more):
     with pytest.raises(SystemExit) as end:
-        tune(checkpoint, tmp_path / "never", ["--lora", "4", "--zero", "2"])
+        tune(checkpoint, tmp_path / "never", more.split())
     assert end.value.code == 2
-    assert "--lora 4 and --zero 2 cannot be combined" in capsys.readouterr().err
+    assert REFUSED[more] in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("work of a month")
+    with pytest.raises(SystemExit) as end:
+        tune(checkpoint, tmp_path, [])
+    assert end.value.code == 2
+    assert f"--output {tmp_path} exists already, and nothing in it is overwritten; use a new" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_only_rank_0_tells_a_mistake(checkpoint, tmp_path, capsys, monkeypatch):
+    script = example("finetune_llama")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(script, "RANK_0_SECONDS", 0.0)
+    with pytest.raises(SystemExit) as end:
+        script.main([str(checkpoint), str(tmp_path), "--output", str(tmp_path / "out")])
+    assert (end.value.code, capsys.readouterr().err) == (2, "")
+
+
+def test_help_has_every_default(capsys):
+    with pytest.raises(SystemExit):
+        example("finetune_llama").main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("262144", "2048", "8192", "100", "2e-05"):
+        assert f"(default: {default})" in text
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", "4"], ["--zero", "2"]], ids=" ".join)
@@ -74,6 +111,10 @@ def test_two_ranks_have_the_losses_of_one(checkpoint, tmp_path, more):
         assert losses == pytest.approx(alone, abs=1e-5)
     tuned = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("alone", "two")]
     assert hf.pattern_of(tuned[0].config).segment_lengths == (16, 32, 64, 128)
+    assert [model.config.use_cache for model in tuned] == [True, True]
+    card = (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+    assert "sequences of 101 tokens" in card
+    assert "| 64 | 4 |" in card
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
     tokens = tokenizer("The grid of a branch", return_tensors="pt").input_ids
     torch.testing.assert_close(tuned[0](tokens).logits, tuned[1](tokens).logits, atol=1e-3, rtol=1e-3)
@@ -83,8 +124,3 @@ def test_groups_of_ranks_have_samples_of_their_own(checkpoint, tmp_path):
     losses = run_distributed(tune, 2, checkpoint, tmp_path / "two", ["--ranks", "1"])
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
-
-
-def test_short_texts_are_an_error(checkpoint, tmp_path):
-    with pytest.raises(SystemExit, match="fewer than --length 5000"):
-        tune(checkpoint, tmp_path / "out", ["--length", "5000"])
