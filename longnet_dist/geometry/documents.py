@@ -8,6 +8,7 @@ padding. The segments of a branch are then of unequal lengths, and a :class:`Seg
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,12 +37,12 @@ class Documents:
     stops: tuple[int, ...]
 
     @classmethod
-    def of_edges(cls, edges: Sequence[int]) -> Documents:
+    def of_edges(cls, edges: Sequence[int] | Integers) -> Documents:
         """Return the documents between neighbouring ``edges``, which must have been checked.
 
         Equal edges give one object, so that the layers of a model share what is worked out for it.
         """
-        return _between(np.array(edges, np.int64).tobytes())
+        return _between(np.asarray(edges, np.int64).tobytes())
 
     @classmethod
     def whole(cls, rows: int) -> Documents:
@@ -99,7 +100,7 @@ class Documents:
 
     def containing(self, row: int) -> tuple[int, int] | None:
         """Return the document ``(start, stop)`` of a row; None if it is padding."""
-        number = int(np.searchsorted(self.array_starts, row, side="right")) - 1
+        number = bisect_right(self.starts, row) - 1
         if number < 0 or row >= self.stops[number]:
             return None
         return self.starts[number], self.stops[number]
@@ -107,8 +108,12 @@ class Documents:
 
 @bounded_cache(maxsize=64)
 def _between(edges: bytes) -> Documents:
-    found = np.frombuffer(edges, np.int64).tolist()
-    return Documents(tuple(found[:-1]), tuple(found[1:]))
+    array = np.frombuffer(edges, np.int64).copy()
+    found = array.tolist()
+    documents = Documents(tuple(found[:-1]), tuple(found[1:]))
+    # The cached properties would make these again from the tuples, which takes longer.
+    vars(documents).update(array_starts=array[:-1], array_stops=array[1:])
+    return documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +165,7 @@ def _table(documents: Documents, segment_length: int, shift: int) -> SegmentTabl
     return SegmentTable(first + np.maximum(begin, 0), stops, np.maximum(-begin, 0))
 
 
-def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[list[int]]:
+def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[Integers]:
     """Read and check ``cu_seqlens``: the edges of all batch items, or a list of such lists, one an item.
 
     Args:
@@ -170,7 +175,7 @@ def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[list
         total_rows: ``N``, rows of the sequence over all ranks; None: not known yet.
 
     Returns:
-        One list for all items, or one for each.
+        One array for all items, or one for each.
 
     Raises:
         ShapeError: not integers on the host, not strictly increasing, outside the sequence, without a document, or
@@ -195,18 +200,21 @@ def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[list
     return [_checked(edges, total_rows) for edges in lists]
 
 
-def _checked(edges: Any, total_rows: int | None) -> list[int]:
-    found = list(edges) if _ascend(edges) else _refused_unless_right(edges)
+def _checked(edges: Any, total_rows: int | None) -> Integers:
+    found = _ascending(edges)
+    if found is None:
+        found = np.array(_refused_unless_right(edges), np.int64)
     if total_rows is not None:
-        check_end(found[-1], total_rows)
+        check_end(int(found[-1]), total_rows)
     return found
 
 
-def _ascend(edges: Any) -> bool:
-    """Say whether these are right at first sight: a batch may have thousands of documents, and each layer looks."""
-    if len(edges) < 2 or set(map(type, edges)) != {int} or max(edges) >= 2**63:
-        return False
-    return bool(edges[0] >= 0 and (np.diff(np.array(edges, np.int64)) > 0).all())
+def _ascending(edges: Any) -> Integers | None:
+    """Return edges that are right at first sight: a batch may have thousands of documents, and each layer looks."""
+    if len(edges) < 2 or set(map(type, edges)) != {int} or max(edges) >= 2**63 or edges[0] < 0:
+        return None
+    found = np.array(edges, np.int64)
+    return found if (found[1:] > found[:-1]).all() else None
 
 
 def _refused_unless_right(edges: Any) -> list[int]:

@@ -295,7 +295,7 @@ class DilatedPattern:
         check_heads(heads, kv_heads)
         if cu_seqlens is not None:
             (edges,) = read_edges(cu_seqlens, 1, N)
-            lengths = Counter(stop - start for start, stop in pairwise(edges))
+            lengths = Counter(stop - start for start, stop in pairwise(edges.tolist()))
             of_length = (
                 (count, self.flops(rows, heads, head_dim, causal, kv_heads)) for rows, count in lengths.items()
             )

@@ -311,25 +311,28 @@ def segment_at(
     return Segment(number, first, first, min(document[0] + end, document[1]), rate, width - (end - begin))
 
 
+@bounded_cache(maxsize=512)
 def edge_segments(
     pattern: DilatedPattern, start: int, stop: int, total_rows: int, documents: Documents | None = None
-) -> Iterator[Segment]:
-    """Yield the segments that cross an edge of window ``[start, stop)``, ordered by branch, then index.
+) -> tuple[Segment, ...]:
+    """Return the segments that cross an edge of window ``[start, stop)``, ordered by branch, then index.
 
     There are at most two for each branch: one at the first row and one at the last.
     """
+    crossing = []
     for number in range(len(pattern)):
         found = [segment_at(pattern, number, row, total_rows, documents) for row in (start, stop - 1)]
         if found[0] == found[1]:
             del found[1]
-        yield from (segment for segment in found if segment and (segment.start < start or segment.stop > stop))
+        crossing += [segment for segment in found if segment and (segment.start < start or segment.stop > stop)]
+    return tuple(crossing)
 
 
 def open_segments(
     pattern: DilatedPattern, row: int, total_rows: int, documents: Documents | None = None
 ) -> tuple[Segment, ...]:
     """Return the segments that contain both row ``row - 1`` and ``row``, at most one for each branch."""
-    if row <= 0:
+    if not 0 < row < total_rows:
         return ()
     found = (segment_at(pattern, number, row - 1, total_rows, documents) for number in range(len(pattern)))
     return tuple(segment for segment in found if segment and segment.stop > row)
@@ -361,7 +364,7 @@ def shared_segments(
     """
     segments = edge_segments(pattern, start, stop, total_rows, documents)
     if not causal:
-        return tuple(segments)
+        return segments
     began = ((s, *s.exchange_bounds(halves)) for s in segments if s.start < start)
     return tuple(replace(s, stop=min(last, stop)) for s, last, first in began if first < min(s.stop, stop))
 

@@ -61,21 +61,22 @@ def listed_tiles(piece: Piece, of_queries: bool, rows: int, fresh: bool) -> Inte
     table = piece.table
     queries, keys = rows_of_segments(piece)
     own, other = (queries, keys) if of_queries else (keys, queries)
-    sparse = -(-own // piece.dilation_rate)
-    counts = np.where((other > 0) | fresh, -(-sparse // rows), 0)
-    busy = np.flatnonzero(counts)
+    busy = np.flatnonzero((own > 0) & ((other > 0) | fresh))
     if not len(busy):
         return busy
-    order = busy[np.argsort(table.starts[busy] - table.stops[busy], kind="stable")]
-    counts = counts[order]
+    order = busy[np.argsort(table.starts[busy] - table.stops[busy])]
+    # A tile has rows · r rows of the segment, of which it keeps every r-th.
+    counts = -(-own[order] // (rows * piece.dilation_rate))
+    tiles = int(counts.sum())
+    integers = np.empty(4 * tiles, np.int64)
+    segments, number = integers[: 3 * tiles].reshape(-1, 3), integers[3 * tiles :]
     place = np.repeat(order, counts)
-    number = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-    if of_queries:
-        number = np.repeat(counts, counts) - 1 - number
-    integers = np.empty(4 * len(place), np.int64)
-    segments = integers[: 3 * len(place)].reshape(-1, 3)
-    segments[:, 0], segments[:, 1], segments[:, 2] = table.starts[place], table.stops[place], table.leads[place]
-    integers[3 * len(place) :] = number
+    for column, bounds in enumerate((table.starts, table.stops, table.leads)):
+        segments[:, column] = bounds[place]
+    last = np.repeat(np.cumsum(counts) - 1, counts)
+    np.subtract(last, np.arange(tiles), number)
+    if not of_queries:
+        np.subtract(np.repeat(counts - 1, counts), number, number)
     return integers
 
 

@@ -329,9 +329,10 @@ def rows_of_segments(piece: Piece) -> tuple[Integers, Integers]:
     starts, stops = piece.table.starts, piece.table.stops
     query_start, query_stop = np.maximum(starts, piece.query_start), np.minimum(stops, piece.query_stop)
     key_start, key_stop = starts, np.minimum(stops, piece.key_stop)
-    middle = starts + np.maximum(abs(piece.half) - piece.table.leads, 0)
-    if piece.half > 0:
-        query_start, key_stop = np.maximum(query_start, middle), np.minimum(key_stop, middle)
-    elif piece.half < 0:
-        query_stop, key_start = np.minimum(query_stop, middle), middle
+    if piece.half:
+        middle = starts + np.maximum(abs(piece.half) - piece.table.leads, 0)
+        if piece.half > 0:
+            query_start, key_stop = np.maximum(query_start, middle), np.minimum(key_stop, middle)
+        else:
+            query_stop, key_start = np.minimum(query_stop, middle), middle
     return np.maximum(query_stop - query_start, 0), np.maximum(key_stop - key_start, 0)
