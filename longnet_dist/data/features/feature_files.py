@@ -1,4 +1,8 @@
-"""Files with the features of one sequence each, and the coordinates of its rows: HDF5, .npy and .pt."""
+"""Files with the features of one sequence each, and the coordinates of its rows: HDF5, .npy and .pt.
+
+HDF5 files and dictionaries of .pt files keep them under ``features`` and ``coords``. A tensor alone, and a .npy file,
+are features. A leading dimension of 1 is dropped. Nothing is unpickled but tensors.
+"""
 
 from __future__ import annotations
 
@@ -84,30 +88,41 @@ def feature_files(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder} is no folder of features ({', '.join(SUFFIXES)})")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix not in SUFFIXES or path.name.endswith(COORDINATES):
+        if not _has_features(path):
             continue
         if path.stem in found:
             raise DataError(f"{found[path.stem].name} and {path.name} in {folder} have one name; keep one of them")
         found[path.stem] = path
     if not found:
-        raise DataError(f"{folder} has no file of features ({', '.join(SUFFIXES)})")
+        note = "; ".join(other_files(folder))
+        raise DataError(f"{folder} has no file of features ({', '.join(SUFFIXES)}){note and f'; {note}'}")
     if any(path.suffix in HDF5 for path in found.values()):
         require_extra("hdf5", "reading HDF5 files")
     return found
 
 
-def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Return features ``(n, F)`` and coordinates ``(n, C)`` of a file; None if it has no coordinates.
+def other_files(folder: Path) -> list[str]:
+    """Return, for people, how many files of a folder have no features; one line or none.
 
-    HDF5 files and dictionaries of .pt files keep them under ``features`` and ``coords``. A tensor alone, and a .npy
-    file, are features. A leading dimension of 1 is dropped. Nothing is unpickled but tensors.
-
-    Raises:
-        DataError: the file cannot be read, has other contents, or has numbers that are not finite.
+    Coordinates beside their features are none of them, nor are hidden files.
     """
-    file = FeatureFile.of(path)
-    features, coords = file.read(0, file.rows)
-    return features, coords if file.coordinates else None
+    others = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if not (path.name.startswith(".") or _has_features(path) or _has_coordinates(path))
+    ]
+    if not others:
+        return []
+    return [f"left out: {len(others)} in {folder} that do not end in {', '.join(SUFFIXES)}, first {others[0]}"]
+
+
+def _has_features(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.is_file() and not path.name.endswith(COORDINATES)
+
+
+def _has_coordinates(path: Path) -> bool:
+    """Say whether a file has the coordinates of a .npy file in the same folder."""
+    return path.name.endswith(COORDINATES) and path.with_name(path.name.removesuffix(COORDINATES) + ".npy").is_file()
 
 
 @contextmanager

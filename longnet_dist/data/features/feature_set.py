@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.schema import Config, DataConfig
-from longnet_dist.data.features.feature_files import FeatureFile, feature_files
-from longnet_dist.data.features.labels import read_labels
+from longnet_dist.data.features.feature_files import COORDINATES, FeatureFile, feature_files, other_files
+from longnet_dist.data.features.labels import Labels, read_labels
 from longnet_dist.errors import ConfigError, DataError
 
 Split = Literal["train", "validation", "all"]
@@ -29,6 +29,7 @@ class FeatureSet:
         labels: number of the class of each file; empty without labels.
         validation: names of the files that are kept for validation.
         left_out: names of files without a label.
+        notes: for people, what else is left out, a line each.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class FeatureSet:
     labels: dict[str, int]
     validation: frozenset[str]
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, data: DataConfig, model: EncoderConfig, classes: Sequence[str] = ()) -> Self:
@@ -53,17 +55,21 @@ class FeatureSet:
         """
         assert data.features is not None
         paths = feature_files(data.features)
-        names, left_out = list(paths), list[str]()
-        labels: dict[str, int] = {}
+        labels = Labels((), {}, ())
+        names = list(paths)
         if data.feature_task == "classification":
-            classes, labels = _labelled(data, paths, classes)
-            names = [name for name in paths if name in labels]
-            left_out = [name for name in paths if name not in labels]
+            if data.labels is None:
+                raise ConfigError(
+                    "data.task=classification needs the classes of the files; give data.labels, a CSV file"
+                )
+            labels = read_labels(data.labels, paths, classes)
+            names = list(labels.numbers)
         elif data.labels is not None:
             raise ConfigError(f"data.task={data.feature_task} takes no labels, but data.labels is given; leave it out")
         files = _opened({name: paths[name] for name in names}, model)
-        validation = _validation(data, files, labels)
-        return cls(data.features, files, tuple(classes), labels, validation, tuple(left_out))
+        validation = _validation(data, files, labels.numbers)
+        notes = (*labels.notes, *other_files(data.features))
+        return cls(data.features, files, labels.classes, labels.numbers, validation, labels.left_out, notes)
 
     def names(self, split: Split) -> list[str]:
         """Return the names of the files of a split, in alphabetical order.
@@ -103,7 +109,13 @@ class FeatureSet:
             f"{rows[0]:,} to {rows[-1]:,} rows"
         )
         text += f"; classes: {', '.join(self.classes)}" if self.classes else ""
-        return text + (f"; {len(self.left_out)} files without a label are left out" if self.left_out else "")
+        return "\n".join([text, *self.omissions()])
+
+    def omissions(self) -> list[str]:
+        """Return what of the folder and the labels is left out, and why, a line each; for people."""
+        first = self.left_out[:1]
+        without = [f"left out: {len(self.left_out)} without a label, first {name}" for name in first]
+        return [*without, *self.notes]
 
     def check_unchanged(self) -> None:
         """Check that no file has another size.
@@ -149,32 +161,20 @@ def encoder_of(config: Config) -> EncoderConfig:
     return config.model
 
 
-def _labelled(
-    data: DataConfig, paths: dict[str, Path], classes: Sequence[str]
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return the classes, and the number of the class of each file that has a label."""
-    if data.labels is None:
-        raise ConfigError("data.task=classification needs the classes of the files; give data.labels, a CSV file")
-    by_file = {path.name: name for name, path in paths.items()}
-    read = {by_file.get(name, name): label for name, label in read_labels(data.labels).items()}
-    known = tuple(classes) or tuple(sorted(set(read.values())))
-    if unknown := sorted(set(read.values()) - set(known)):
-        raise DataError(f"{data.labels} has the label {unknown[0]}, but the model knows {', '.join(known)}")
-    labels = {name: known.index(read[name]) for name in paths if name in read}
-    if not labels:
-        raise DataError(
-            f"none of the {len(read)} names in {data.labels} is one of the {len(paths)} files in {data.features}, "
-            f"which begin with {next(iter(paths))}; name files without their suffix"
-        )
-    if len(known) < 2:
-        raise DataError(f"{data.labels} has one class, {known[0]}, but classification needs at least two")
-    return known, labels
+def misfit(file: FeatureFile, model: EncoderConfig) -> str:
+    """Return why a model cannot take a file, with the remedy; empty if it can."""
+    width, places = model.feature_dim or model.dim, model.coordinates
+    if file.channels != width:
+        return f"{file.path} has {file.channels} channels, but the model takes {width} (model.feature_dim)"
+    if model.position_embedding != "sincos" or places == 1 or file.coordinates == places:
+        return ""
+    has = f"{file.coordinates} coordinates a row" if file.coordinates else "no coordinates"
+    how = f"in {file.path.stem}{COORDINATES}, in the same folder" if file.path.suffix == ".npy" else "under coords"
+    return f"{file.path} has {has}, but the model needs {places} (model.coordinates); keep them {how}"
 
 
 def _opened(paths: dict[str, Path], model: EncoderConfig) -> dict[str, FeatureFile]:
     """Read the headers of all files; one error names those that the model cannot take."""
-    width = model.feature_dim or model.dim
-    places = model.coordinates if model.position_embedding == "sincos" else 0
     files, faults = {}, []
     for name, path in paths.items():
         try:
@@ -182,12 +182,10 @@ def _opened(paths: dict[str, Path], model: EncoderConfig) -> dict[str, FeatureFi
         except DataError as error:
             faults.append(str(error))
             continue
-        if file.channels != width:
-            faults.append(f"{path} has {file.channels} channels, but the model takes {width} (model.feature_dim)")
-        elif places > 1 and file.coordinates != places:
-            has = f"{file.coordinates} coordinates a row" if file.coordinates else "no coordinates"
-            faults.append(f"{path} has {has}, but the model needs {places} (model.coordinates)")
-    if not faults and places == 1 and len({file.coordinates for file in files.values()}) > 1:
+        if fault := misfit(file, model):
+            faults.append(fault)
+    by_place = model.position_embedding == "sincos" and model.coordinates == 1
+    if not faults and by_place and len({file.coordinates for file in files.values()}) > 1:
         faults = [f"{name} has {file.coordinates} coordinates a row" for name, file in files.items()]
     if faults:
         more = f"\nand {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""

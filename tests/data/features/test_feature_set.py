@@ -10,7 +10,7 @@ import torch
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.schema import DataConfig
 from longnet_dist.data.features.feature_batches import FeatureBatches
-from longnet_dist.data.features.feature_files import FeatureFile
+from longnet_dist.data.features.feature_files import FeatureFile, feature_files
 from longnet_dist.data.features.feature_set import FeatureSet
 from longnet_dist.data.features.labels import read_labels
 from longnet_dist.errors import ConfigError, DataError
@@ -115,7 +115,7 @@ def test_the_fingerprint_covers_files_labels_and_split(folder):
         ("a.csv", "s1,odd\ns1,even\n", "gives s1 two labels, odd and even"),
         ("a.csv", "", "has no labels"),
         ("a.csv", "x,odd\ny,even\n", "none of the 2 names in .* is one of the 20 files"),
-        ("a.csv", "s1,odd\ns2,odd\n", "has one class, odd"),
+        ("a.csv", "s1,odd\ns2,odd\n", "one class, odd"),
         ("a.jsonl", '{"name": "s1"}\n', "line 1 of .* must have a name and a label"),
         ("a.jsonl", "no\n", "cannot read the labels"),
     ],
@@ -127,9 +127,11 @@ def test_labels_that_cannot_be_used_are_refused(folder, name, text, message):
 
 
 def test_labels_are_read_from_both_kinds_of_file(folder):
-    (folder / "a.csv").write_text("name,label\ns1, odd\ns2,even\ns2,even\n")
+    (folder / "a.csv").write_text("s1, odd\ns2,even\ns2,even\n")
     (folder / "a.jsonl").write_text('{"name": "s1", "label": "odd"}\n\n{"name": "s2", "label": "even", "site": 3}\n')
-    assert read_labels(folder / "a.csv") == read_labels(folder / "a.jsonl") == {"s1": "odd", "s2": "even"}
+    paths = feature_files(folder / "slides")
+    assert read_labels(folder / "a.csv", paths) == read_labels(folder / "a.jsonl", paths)
+    assert read_labels(folder / "a.csv", paths).numbers == {"s1": 1, "s2": 0}
     (folder / "a.csv").write_text("s1.pt,odd\ns2,even\n")  # with or without suffix
     features = opened(folder, labels=folder / "a.csv")
     assert features.labels == {"s1": 1, "s2": 0}
@@ -138,6 +140,34 @@ def test_labels_are_read_from_both_kinds_of_file(folder):
         opened(folder, task="classification")
     with pytest.raises(ConfigError, match="takes no labels"):
         opened(folder, task="masked_features", labels=folder / "a.csv")
+
+
+@pytest.mark.parametrize("header", ["name,label", "slide_id,label", "Slide,Diagnosis"])
+def test_a_header_is_no_class_and_is_told(folder, header):
+    (folder / "a.csv").write_text(f"{header}\n" + (folder / "labels.csv").read_text())
+    features = opened(folder, labels=folder / "a.csv")
+    assert features.classes == ("even", "odd")
+    assert features.omissions() == [f"line 1 of {folder / 'a.csv'} is taken as its header: {header}"]
+    assert features.labels == opened(folder, labels=folder / "labels.csv").labels
+
+
+def test_what_is_left_out_is_counted(folder):
+    """Names of no file give no class, wherever they are; an absent slide in the first line is no header."""
+    (folder / "a.csv").write_text("gone,odd\ns1,odd\ns2,even\nlost,rare\n")
+    (folder / "slides" / "notes.txt").write_text("mine")
+    (folder / "slides" / "more").mkdir()
+    (folder / "slides" / ".hidden").write_text("")
+    features = opened(folder, labels=folder / "a.csv")
+    assert features.classes == ("even", "odd")
+    assert features.omissions() == [
+        "left out: 18 without a label, first s0",
+        f"left out: 2 of 4 lines of {folder / 'a.csv'}, which name no file, first gone",
+        f"left out: 2 in {folder / 'slides'} that do not end in .h5, .hdf5, .npy, .pt, .pth, first more",
+    ]
+    assert features.report().splitlines()[1:] == features.omissions()
+    (folder / "empty" / "inner").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"has no file of features.*left out: 1 in .*first inner"):
+        feature_files(folder / "empty")
 
 
 def test_slices_of_packed_files_are_the_files(folder):
