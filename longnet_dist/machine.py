@@ -59,6 +59,40 @@ def host_memory_bytes() -> int:
     return min([memory, *(int(limit[0]) for limit in words if limit and limit[0].isdecimal())])
 
 
+def check_writable(folder: Path, name: str) -> None:
+    """Refuse a folder in which nothing can be written, as far as can be known without writing.
+
+    Args:
+        folder: which need not exist.
+        name: of the setting that leads there, for the message.
+
+    Raises:
+        ConfigError: it, or the nearest one above it that exists, is none or cannot be written.
+    """
+    try:
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be used: {error.strerror}") from None
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        fault = "cannot be written" if place.is_dir() else "is no folder"
+        raise ConfigError(f"{name} cannot be used: {place} {fault}; use another folder")
+
+
+def check_writable_file(file: Path, name: str) -> None:
+    """Refuse a file that cannot be written, as far as can be known without writing.
+
+    Args:
+        file: which need not exist, nor its folder.
+        name: of the setting that names it, for the message.
+
+    Raises:
+        ConfigError: it is a folder, or its own folder cannot be written.
+    """
+    if file.is_dir():
+        raise ConfigError(f"{name} must be a file, but is a folder; give a file in it")
+    check_writable(file.parent, name)
+
+
 def _groups(controller: str) -> Iterator[Path]:
     """Yield the folders of the control groups of this process, inner ones first, for both versions.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from longnet_dist.config.model import LongNetConfig
 from longnet_dist.config.schema import Config
 from longnet_dist.data.tokenizers import Tokenizer, tokenizer_from_json
 from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.machine import check_writable
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,7 @@ class RunFolder:
         Raises:
             ConfigError: this folder, or the nearest one above it that exists, is none or cannot be written.
         """
-        try:
-            place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
-        except OSError as error:
-            raise ConfigError(f"train.output_dir={self.path} cannot be used: {error.strerror}") from None
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            fault = "cannot be written" if place.is_dir() else "is no folder"
-            raise ConfigError(f"train.output_dir={self.path} cannot be used: {place} {fault}; use another folder")
+        check_writable(self.path, f"train.output_dir={self.path}")
 
     def describe(self, config: dict[str, Any], tokenizer: Tokenizer | None, classes: Sequence[str] = ()) -> None:
         """Write what evaluation and generation need beside a checkpoint: a tokenizer, or names of classes."""

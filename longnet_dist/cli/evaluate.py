@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ examples:
   longnet evaluate runs/long --data library.tokens --stream --chunk 262144
   longnet evaluate runs/slides                                   a run on features: its validation files
   longnet evaluate runs/slides --data others --labels others.csv
+  longnet evaluate exported --data others --labels others.csv    a classifier that longnet export wrote
 
 With several processes, or under a launcher (torchrun --nproc_per_node=8 -m longnet_dist evaluate ...), every sequence
 is split over all ranks, so that a context may be longer than one device can hold. All contexts predict the same tokens,
@@ -52,11 +55,11 @@ def main(arguments: Sequence[str]) -> None:
 def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
     """Evaluate on this rank."""
     from longnet_dist.data.token_file import TokenFile
-    from longnet_dist.inference.feature_runs import is_feature_run
+    from longnet_dist.inference.features.feature_runs import is_exported_encoder, is_feature_run
     from longnet_dist.inference.runs import evaluate_run, evaluate_run_streamed
     from longnet_dist.telemetry.json_lines import json_text
 
-    if is_feature_run(options.run):
+    if is_exported_encoder(options.run) or is_feature_run(options.run):
         _evaluate_features(options, launch)
         return
     _check_text(options)
@@ -90,13 +93,14 @@ def _check_text(options: argparse.Namespace) -> None:
 def _evaluate_features(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
     """Evaluate a run on features on this rank."""
     from longnet_dist.errors import ConfigError
-    from longnet_dist.inference.feature_runs import evaluate_feature_run
+    from longnet_dist.inference.features.feature_runs import evaluate_feature_run
     from longnet_dist.telemetry.json_lines import json_text
 
     given = [name for name in ("context", "stream", "tokens", "state", "resume", "verify") if getattr(options, name)]
     if given:
         raise ConfigError(f"--{given[0]} is for language models, but {options.run} is a run on features; leave it out")
-    result = evaluate_feature_run(options.run, options.data, options.labels, options.split, launch)
+    tell = partial(print, file=sys.stderr)
+    result = evaluate_feature_run(options.run, options.data, options.labels, options.split, launch, tell)
     if launch.rank == 0:
         lines = (f"{name:>9} {value:>9,.{0 if name == 'sequences' else 4}f}" for name, value in result.items())
         print(json_text(result) if options.json else "\n".join(lines))
@@ -116,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet evaluate``."""
     what = "Loss (nats a token), perplexity and bits per byte of a trained model at some context lengths."
     result = CommandParser("evaluate", what, EXAMPLES)
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or one of its checkpoints")
+    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, a checkpoint, or an export")
     data = "made by longnet prepare; of a run on features a folder (default: the run's)"
     result.add_argument("--data", type=Path, metavar="TOKEN_FILE", help=data)
     result.add_argument("--labels", type=Path, metavar="FILE", help="classes of features, CSV or JSON lines")

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
 
     from longnet_dist.errors import ConfigError
-    from longnet_dist.inference.feature_runs import export_feature_run, is_feature_run
+    from longnet_dist.inference.features.feature_runs import export_feature_run, is_feature_run
     from longnet_dist.inference.runs import export_run
 
     if (options.place is None) == (options.output is None):

@@ -266,7 +266,11 @@ class LongNetEncoder(nn.Module):
         shape = (*inputs.shape[:2], number := self.config.coordinates)
         if (coords is None and number > 1) or (coords is not None and coords.shape != shape):
             given = "none" if coords is None else tuple(coords.shape)
-            raise ShapeError(f"coordinates must be {shape}, but are {given}")
+            axes = ", ".join("xyz"[:number])
+            raise ShapeError(
+                f"coordinates must be (batch, rows, {number}), here {shape}, but are {given}; give coords= with {axes} "
+                f"of every row"
+            )
 
     def _check_padding_mask(self, padding_mask: Tensor | None, inputs: Tensor) -> None:
         if padding_mask is None:

@@ -14,6 +14,7 @@ from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.config.model import HF_MODEL_TYPE, LongNetConfig, own_fields
 from longnet_dist.data.tokenizers import Tokenizer, tokenizer_from_json
 from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.machine import check_writable
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.longnet import LongNet
 
@@ -48,9 +49,19 @@ def empty_folder(folder: Path) -> None:
         ConfigError: it holds something.
         OSError: it cannot be made.
     """
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that cannot become a model's, before there is anything to write.
+
+    Raises:
+        ConfigError: it is no folder, holds something, or cannot be made.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty, and nothing in it is overwritten; use another folder")
+    check_writable(folder, str(folder))
 
 
 def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> LongNet | LongNetEncoder:

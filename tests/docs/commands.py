@@ -6,9 +6,8 @@ import configparser
 import re
 import shlex
 import subprocess
-from importlib import import_module
 
-from longnet_dist.cli.program.dispatch import command_names
+from longnet_dist.cli.program.dispatch import command_module, command_names
 from longnet_dist.config.loading import known_keys, load_config
 from longnet_dist.config.packaged import find_config, run_names
 from longnet_dist.config.schema import Config
@@ -71,7 +70,7 @@ def check_completion(words: list[str]) -> None:
 def check_longnet(command: str, *words: str) -> None:
     """Parse a command line of ``longnet``, and check its settings."""
     assert command in command_names(), f"longnet has no command {command}"
-    parser = import_module(f"longnet_dist.cli.{command}").parser()
+    parser = command_module(command).parser()
     if command not in TAKES_SETTINGS:
         parser.parse_args(words)
         return

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from longnet_dist import __version__, cli
+from longnet_dist.cli import features
 from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.errors import ConfigError
 
@@ -65,16 +66,31 @@ def run_command(name: str, arguments: Sequence[str], **options: Any) -> None:
         near += difflib.get_close_matches(name, command_names(), n=1)
         hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(command_names())}"
         raise ConfigError(f"longnet has no command {name!r}; {hint}; see longnet --help")
-    import_module(f"{cli.__name__}.{name}").main(arguments, **options)
+    command_module(name).main(arguments, **options)
 
 
 def command_names() -> list[str]:
-    """Return the names of all subcommands: the modules of ``longnet_dist.cli``."""
-    return [module.name for module in pkgutil.iter_modules(cli.__path__) if not module.ispkg]
+    """Return the names of all subcommands, in alphabetical order."""
+    return sorted(_homes())
+
+
+def command_module(name: str) -> Any:
+    """Return the module of a subcommand."""
+    return import_module(f"{_homes()[name]}.{name}")
+
+
+def _homes() -> dict[str, str]:
+    """Return the package of each subcommand: modules of ``longnet_dist.cli`` and of its folder ``features``."""
+    return {
+        module.name: package.__name__
+        for package in (cli, features)
+        for module in pkgutil.iter_modules(package.__path__)
+        if not module.ispkg
+    }
 
 
 def _help() -> str:
-    summaries = {name: import_module(f"{cli.__name__}.{name}").SUMMARY for name in command_names()}
+    summaries = {name: command_module(name).SUMMARY for name in command_names()}
     lines = [f"  {name:<12}{summary}" for name, summary in summaries.items()]
     head = "usage: longnet COMMAND ...\n\nTrain language models with dilated attention (LongNet) on long sequences."
     options = "options:\n  -h, --help  show this text\n  --version   show the version"

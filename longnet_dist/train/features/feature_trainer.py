@@ -14,7 +14,7 @@ from longnet_dist.data.features.feature_batches import FeatureBatches
 from longnet_dist.data.features.feature_set import FeatureSet
 from longnet_dist.data.shuffle import hashed
 from longnet_dist.errors import DataError
-from longnet_dist.inference.feature_evaluation import evaluate_features
+from longnet_dist.inference.features.feature_evaluation import evaluate_features
 from longnet_dist.model.feature_tasks import FEATURE_TASKS, FeatureTask
 from longnet_dist.train.batch_prefetch import pinned
 from longnet_dist.train.loop import Trainer

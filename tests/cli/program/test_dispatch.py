@@ -52,6 +52,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "export",
         "convert",
         "embed",
+        "predict",
     }
     for name in command_names():
         assert f"\n  {name} " in text

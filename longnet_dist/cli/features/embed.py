@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,24 +37,33 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from longnet_dist.inference.embedding import embed_folder
+    from longnet_dist.inference.features.embedding import embed_folder
     from longnet_dist.numerics import dtype_of
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype_of(options.precision)
-    new = embed_folder(options.model, options.folder, options.output, device, dtype, options.all_layers)
+    new, lines = embed_folder(options.model, options.folder, options.output, device, dtype, options.all_layers)
     print(f"{new} new vectors in {options.output}")
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet embed``."""
     result = CommandParser("embed", "Embed every sequence of features in a folder.", EXAMPLES)
     result.add_argument("model", type=Path, metavar="MODEL", help="folder that longnet convert wrote, or a run")
-    result.add_argument("folder", type=Path, metavar="FOLDER", help="with features: .h5, .hdf5, .npy, .pt")
-    result.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="safetensors; continued if it exists"
-    )
+    add_folder(result, "safetensors; continued if it exists")
     result.add_argument("--all-layers", action="store_true", help="a vector of each layer: (layers + 1, dim)")
-    result.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
-    result.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     return result
+
+
+def add_folder(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add the options of a command that reads a folder of features.
+
+    Args:
+        parser: of the command.
+        output: what the output is.
+    """
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with features: .h5, .hdf5, .npy, .pt")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=output)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if there is one)")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longnet_dist.cli import embed, evaluate, export, generate
+from longnet_dist.cli import evaluate, export, generate
+from longnet_dist.cli.features import embed
 from longnet_dist.comm.launch_env import process_group
 from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.interop import from_torchscale, to_torchscale
@@ -91,7 +92,7 @@ def test_a_head_that_cannot_be_written_is_one_error(trained, tmp_path, monkeypat
         save_pretrained(model, output)
         (output / "head.safetensors").mkdir()
 
-    monkeypatch.setattr("longnet_dist.inference.feature_runs.save_pretrained", save_with_obstacle)
+    monkeypatch.setattr("longnet_dist.inference.features.exported_task.save_pretrained", save_with_obstacle)
     with pytest.raises(ConfigError, match="cannot write the head to"):
         call(export, trained[0] / "run", tmp_path / "exported")
 

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from longnet_dist.cli import embed
+from longnet_dist.cli.features import embed
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.errors import CheckpointError, ConfigError, DataError
-from longnet_dist.inference import embedding
+from longnet_dist.inference.features import embedding
 from longnet_dist.interop.gigapath import slide_config
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.pretrained import from_pretrained, save_pretrained
@@ -64,15 +64,15 @@ def test_vectors_are_the_encoders(model, slides, tmp_path, capsys):
 
 def test_it_resumes_after_an_interrupt(model, slides, tmp_path, monkeypatch, capsys):
     folder, output, read = slides[0], tmp_path / "vectors.safetensors", []
-    original = embedding.read_features
+    original = embedding.encode_file
 
-    def interrupted(path):
-        read.append(path.name)
+    def interrupted(encoder, file, *options):
+        read.append(file.path.name)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return original(path)
+        return original(encoder, file, *options)
 
-    monkeypatch.setattr(embedding, "read_features", interrupted)
+    monkeypatch.setattr(embedding, "encode_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model, folder, "--output", output)
     assert load_file(output).keys() == {"a", "b"}
@@ -82,7 +82,7 @@ def test_it_resumes_after_an_interrupt(model, slides, tmp_path, monkeypatch, cap
     assert load_file(output).keys() == {"a", "b", "c", "d"}
     with safe_open(output, "pt") as file:
         assert file.metadata()["all_layers"] == "False"
-    with pytest.raises(CheckpointError, match="written with another all_layers"):
+    with pytest.raises(CheckpointError, match="was made with all_layers False, but here it is True; use another"):
         run(model, folder, "--output", output, "--all-layers")
 
 
@@ -95,10 +95,35 @@ def test_files_that_fail_are_named_and_the_others_are_written(model, slides, tmp
     with pytest.raises(DataError) as caught:
         run(model, folder, "--output", tmp_path / "out.safetensors")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "4 of 8 files were not embedded:"
+    assert lines[0].startswith("4 of 8 files have no result; mend them or take them away")
     assert [line.split(":")[0] for line in lines[1:]] == ["code.pt", "narrow.pt", "placeless.npy", "torn.h5"]
-    assert "must be (batch, rows, 12)" in lines[2]
+    assert "has 11 channels, but the model takes 12" in lines[2]
+    assert (
+        "has no coordinates, but the model needs 2 (model.coordinates); keep them in placeless.coords.npy" in lines[3]
+    )
     assert len(load_file(tmp_path / "out.safetensors")) == 4
+
+
+def test_what_is_left_out_and_warnings_come_once_at_the_end(model, slides, tmp_path, capsys):
+    folder = slides[0]
+    for name in ("e", "f"):
+        torch.save({"features": torch.randn(6, 12), "coords": torch.zeros(6, 2)}, folder / f"{name}.pt")
+    run(model, folder, "--output", tmp_path / "out.safetensors")
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines[0].startswith(f"left out: 1 in {folder} that do not end in .h5")
+    assert lines[0].endswith("first notes.txt")
+    assert lines[1].startswith("warning for 2 files, first e.pt: 5 of 6 coordinates land on a place")
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(model, slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "encode_file", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output=.* cannot be used: .*file is no folder"):
+        run(model, slides[0], "--output", tmp_path / "file" / "out.safetensors")
+    with pytest.raises(CheckpointError, match="is no file that longnet embed wrote"):
+        run(model, slides[0], "--output", tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"--output=.* must be a file, but is a folder"):
+        run(model, slides[0], "--output", tmp_path)
 
 
 def test_faults_that_are_told_before_anything_is_read(model, slides, tmp_path):

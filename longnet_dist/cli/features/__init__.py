@@ -1,0 +1,1 @@
+"""Subcommands on folders of features."""
