@@ -18,15 +18,28 @@ from torch import Tensor
 
 from longnet_dist import LongNetEncoder, attention_weights
 from longnet_dist.attention.module import DilatedAttention
-from longnet_dist.data.features.feature_files import read_features
-from longnet_dist.model.pretrained import from_pretrained
+from longnet_dist.cli.program.exit_status import run_cli
+from longnet_dist.data.features.feature_files import FeatureFile
+from longnet_dist.data.features.feature_set import misfit
+from longnet_dist.errors import ConfigError, DataError
+from longnet_dist.inference.features.feature_runs import load_encoder
+from longnet_dist.machine import check_writable_file
 
 
 def main(arguments: Sequence[str] | None = None) -> Tensor:
     """Draw the picture, and return the weight ``(n,)`` of each tile."""
     options = parser().parse_args(arguments)
-    features, coords = read_features(options.slide)
-    weights = cls_weights(from_pretrained(options.model), features, coords, options.block)
+    check_picture(options.output)
+    encoder, _ = load_encoder(options.model, torch.device("cpu"))
+    if not (encoder.config.cls_token and encoder.config.position_embedding == "sincos"):
+        raise ConfigError(f"{options.model} has no cls row or takes no places, but both are drawn; give another model")
+    if not -len(encoder.blocks) <= options.block < len(encoder.blocks):
+        raise ConfigError(f"--block={options.block} must be below the number of blocks, {len(encoder.blocks)}")
+    slide = FeatureFile.of(options.slide)
+    if fault := misfit(slide, encoder.config):
+        raise DataError(fault)
+    features, coords = slide.read(0, slide.rows)
+    weights = cls_weights(encoder.float(), features.float(), coords, options.block)
     draw(coords, weights, options.output)
     print(f"drawn to {options.output}; the tiles have {weights.sum():.1%} of the weight")
     return weights
@@ -49,6 +62,15 @@ def cls_weights(encoder: LongNetEncoder, features: Tensor, coords: Tensor, block
     return weights[0, 0, :, 1:].mean(0)
 
 
+def check_picture(output: Path) -> None:
+    """Refuse a place or a format that cannot be written, before anything is computed."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    check_writable_file(output, f"--output={output}")
+    if output.suffix[1:] not in FigureCanvasBase.filetypes:
+        raise ConfigError(f"--output={output} must end in .png, .pdf, .svg or another format of matplotlib")
+
+
 def draw(coords: Tensor, weights: Tensor, output: Path) -> None:
     """Write a picture of the tiles, coloured by weight."""
     import matplotlib
@@ -62,6 +84,7 @@ def draw(coords: Tensor, weights: Tensor, output: Path) -> None:
     axes.set(title="Attention of the cls row", xlabel="x (pixels)", ylabel="y (pixels)", aspect="equal")
     axes.invert_yaxis()
     figure.colorbar(points, label="weight over the mean")
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
@@ -69,7 +92,7 @@ def draw(coords: Tensor, weights: Tensor, output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("model", type=Path, help="folder that longnet convert wrote, with a cls row")
+    result.add_argument("model", type=Path, help="folder that longnet convert wrote, or a run, with a cls row")
     result.add_argument("slide", type=Path, help="file of features and coordinates")
     result.add_argument("--output", type=Path, required=True, help="picture, such as heat_map.png")
     result.add_argument("--block", type=int, default=-1, help="number of the block (default: the last)")
@@ -77,4 +100,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

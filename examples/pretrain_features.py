@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from longnet_dist import EncoderConfig, LongNetEncoder
-from longnet_dist.data.features.feature_files import feature_files, read_features
+from longnet_dist.cli.program.exit_status import run_cli
+from longnet_dist.config.schema import DataConfig
+from longnet_dist.data.features.feature_files import FeatureFile, feature_files
+from longnet_dist.data.features.feature_set import FeatureSet
 from longnet_dist.engine.execution import Execution
-from longnet_dist.model.pretrained import save_pretrained
+from longnet_dist.model.pretrained import check_new, save_pretrained
 
 BRANCHES = {"segment_lengths": (1024, 4096, 16384, 65536), "dilation_rates": (1, 4, 16, 64)}
 
@@ -56,10 +59,10 @@ class MaskedAutoencoder(nn.Module):
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Pre-train, and return the mean loss of each epoch."""
     options = parser().parse_args(arguments)
+    check_new(options.output)
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    files = list(feature_files(options.slides).values())
-    width = read_features(files[0])[0].shape[1]
+    width = FeatureFile.of(next(iter(feature_files(options.slides).values()))).channels
     places = {"position_embedding": "sincos", "coordinates": 2, "tile_size": options.tile_size}
     encoder = LongNetEncoder(
         EncoderConfig(
@@ -78,14 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     decoder = LongNetEncoder(EncoderConfig(feature_dim=options.dim, **small, **BRANCHES, **places))
     for part in (encoder, decoder):
         Execution("selective").attach(part)
+    slides = FeatureSet.open(DataConfig(features=options.slides, validation_share=0), encoder.config)
+    print(slides.report())
+    files = list(slides.files.values())
     model = MaskedAutoencoder(encoder, decoder, options.masked).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.05)
     losses = []
     for epoch in range(options.epochs):
         total = 0.0
         for number in torch.randperm(len(files)).tolist():
-            features, coords = read_features(files[number])
-            loss = model(features[None].to(device), coords[None].to(device))
+            features, coords = files[number].read(0, files[number].rows)
+            loss = model(features[None].float().to(device), coords[None].to(device))
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -114,4 +120,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

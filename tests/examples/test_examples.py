@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from longnet_dist import dilated_attention, phantom_keys
+from longnet_dist.cli import evaluate
+from longnet_dist.cli.features import predict
+from longnet_dist.errors import ConfigError
 from longnet_dist.interop.gigapath import slide_config
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.pretrained import from_pretrained, save_pretrained
@@ -69,6 +72,44 @@ def test_fine_tuning_learns_and_saves_the_encoder(folder, tmp_path, lora, capsys
         "classes.json", "config.json", "head.safetensors", "model.safetensors",
     ]  # fmt: skip
     assert "training" in capsys.readouterr().out
+
+
+def test_a_fine_tuned_classifier_predicts_and_is_evaluated(folder, tmp_path, capsys):
+    (tmp_path / "labels.csv").write_text("name,diagnosis\n" + (folder / "labels.csv").read_text())
+    words = [str(word) for word in (folder / "model", folder / "slides", tmp_path / "labels.csv")]
+    words += ["--output", str(tmp_path / "out")]
+    example("finetune_slides").main([*words, "--epochs", "8", "--lr", "1e-2", "--dropout", "0"])
+    assert f"line 1 of {tmp_path / 'labels.csv'} is taken as its header: name,diagnosis" in capsys.readouterr().out
+    predict.main([str(tmp_path / "out"), str(folder / "slides"), "--output", str(tmp_path / "predictions.csv")])
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "name,label,probability_even,probability_odd"
+    assert [",".join(line.split(",")[:2]) for line in lines[1:]] == (folder / "labels.csv").read_text().split()
+    evaluate.main([str(tmp_path / "out"), "--data", words[1], "--labels", words[2]])
+    shown = capsys.readouterr()
+    assert "accuracy    1.0000" in shown.out
+    assert "is taken as its header" in shown.err
+
+
+@pytest.mark.parametrize("name", ["finetune_slides", "pretrain_features", "heat_map"])
+def test_an_output_that_cannot_be_used_is_refused_before_anything_is_computed(folder, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(LongNetEncoder, "forward", None)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").write_text("mine")
+    slides = str(folder / "slides")
+    words = {
+        "finetune_slides": [str(folder / "model"), slides, str(folder / "labels.csv")],
+        "pretrain_features": [slides],
+        "heat_map": [str(folder / "model"), f"{slides}/3.pt"],
+    }[name]
+    with pytest.raises(ConfigError, match=r"is not empty, and nothing in it is overwritten|must be a file, but is a"):
+        example(name).main([*words, "--output", str(tmp_path / "used")])
+    with pytest.raises(ConfigError, match="mine is no folder"):
+        example(name).main([*words, "--output", str(tmp_path / "used" / "mine" / "new")])
+    if name == "heat_map":
+        with pytest.raises(ConfigError, match=r"must end in \.png"):
+            example(name).main([*words, "--output", str(tmp_path / "map.text")])
+        with pytest.raises(ConfigError, match="--block=2 must be below the number of blocks, 2"):
+            example(name).main([*words, "--output", str(tmp_path / "map.png"), "--block", "2"])
 
 
 def test_pre_training_learns_and_its_encoder_embeds(folder, tmp_path):
