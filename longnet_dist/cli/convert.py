@@ -44,11 +44,13 @@ def main(arguments: Sequence[str]) -> None:
         LongNetError: the weights cannot be read or do not fit, or the output cannot be written.
     """
     options = parser().parse_args(arguments)
+
+    from longnet_dist.model.pretrained import check_new, save_pretrained
+
+    check_new(options.output)
     if options.to == "torchscale":
         _write_back(options.program, options.file, options.output)
     else:
-        from longnet_dist.model.pretrained import save_pretrained
-
         save_pretrained(_imported(options), options.output)
     print(f"converted to {options.output}")
 
@@ -126,13 +128,18 @@ def parser() -> argparse.ArgumentParser:
     scale.add_argument("--config", type=Path, metavar="JSON", help="keyword arguments of torchscale's configuration")
     scale.add_argument("--decoder", action="store_true", help="the weights are a decoder's")
     sizes = result.add_argument_group(
-        "gigapath, longvit", "sizes that weights do not show; defaults: the published ones"
+        "gigapath, longvit", "sizes; defaults: those of the weights, or the published ones"
     )
-    sizes.add_argument("--heads", type=positive, metavar="n", help="attention heads (default 16)")
-    sizes.add_argument("--depth", type=positive, metavar="n", help="blocks (gigapath, default 12)")
-    sizes.add_argument("--dim", type=positive, metavar="n", help="model dim (gigapath, default 768)")
-    sizes.add_argument("--mlp-ratio", type=float, metavar="x", help="feed-forward dim over dim (gigapath, default 4)")
+    sizes.add_argument("--heads", type=positive, metavar="n", help="attention heads; weights hide them (default 16)")
+    sizes.add_argument("--depth", type=positive, metavar="n", help="blocks (gigapath)")
+    sizes.add_argument("--dim", type=positive, metavar="n", help="model dim (gigapath)")
+    sizes.add_argument("--mlp-ratio", type=float, metavar="x", help="feed-forward dim over dim (gigapath)")
     sizes.add_argument("--max-wsi-size", type=positive, metavar="px", help="largest slide (gigapath, default 262144)")
-    sizes.add_argument("--tile-size", type=positive, metavar="px", help="side of a tile (gigapath, default 256)")
+    sizes.add_argument(
+        "--tile-size",
+        type=positive,
+        metavar="px",
+        help="side of a tile, in the pixels of coords (gigapath, default 256)",
+    )
     sizes.add_argument("--global-pool", action="store_true", help="average the tiles (gigapath; default: cls row)")
     return result

@@ -45,10 +45,12 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.errors import ConfigError
     from longnet_dist.inference.features.feature_runs import export_feature_run, is_feature_run
     from longnet_dist.inference.runs import export_run
+    from longnet_dist.model.pretrained import check_new
 
     if (options.place is None) == (options.output is None):
         raise ConfigError("give one output folder: longnet export RUN_DIR OUTPUT_DIR, or --output OUTPUT_DIR")
     output = options.output or options.place
+    check_new(output)
     if is_feature_run(options.run):
         if options.to == "hf":
             raise ConfigError(

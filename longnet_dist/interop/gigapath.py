@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.errors import ConfigError
-from longnet_dist.interop.state_dicts import StateDict, load_model, state_dict_of, without_prefix
+from longnet_dist.interop.state_dicts import StateDict, load_model, shown_sizes, state_dict_of, without_prefix
 from longnet_dist.interop.torchscale import REFUSED, torchscale_names
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.model.pretrained import from_pretrained
+from longnet_dist.numerics import log_once
 
 PREFIX = "encoder."
 _RATES = (1, 2, 4, 8, 16)
+_DEPTH, _DIM, _HEADS, _MLP_RATIO = 12, 768, 16, 4  # the defaults of arguments
+_PUBLISHED_DIMS = (768, 1024, 1536)  # whose encoders have 16 heads
+_SETTINGS = {"layers": "depth", "dim": "dim", "ffn_dim": "mlp_ratio * dim"}
 _SHORTEST = 10  # log2 of the shortest segment
 
 
@@ -80,7 +84,8 @@ def gigapath_slide_encoder(
     Args:
         source: a file (``slide_encoder.pth``), a state dict, ``{"model": state dict}``, or a folder that
             ``longnet convert`` wrote, which has its own sizes.
-        depth, dim, heads, mlp_ratio: sizes: blocks, model dim, heads, feed-forward dim over model dim.
+        depth, dim, mlp_ratio: blocks, model dim, feed-forward dim over model dim; those of the weights unless given.
+        heads: of the attention, which weights do not show.
         max_wsi_size: side of the largest slide, pixels; the segment lengths follow from it.
         tile_size: side of a tile, pixels.
         global_pool: average the tiles; else take the cls row.
@@ -88,12 +93,17 @@ def gigapath_slide_encoder(
 
     Raises:
         ConfigError: sizes that cannot work.
-        CheckpointError: the source cannot be read; or listing all keys that are missing, unknown or misshapen.
+        CheckpointError: the source cannot be read; or its sizes and keys do not fit.
     """
     if isinstance(source, str | Path) and Path(source).is_dir():
         return SlideEncoder(from_pretrained(source))  # type: ignore[arg-type]
     state = without_prefix(state_dict_of(source), "cls_token")
     projection = state.get("patch_embed.proj.weight")
+    # An argument that has its default may not have been given: then the weights decide.
+    shown = shown_sizes(state, PREFIX)
+    depth = shown.get("layers", depth) if depth == _DEPTH else depth
+    dim = shown.get("dim", dim) if dim == _DIM else dim
+    ffn_dim = shown.get("ffn_dim") if mlp_ratio == _MLP_RATIO else None
     config = slide_config(
         depth,
         dim,
@@ -105,8 +115,12 @@ def gigapath_slide_encoder(
         dropout=dropout,
         drop_path=drop_path,
         feature_dim=1536 if projection is None else projection.shape[-1],
+        ffn_dim=ffn_dim or int(dim * mlp_ratio),
     )
-    return SlideEncoder(load_model(config, state, slide_names(config), {}, REFUSED))
+    encoder = load_model(config, state, slide_names(config), {}, REFUSED, _SETTINGS)
+    if dim not in _PUBLISHED_DIMS and heads == _HEADS:
+        log_once(f"weights do not show the number of heads, so dim {dim} gets {heads}; give heads if it is another")
+    return SlideEncoder(encoder)
 
 
 def slide_config(

@@ -24,6 +24,7 @@ _SEGMENTS = {
 }
 _OTHER_SEGMENTS = (64, 128, 256, 512, 1024)
 _CHANNELS = 3
+_SETTINGS = {"layers": "the number of layers", "dim": "the dim", "ffn_dim": "the feed-forward dim"}
 
 
 class LongViT(nn.Module):
@@ -77,7 +78,7 @@ def longvit_encoder(source: Any, *, heads: int = 16, dropout: float = 0.0, drop_
 
     Raises:
         ConfigError: sizes that cannot work.
-        CheckpointError: the source cannot be read; or listing all keys that are missing, unknown or misshapen.
+        CheckpointError: the source cannot be read; or its keys do not fit.
     """
     state = without_prefix(state_dict_of(source), "patch_embed.proj.weight", ignored=("head.",))
     try:
@@ -108,7 +109,7 @@ def longvit_encoder(source: Any, *, heads: int = 16, dropout: float = 0.0, drop_
         drop_path=drop_path,
         phantom_keys=True,
     )
-    return LongViT(load_model(config, state, image_names(config), _shapes(config), REFUSED))
+    return LongViT(load_model(config, state, image_names(config), _shapes(config), REFUSED, _SETTINGS))
 
 
 def to_longvit(model: LongNetEncoder) -> StateDict:

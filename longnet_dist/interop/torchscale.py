@@ -13,7 +13,7 @@ from torch import Tensor
 from longnet_dist.config.block_style import Activation
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.errors import CheckpointError, ConfigError
-from longnet_dist.interop.state_dicts import StateDict, load_model, without_prefix
+from longnet_dist.interop.state_dicts import StateDict, load_model, shown_sizes, without_prefix
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.numerics import log_once
 
@@ -30,6 +30,8 @@ REFUSED = {
 }
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
 _SIDES = {"embed_dim": 768, "attention_heads": 12, "ffn_embed_dim": 3072, "layers": 12, "normalize_before": True}
+_SIZES = {"layers": "layers", "dim": "embed_dim", "ffn_dim": "ffn_embed_dim"}
+"""What torchscale calls the sizes that weights show."""
 _DEFAULTS: dict[str, Any] = {
     "activation_fn": "gelu", "dropout": 0.0, "drop_path_rate": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
     "no_scale_embedding": True, "layernorm_embedding": False, "deepnorm": False, "subln": True,
@@ -61,21 +63,24 @@ def from_torchscale(state_dict: StateDict, config: Mapping[str, Any], decoder: b
     Args:
         state_dict: tensors by torchscale's names, also behind one common prefix. Learned positions follow from the
             keys.
-        config: keyword arguments of torchscale's ``EncoderConfig`` or ``DecoderConfig``.
+        config: keyword arguments of torchscale's ``EncoderConfig`` or ``DecoderConfig``; without sizes, these are those
+            of the weights.
         decoder: whether it is a decoder, which is causal.
 
     Raises:
         ConfigError: a configuration that cannot work here.
-        CheckpointError: listing all keys that are missing, unknown or misshapen.
+        CheckpointError: sizes or keys do not fit.
     """
-    values = _values(config, "decoder" if decoder else "encoder")
+    side = "decoder" if decoder else "encoder"
     state = without_prefix(dict(state_dict), FIRST_KEY)
+    values = _values(config, side, shown_sizes(state))
     ours = _config_of(values, state, decoder)
     if values["xpos_rel_pos"]:
         state = _without_scales(state, ours)
     if ours.tie_embeddings:
         state = _untied(state)
-    return load_model(ours, state, torchscale_names(ours), {}, REFUSED)
+    settings = {ours: f"{side}_{theirs}" for ours, theirs in _SIZES.items()}
+    return load_model(ours, state, torchscale_names(ours), {}, REFUSED, settings)
 
 
 def to_torchscale(model: LongNetEncoder) -> tuple[StateDict, dict[str, Any]]:
@@ -129,13 +134,14 @@ def xpos_scale(head_dim: int) -> Tensor:
     return (torch.arange(0, head_dim, 2) + 0.4 * head_dim) / (1.4 * head_dim)
 
 
-def _values(config: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """Return all settings by the names of torchscale, without the side in them."""
+def _values(config: Mapping[str, Any], side: str, shown: Mapping[str, int]) -> dict[str, Any]:
+    """Return all settings by the names of torchscale, without the side in them; ``shown`` are sizes of the weights."""
     given = dict(config if isinstance(config, Mapping) else vars(config))
     share = f"share_{side}_input_output_embed"
     defaults = {**_DEFAULTS, **{f"{side}_{name}": value for name, value in _SIDES.items()}, share: False}
     if unknown := sorted(given.keys() - defaults.keys() - _WITHOUT_EFFECT):
         log_once(f"torchscale's configuration has no {', '.join(unknown)}; torchscale ignores them, and so does this")
+    defaults |= {f"{side}_{theirs}": shown[ours] for ours, theirs in _SIZES.items() if ours in shown}
     values = {name: given.get(name, default) for name, default in defaults.items()}
     values = {name.removeprefix(f"{side}_"): value for name, value in values.items()}
     values["share"] = values.pop(share)

@@ -74,5 +74,7 @@ def test_faults(tmp_path):
     with pytest.raises(ConfigError, match="must hold a JSON object"):
         run("torchscale", tmp_path / "model.pt", "--config", tmp_path / "list.json", "--output", tmp_path / "out")
     torch.save({**MODELS["encoder_longvit"]}, tmp_path / "both.pt")
+    with pytest.raises(ConfigError, match="is not empty"):  # before the weights are read
+        run("gigapath", tmp_path / "none.pth", "--output", tmp_path)
     with pytest.raises(ConfigError, match="is not empty"):
         run("torchscale", tmp_path / "both.pt", "--output", tmp_path)

@@ -147,6 +147,8 @@ def test_a_plain_export_is_continued_too(trained, tmp_path, capsys):
 
 def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(LongNetError, match="is not empty"):  # before the run is read
+        export.main([str(tmp_path / "none"), str(tmp_path)])
     with pytest.raises(LongNetError, match="is not empty"):
         export.main([str(trained / "run"), str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -6,6 +6,7 @@ import torch
 from longnet_dist.errors import CheckpointError, ConfigError
 from longnet_dist.interop import SlideEncoder, gigapath_slide_encoder
 from longnet_dist.interop.gigapath import slide_segments, to_gigapath
+from longnet_dist.numerics import log_once
 from tests.interop.drawn import CASES, features, places, slide_weights
 
 SMALL = {"depth": 3, "dim": 256, "heads": 16, "mlp_ratio": 2}
@@ -91,3 +92,26 @@ def test_files_weights_back_and_faults(small, tmp_path):
         gigapath_slide_encoder(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="expected a state dict"):
         gigapath_slide_encoder({"epoch": 3})
+
+
+@pytest.mark.parametrize("given", [{}, {"dim": 256}, {"depth": 3, "mlp_ratio": 2}])
+def test_sizes_that_are_not_given_are_those_of_the_weights(small, given, caplog):
+    log_once.cache_clear()
+    config = gigapath_slide_encoder(small, **given).encoder.config
+    assert (config.layers, config.dim, config.inner_dim, config.heads) == (3, 256, 512, 16)
+    assert "weights do not show the number of heads, so dim 256 gets 16; give heads" in caplog.text
+
+
+def test_many_faults_are_one_short_message(small):
+    with pytest.raises(CheckpointError) as caught:
+        gigapath_slide_encoder(small, dim=384, depth=5, mlp_ratio=2)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 10
+    assert lines[1:4] == [
+        "depth is 3 in the weights, but 5 is asked for",
+        "mlp_ratio * dim is 512 in the weights, but 768 is asked for",
+        "dim is 256 in the weights, but 384 is asked for",
+    ]
+    assert lines[5].endswith("is missing, and 38 more keys")
+    with pytest.raises(CheckpointError, match=r"cls_token is missing$"):
+        gigapath_slide_encoder({key: x for key, x in small.items() if key != "cls_token"})

@@ -103,6 +103,20 @@ def test_all_faulty_keys_are_listed_at_once():
         assert line in str(caught.value)
 
 
+def test_sizes_follow_from_the_weights_or_are_compared():
+    case = MODELS["encoder_subln_tokens"]
+    sizes = {"encoder_embed_dim", "encoder_layers", "encoder_ffn_embed_dim"}
+    config = {key: value for key, value in case["config"].items() if key not in sizes}
+    model = from_torchscale(case["state_dict"], config)
+    assert (model.config.dim, model.config.layers, model.config.inner_dim) == (64, 3, 96)
+    with pytest.raises(CheckpointError) as caught:
+        from_torchscale(case["state_dict"], config | {"encoder_embed_dim": 128, "encoder_layers": 9})
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 10
+    assert "encoder_layers is 3 in the weights, but 9 is asked for" in lines
+    assert "encoder_embed_dim is 64 in the weights, but 128 is asked for" in lines
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
