@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from longnet_dist.checkpoint.format import (
     ADAMW,
@@ -370,7 +371,7 @@ def _partial(folder: Path) -> Path:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def _flush(path: Path) -> None:

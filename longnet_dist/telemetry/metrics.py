@@ -10,6 +10,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
+from tqdm import tqdm
+
 from longnet_dist.checkpoint.run_folder import RunFolder
 from longnet_dist.telemetry.json_lines import read_jsonl
 from longnet_dist.telemetry.loggers import Kind, Logger
@@ -100,7 +102,7 @@ class MetricsLog:
             record()
         except OSError as error:
             self._loggers.remove(logger)
-            print(f"warning: {type(logger).__name__} records no more: {error}", file=sys.stderr)
+            tqdm.write(f"warning: {type(logger).__name__} records no more: {error}", file=sys.stderr)
 
 
 def draw_loss_curve(folder: RunFolder, bytes_per_token: float | None) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from longnet_dist.cli.program.messages import messages_beside_bars
 from longnet_dist.errors import (
     INTERRUPTED_STATUS,
     LOST_RANK_STATUS,
@@ -32,7 +33,8 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     _show_anything()
     try:
-        main()
+        with messages_beside_bars():
+            main()
         sys.stdout.flush()
     except LongNetError as error:
         # One write, so that the messages of several ranks do not run into each other.

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from longnet_dist.checkpoint.run_folder import RunFolder, write_text
 from longnet_dist.telemetry.json_lines import json_text, read_jsonl
 from longnet_dist.telemetry.loggers import LOGGERS, Kind, Logger
@@ -52,7 +54,7 @@ class _Lines:
             self._warned = False
         except OSError as error:
             if not self._warned:
-                print(f"warning: cannot write {self._path}: {error}; its lines wait in memory", file=sys.stderr)
+                tqdm.write(f"warning: cannot write {self._path}: {error}; its lines wait in memory", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
