@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 from benchmarks import pictures
 from benchmarks.jobs import Job, model_flops
 from benchmarks.pictures import save_picture
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from benchmarks.text import DEFAULT_FOLDERS, write_text
 from longnet_dist import DilatedPattern, LongNetConfig
 from longnet_dist.checkpoint.run_folder import write_text as write_file
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dense-seconds", type=float, default=30.0, help="longest run with dense attention (default %(default)s)")
     add("--data", type=Path, default=Path("data/billion.tokens"), help="token file; made from files if missing")
     add("--text", nargs="+", metavar="FOLDER", help="whose text files make it (default: Python's, /usr, /opt)")
-    add("--output", type=Path, default=Path("benchmarks/results/billion.json"), help="and .png")
+    add("--output", type=output_file, default=Path("benchmarks/results/billion.json"), help="and .png")
     add("--draw", type=Path, nargs="+", metavar="FILE", help="measure nothing; draw these results in one picture")
     return parser
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from benchmarks.runs import import_paths
 from longnet_dist.checkpoint.format import checkpoints
 from longnet_dist.checkpoint.writer import take_snapshot
@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="steps from one checkpoint to the next")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="whole checkpoints and those in parts, on CPU ranks")
-    parser.add_argument("--output", type=Path, help="benchmarks/results/checkpoints.json or checkpoint_parts.json")
+    parser.add_argument(
+        "--output", type=output_file, help="benchmarks/results/checkpoints.json or checkpoint_parts.json"
+    )
     parser.add_argument("settings", nargs="*", default=MODEL, metavar="key=value")
     args = parser.parse_args()
     name = "checkpoint_parts.json" if args.parts else "checkpoints.json"

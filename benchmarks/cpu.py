@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist import DilatedPattern, dilated_attention
 
 HEADS, HEAD_DIM = 8, 64
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32768, help="rows of the comparison with dense attention")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/cpu.json"))
     args = parser.parse_args()
 
     pattern = DilatedPattern.paper()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist import DilatedPattern, LongNet, LongNetConfig
 from longnet_dist.engine.execution import Execution
 from longnet_dist.inference.decoder import Decoder
@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--graphs", action="store_true", help="replay steps as CUDA graphs")
     add("--bars", action="store_true", help="the paper's pattern on synthetic caches; see above")
     add("--streams", type=int, default=64, help="texts of --bars")
-    add("--output", type=Path, default=Path("benchmarks/results/decode.json"))
+    add("--output", type=output_file, default=Path("benchmarks/results/decode.json"))
     return parser
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist import DilatedPattern
 from longnet_dist.attention.decoding import Grid
 from longnet_dist.attention.kernels.triton import decode
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--most-blocks", type=int, nargs="*", default=[8, 16, 32])
     add("--dot-group", type=int, nargs="*", default=[2, 4])
     add("--linear", action="store_true", help="also over the constants of ops/normed_linear")
-    add("--output", type=Path, default=Path("benchmarks/results/decode_kernels.json"))
+    add("--output", type=output_file, default=Path("benchmarks/results/decode_kernels.json"))
     return parser
 
 

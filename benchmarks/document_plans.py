@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist.attention.functional import AttentionSpec
 from longnet_dist.attention.kernels.contract import Call
 from longnet_dist.attention.kernels.hopper.tables import listed_tiles
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--batches", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/document_plans.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/document_plans.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     points = [measured(number, ranks, options.batches) for number in options.documents for ranks in options.ranks]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import clocks, environment
+from benchmarks.record import clocks, environment, output_file
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.attention.kernels.registry import describe_kernels
 from longnet_dist.checkpoint.run_folder import write_text
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=MILLION)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/documents.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/documents.json"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with clocks() as found:

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist.comm.transfer import CompactBuffers, _groups, _send_places, _slots
 from longnet_dist.geometry.exchange_plan import plan_exchange
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--powers", type=int, nargs="+", default=[24, 27, 30], help="sequences of 2^p rows")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/exchange_plans.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/exchange_plans.json"))
     options = parser.parse_args()
     largest(2**16, 2)  # imports and first calls
     points = []

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist.ops.compile_cache import FOLDERS
 
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|(\s+)(\S+)")
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3)
     add("--rounds", type=int, default=1)
     add("--imports", type=int, default=0, metavar="n", help="list the n slowest imports")
-    add("--output", type=Path, default=Path("benchmarks/results/first_step.json"))
+    add("--output", type=output_file, default=Path("benchmarks/results/first_step.json"))
     return parser
 
 

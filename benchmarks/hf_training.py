@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from benchmarks.runs import import_paths
 from longnet_dist import DilatedPattern
 from longnet_dist.config.hf_model import HuggingFaceConfig
@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seconds", type=float, default=145.0, help="for all of it (default %(default)s)")
     result.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     result.add_argument("--settings", nargs="*", default=[], metavar="key=value", help="of longnet train, in addition")
-    result.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "hf_training.json")
+    result.add_argument("--output", type=output_file, default=ROOT / "benchmarks" / "results" / "hf_training.json")
     result.add_argument("--part", choices=("all", "sdpa"), default="all", help=argparse.SUPPRESS)
     result.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     return result

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from benchmarks.runs import metrics_of_run
 
 Curves = dict[str, list[float]]
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/parity.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/parity.json"))
     return parser
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist.data.corpus import find_corpus
 from longnet_dist.data.encoding.training import train_tokenizer
 from longnet_dist.data.prepare import prepare
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--megabytes", type=int, default=100)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=output_file)
     return parser
 
 

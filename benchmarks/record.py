@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from longnet_dist.machine import cpu_name
+from longnet_dist.errors import ConfigError
+from longnet_dist.machine import check_writable_file, cpu_name
 
 
 def environment() -> dict[str, str | int]:
@@ -61,6 +63,17 @@ def clocks() -> Iterator[dict[str, float]]:
         numbers = [float(value) for value in values if value.strip().replace(".", "").isdigit()]
         if numbers:
             seen[name] = statistics.median(numbers)
+
+
+def output_file(text: str) -> Path:
+    """Parse the file that a benchmark writes at its end, for ``type=``: refused now if it cannot be written then."""
+    file = Path(text)
+    try:
+        check_writable_file(file, f"--output={file}")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def _commit() -> str:

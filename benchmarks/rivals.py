@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import clocks, environment
+from benchmarks.record import clocks, environment, output_file
 from longnet_dist import DilatedPattern, dilated_attention
 
 MILLION, SMOKE_ROWS, DIM = 1 << 20, 256, 64
@@ -317,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=7)
     add("--seconds", type=int, default=150, help="most that a rival may take, with compiling")
     add("--one", metavar="NAME", help=argparse.SUPPRESS)
-    add("--output", type=Path, default=Path("benchmarks/results/rivals.json"))
+    add("--output", type=output_file, default=Path("benchmarks/results/rivals.json"))
     return parser
 
 

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import clocks, environment
+from benchmarks.record import clocks, environment, output_file
 from longnet_dist import DilatedPattern, LongNetConfig
 from longnet_dist.attention.positions import Positions
 from longnet_dist.checkpoint.run_folder import write_text
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["768:12:65536", "2048:32:32768"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/row_parts.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/row_parts.json"))
     return parser
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from longnet_dist.engine.execution import Execution
 from longnet_dist.interop import SlideEncoder
 from longnet_dist.interop.gigapath import slide_config
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--finetune", action="store_true", help="also training steps over 16 slides (GPU)")
     parser.add_argument("--longest", type=int, default=45680, help="tiles of the longest of the 16 slides")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/slide_encoder.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/slide_encoder.json"))
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file
 
 from benchmarks import pictures
 from benchmarks.pictures import save_picture
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from benchmarks.trials import Trial, isolated
 from longnet_dist.checkpoint.run_folder import write_text
 from longnet_dist.cli.program.exit_status import run_cli
@@ -274,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trial-seconds", type=float, default=240.0, help="of one measurement (default %(default)s)")
     add("--least-seconds", type=float, default=30.0, help="begin none with less time left (default %(default)s)")
     add("--data", type=Path, help="token file of bytes (default: the standard library's source)")
-    add("--output", type=Path, default=Path("benchmarks/results/training.json"), help="and .png")
+    add("--output", type=output_file, default=Path("benchmarks/results/training.json"), help="and .png")
     return parser
 
 

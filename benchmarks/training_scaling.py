@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
-from benchmarks.record import environment
+from benchmarks.record import environment, output_file
 from benchmarks.runs import metrics_of_run
 
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1", "NCCL_NET": "Socket"}
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=5, help="that count (default %(default)s)")
     add("--first-steps", type=int, default=3, help="that do not: they compile and make state (default %(default)s)")
     add("--device", choices=["cuda", "cpu"], default="cuda")
-    add("--output", type=Path, default=Path("benchmarks/results/training_scaling.json"))
+    add("--output", type=output_file, default=Path("benchmarks/results/training_scaling.json"))
     return parser
 
 
