@@ -235,9 +235,19 @@ def _faults(error: ValidationError) -> Iterator[str]:
         elif "error" in fault.get("ctx", {}):
             rules[key] = [f"{key}: {fault['ctx']['error']}".removeprefix(": ")]
         else:
-            rules.setdefault(key, [f"{key}={fault['input']!r}"]).append(fault["msg"].removeprefix("Input "))
-    for first, *others in rules.values():
-        yield f"{first} {', or '.join(others)}".rstrip()
+            value = "null" if fault["input"] is None else repr(fault["input"])
+            rules.setdefault(key, [f"{key}={value}"]).append(fault["msg"].removeprefix("Input "))
+    for key, (first, *others) in rules.items():
+        remedy = _meaning(key) if first == f"{key}=null" else ""
+        yield f"{first} {', or '.join(others)}{remedy}".rstrip()
+
+
+def _meaning(key: str) -> str:
+    """Return what a key means and its default, for a message about a value that leaves it out."""
+    from longnet_dist.config.keys import keys  # which imports this module
+
+    found = next((one for one in keys() if one.name == key), None)
+    return "" if found is None else f"; {key} is: {found.meaning} (default {found.default})"
 
 
 def _known_part(location: tuple[int | str, ...]) -> str:

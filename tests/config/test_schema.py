@@ -27,6 +27,11 @@ def test_a_configuration_is_immutable():
     ("sections", "message"),
     [
         ({"train": {"steps": 0}}, "train.steps=0 should be greater than 0"),
+        (
+            {"train": {"validate_every": None}},
+            "train.validate_every=null should be a valid integer; train.validate_every is: steps between two "
+            "validations, with another at the end; 0: never (default 500)",
+        ),
         ({"train": {"steps": "many"}}, "train.steps='many' should be a valid integer"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate=nan"),
         ({"train": {"adam_betas": [0.9, 1.0]}}, "adam_betas must be at least 0 and below 1"),
