@@ -29,7 +29,8 @@ _PLACES = {
     "train.output_dir",
     "train.compile_cache",
 }
-_NOT_OF_THE_RUN = {"train.resume", "train.init", "train.ignore_plan"}  # of one start only
+_NOT_OF_THE_RUN = {"train.resume", "train.init", "train.ignore_tokenizer", "train.ignore_plan"}  # of one start only
+_SWITCHED_OFF = ("truncation", "padding")  # keys of a tokenizer.json
 SHOWN_DIGITS = 12
 
 
@@ -78,7 +79,7 @@ class RunIdentity(BaseModel):
         for what, there, here in (("tokenizer", self.tokenizer, ours.tokenizer), *_pairs(self.data, ours.data)):
             if there != here:
                 what = what if what == "tokenizer" else f"data ({what})"
-                return f"another {what}: {_shown(there)} there and {_shown(here)} here"
+                return f"another {what}: {shown_checksum(there)} there and {shown_checksum(here)} here"
         for key, there, here in _pairs(self.settings, ours.settings):
             if there != here and _is_fixed(key):
                 return f"another {key}: {there!r} there and {here!r} here"
@@ -107,9 +108,15 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a tokenizer's JSON; one that travels with its content is that, under whatever file name."""
-    left_out = {"name"} if "content" in tokenizer else set()
-    return digest_of({key: value for key, value in tokenizer.items() if key not in left_out})
+    """Return the SHA-256 of a tokenizer's JSON.
+
+    One that travels with its content is that, under whatever file name. Its truncation and padding do not count, since
+    they are switched off.
+    """
+    if "content" not in tokenizer:
+        return digest_of(tokenizer)
+    content = {key: None if key in _SWITCHED_OFF else value for key, value in tokenizer["content"].items()}
+    return digest_of({key: value for key, value in tokenizer.items() if key != "name"} | {"content": content})
 
 
 @bounded_cache(maxsize=1)
@@ -147,5 +154,6 @@ def _pairs(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str,
     return [(key, value, here[key]) for key, value in there.items() if key in here]
 
 
-def _shown(checksum: str) -> str:
+def shown_checksum(checksum: str) -> str:
+    """Return the first digits of a SHA-256, for messages; other texts as they are."""
     return f"SHA-256 {checksum[:SHOWN_DIGITS]}…" if len(checksum) == hashlib.sha256().digest_size * 2 else checksum

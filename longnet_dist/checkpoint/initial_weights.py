@@ -29,7 +29,7 @@ from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
 from longnet_dist.model.feature_tasks import FeatureTask
-from longnet_dist.model.pretrained import CONFIG_FILE, TOKENIZER_FILE, tokenizer_file_of, weights_prefix
+from longnet_dist.model.pretrained import CONFIG_FILE, tokenizer_file_of, weights_prefix
 
 INDEX_FILE = f"{WEIGHTS}.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -76,7 +76,7 @@ class InitialWeights:
             files = tuple(folder / name for name in names or [file_name(WEIGHTS)])
             found = _shapes_in(files)
             if state is None:
-                sha256, tokenizer = sha256_of(files[0]), _exported_tokenizer(folder)
+                sha256, tokenizer = sha256_of(files[0]), _tokenizer_in(folder)
                 prefix = weights_prefix(folder)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"train.init={path}: cannot read the weights in {folder}: {error}") from None
@@ -118,7 +118,7 @@ class InitialWeights:
             found.pop("lm_head.weight", None)
         if begins:
             _check_shapes(what, found, model, f"the {CONFIG_FILE} that these weights were saved with")
-        return cls(folder, sha256, _tokenizer_of_transformers(folder), files)
+        return cls(folder, sha256, _tokenizer_in(folder), files)
 
     def load(self, model: nn.Module) -> None:
         """Put the weights into a model, one tensor after the other; they are rounded to its dtype.
@@ -178,18 +178,20 @@ def _shapes_in(files: Sequence[Path]) -> dict[str, Any]:
     return {name: list(shape) for name, shape in SavedTensors(files).shapes.items()} if files else {}
 
 
-def _exported_tokenizer(folder: Path) -> str | None:
+def _tokenizer_in(folder: Path) -> str | None:
+    """Return the checksum of a folder's tokenizer, as that of a token file that was made with it; None without one.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
     file = tokenizer_file_of(folder)
-    return digest_of_tokenizer(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-def _tokenizer_of_transformers(folder: Path) -> str | None:
-    """Return the checksum of a folder's tokenizer, as that of a token file that was made with it; None if unknown."""
-    try:
-        content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    if not file.is_file():
         return None
-    return digest_of_tokenizer({"kind": "huggingface", "content": content})
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        return digest_of_tokenizer(fields if "kind" in fields else {"kind": "huggingface", "content": dict(fields)})
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the tokenizer in {file}: {error}") from None
 
 
 def _check_shapes(what: str, found: dict[str, Any], model: LongNetConfig, remedy: str) -> None:

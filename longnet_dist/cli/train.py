@@ -23,7 +23,7 @@ longnet train --keys lists every key with its default.
 
 examples:
   longnet train paper data.path=corpus.tokens                  a process for each GPU of this machine
-  longnet train paper parallel.sequence=4 train.steps=1000     every sequence split over four GPUs
+  longnet train paper parallel.sequence=4 train.steps=20000    every sequence split over four GPUs
   longnet train my.yaml --processes 2                          two processes, on CPUs too
   longnet train model.path=llama/ model.segment_lengths=[2048,8192] ...   a Hugging Face model
   torchrun --nnodes=2 --nproc_per_node=8 ... -m longnet_dist train paper

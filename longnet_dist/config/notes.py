@@ -22,6 +22,11 @@ def _of_schedule(train: TrainConfig) -> Iterator[str]:
             f"train.warmup_steps={train.warmup_steps} is not shorter than train.steps={train.steps}: the run ends "
             "before the learning rate decays"
         )
+    elif 2 * train.warmup_steps > train.steps:
+        yield (
+            f"train.warmup_steps={train.warmup_steps} is more than half of train.steps={train.steps}: the learning "
+            f"rate rises in most of the run; use fewer, such as train.warmup_steps={train.steps // 20}"
+        )
     if train.checkpoint_every and train.keep_every % train.checkpoint_every:
         yield (
             f"train.keep_every={train.keep_every} is no multiple of train.checkpoint_every={train.checkpoint_every}: "

@@ -285,6 +285,8 @@ class TrainConfig(Section):
         init: checkpoint, run's folder or exported model whose weights a new run begins with, at step 0; data, sequence
             length and pattern may be others. Ignored when the run resumes. Without ``model.dim`` and ``model.name``,
             the run also takes its model, of which the given ``model`` keys replace single fields.
+        ignore_tokenizer: begin even if the tokens of the data are of another tokenizer than the one that the initial
+            weights were trained with, such as for a new vocabulary.
         sample_prompt: text that the trained model continues at the end, into ``sample.txt``.
         sample_tokens: tokens of this sample; 0: no sample.
     """
@@ -341,6 +343,7 @@ class TrainConfig(Section):
     loggers: tuple[str, ...] = ("jsonl", "tensorboard")
     resume: str = "auto"
     init: Place | None = None
+    ignore_tokenizer: bool = False
     sample_prompt: str = "def "
     sample_tokens: int = Field(200, ge=0)
 

@@ -35,14 +35,14 @@ def set_trained_length(model: Any, length: int) -> None:
         generation.use_cache = True  # type: ignore[union-attr]
 
 
-def write_model_card(folder: str | Path, length: int) -> None:
+def write_model_card(folder: str | Path, length: int | None = None) -> None:
     """Write README.md into the folder of a saved model: how to load it, its pattern, and the length of its training.
 
     Call it on one rank, when the model and the tokenizer have been saved.
 
     Args:
         folder: with the config.json of a model that was dilated, or of a LongNet.
-        length: tokens of a sample in training.
+        length: tokens of a sample in training; None if it is not known.
 
     Raises:
         ConfigError: the model has no pattern.
@@ -61,11 +61,11 @@ def _length_sets_rotations(config: Any) -> bool:
     )
 
 
-def _card(config: Any, length: int, has_tokenizer: bool) -> str:
+def _card(config: Any, length: int | None, has_tokenizer: bool) -> str:
     dilated = hasattr(config.get_text_config(), PATTERN_FIELD)
     return _CARD.format(
         family=config.model_type,
-        length=length,
+        length="" if length is None else f"longnet_dist trained this model on sequences of {length:,} tokens.\n\n",
         imports="" if has_tokenizer else "import torch\n",
         classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
         prompt=_WITH_TOKENIZER if has_tokenizer else _WITHOUT_TOKENIZER,
@@ -104,9 +104,7 @@ tags:
 
 # A `{family}` model with dilated attention
 
-longnet_dist trained this model on sequences of {length:,} tokens.
-
-## Use
+{length}## Use
 
 ```bash
 pip install 'longnet-dist[hf]'

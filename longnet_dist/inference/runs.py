@@ -17,43 +17,35 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from longnet_dist.checkpoint.format import (
-    STATE_FILE,
     CheckpointState,
     load_weights,
     newest_checkpoint,
     read_state,
-    sha256_of,
 )
-from longnet_dist.checkpoint.identity import code_versions, digest_of
-from longnet_dist.checkpoint.initial_weights import InitialWeights
+from longnet_dist.checkpoint.identity import code_versions, digest_of, digest_of_tokenizer
 from longnet_dist.checkpoint.lock import Lock, held_by_first
 from longnet_dist.checkpoint.run_folder import RunFolder
 from longnet_dist.checkpoint.run_model import new_model
 from longnet_dist.comm.agreement import agreed
 from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.comm.mesh import Mesh, MeshShape
-from longnet_dist.config.hf_model import FAMILIES, HuggingFaceConfig, read_model_config
+from longnet_dist.config.hf_model import HuggingFaceConfig
 from longnet_dist.config.loading import parse_config
 from longnet_dist.config.schema import Config, Precision
 from longnet_dist.data.batches import Windows, objective
 from longnet_dist.data.token_file import SplitName, TokenFile
-from longnet_dist.data.tokenizers import Tokenizer, encode_prompt, ids_with_text, load_tokenizer
+from longnet_dist.data.tokenizers import Tokenizer, encode_prompt, ids_with_text
 from longnet_dist.engine.execution import Execution
-from longnet_dist.errors import CheckpointError, ConfigError, DataError
+from longnet_dist.errors import ConfigError, DataError
 from longnet_dist.extras import require_extra
 from longnet_dist.inference.evaluation import Evaluation, evaluate
-from longnet_dist.inference.generation import Sampling, generate
+from longnet_dist.inference.generation import Sampling, TextStream, generate
+from longnet_dist.inference.model_folder import ModelFolder
 from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
-from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
 from longnet_dist.model.pretrained import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
-    from_pretrained,
     save_pretrained,
-    tokenizer_of,
 )
 from longnet_dist.numerics import dtype_of
 from longnet_dist.ops.compile_cache import prepare_compile_cache
@@ -201,38 +193,11 @@ def load_trained(path: Path) -> tuple[LongNet, Tokenizer]:
     Raises:
         LongNetError: no such run, or an exported encoder.
     """
-    if (path / CONFIG_FILE).is_file() and read_model_config(path).get("model_type") in FAMILIES:
-        return _exported_decoder(path)
-    if (path / CONFIG_FILE).is_file():
-        return _language_model(path, LaunchEnvironment().device()), tokenizer_of(path)
+    if ModelFolder.is_at(path):
+        folder = ModelFolder.open(path)
+        return folder.load(LaunchEnvironment().device()), folder.tokenizer()
     run = _Run.open(path)
     return run.model(None, LaunchEnvironment().device()), run.folder.tokenizer()
-
-
-def _exported_decoder(path: Path) -> tuple[LongNet, Tokenizer]:
-    """Return a decoder of transformers from its own folder, in the dtype of its config.json, and its tokenizer."""
-    given: dict[str, Any] = {"path": path}
-    config = HuggingFaceConfig(**given)
-    weights = InitialWeights.of_model(config, begins=True)
-    if weights is None:
-        raise CheckpointError(f"{path} has a {CONFIG_FILE}, but no *.safetensors with weights; give a trained model")
-    model: LongNet = new_model(config)
-    weights.load(model)
-    dtype = config.transformers.dtype or torch.float32
-    return model.to(LaunchEnvironment().device(), dtype).eval(), load_tokenizer(str(path / TOKENIZER_FILE))
-
-
-def _language_model(path: Path, device: torch.device) -> LongNet:
-    """Load an exported model, and refuse others than language models."""
-    model = from_pretrained(path, device)
-    if isinstance(model, LongNet):
-        return model
-    config = model.config
-    what, remedy = "an encoder of features, which has no text", "use longnet embed"
-    if config.vocab_size is not None:
-        what = f"a model of another program, for {config.vocab_size} ids of a tokenizer that longnet_dist does not have"
-        remedy = "load it with longnet_dist.model.pretrained.from_pretrained and call it with tokens"
-    raise ConfigError(f"{path} is {what}; {remedy}")
 
 
 def continue_text(
@@ -304,10 +269,12 @@ def export_run(path: Path, output: Path, precision: Precision | None = None, for
     run = _Run.open(path)
     tokenizer = run.tokenizer()
     of_transformers = isinstance(run.config.model, HuggingFaceConfig)
+    if of_transformers and run.exported:
+        raise ConfigError(f"{path} is a model of transformers, not a run that trained one; use the folder as it is")
     if of_transformers and not for_transformers:
         raise ConfigError(f"{path} trained a model of transformers, which is exported for it alone; use --to hf")
     model = new_model(run.config.model)
-    load_weights(run.checkpoint, model)
+    run.load_weights(model)
     dtype = None if precision is None else dtype_of(precision)
     if of_transformers:
         from longnet_dist.hf.decoder.exported import export_decoder
@@ -320,7 +287,7 @@ def export_run(path: Path, output: Path, precision: Precision | None = None, for
         return ""
     from longnet_dist.hf.causal_lm.export_folder import save_for_transformers
 
-    return save_for_transformers(model, output, tokenizer, run.config.data.sequence_length)
+    return save_for_transformers(model, output, tokenizer, run.trained_length)
 
 
 @contextmanager
@@ -347,17 +314,18 @@ def meshed(config: Config, launch: LaunchEnvironment, store: Any = None) -> Iter
 
 @dataclass(frozen=True)
 class _Run:
-    """A run's folder, its configuration, and one of its checkpoints."""
+    """A run's folder, its configuration, and one of its checkpoints; or the folder of a model in their place."""
 
     folder: RunFolder
     config: Config
     checkpoint: Path
     state: CheckpointState
+    exported: ModelFolder | None = None
 
     @classmethod
     def open(cls, path: Path) -> _Run:
-        if (path / CONFIG_FILE).is_file() and not (path / STATE_FILE).is_file():
-            return cls._exported(path)
+        if ModelFolder.is_at(path):
+            return cls._exported(ModelFolder.open(path))
         checkpoint = newest_checkpoint(path)
         folder = RunFolder(checkpoint.parent.parent)
         config = folder.config()
@@ -366,17 +334,27 @@ class _Run:
         return cls(folder, config, checkpoint, read_state(checkpoint, config.model))
 
     @classmethod
-    def _exported(cls, path: Path) -> _Run:
-        """Take a folder that ``longnet export`` wrote for a run."""
-        model = _language_model(path, torch.device("cpu")).config.model_dump(mode="json")
+    def _exported(cls, folder: ModelFolder) -> _Run:
+        model, path = folder.config.model_dump(mode="json"), folder.path
         config = parse_config({"model": model, "train": {"output_dir": str(path), "steps": 1}})
-        sha256 = {WEIGHTS_FILE: sha256_of(path / WEIGHTS_FILE)}
-        state = CheckpointState(step=1, tokens=0, model=model, sha256=sha256, versions={})
-        return cls(RunFolder(path), config, path, state)
+        state = CheckpointState(step=1, tokens=0, model=model, sha256=folder.sha256, versions={})
+        return cls(RunFolder(path), config, path, state, folder)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the run, or of the exported model."""
-        return tokenizer_of(self.checkpoint) if self.checkpoint == self.folder.path else self.folder.tokenizer()
+        return self.exported.tokenizer() if self.exported else self.folder.tokenizer()
+
+    @property
+    def trained_length(self) -> int | None:
+        """Return the tokens of a sample in training; None if it is not known, as of an exported model."""
+        return None if self.exported else self.config.data.sequence_length
+
+    def load_weights(self, model: LongNet) -> None:
+        """Put the trained weights into a new model."""
+        if self.exported and self.exported.weights:
+            self.exported.weights.load(model)
+        else:
+            load_weights(self.checkpoint, model)
 
     def with_model(self, changes: Mapping[str, Any]) -> _Run:
         """Return the run with other fields of its model's configuration."""
@@ -390,7 +368,7 @@ class _Run:
         """Return a text of the run's tokenizer, cut into windows."""
         token_file = TokenFile.open(data)
         tokenizer = self.tokenizer()
-        if token_file.tokenizer.to_json() != tokenizer.to_json():
+        if digest_of_tokenizer(token_file.tokenizer.to_json()) != digest_of_tokenizer(tokenizer.to_json()):
             raise DataError(
                 f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
                 f"({tokenizer.name}); prepare it with the run's"
@@ -402,7 +380,7 @@ class _Run:
         """Return the trained model, in evaluation mode and the precision of its training."""
         overlap = self.config.parallel.overlap
         model: LongNet = new_model(self.config.model, group=group, overlap=overlap, execution=execution)
-        load_weights(self.checkpoint, model)
+        self.load_weights(model)
         return model.to(device, dtype_of(self.config.precision(device.type))).eval()
 
     def facts(self, *windows: Windows) -> dict[str, str]:

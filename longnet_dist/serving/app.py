@@ -19,8 +19,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from longnet_dist import __version__
 from longnet_dist.data.tokenizers import Tokenizer
 from longnet_dist.errors import LongNetError
-from longnet_dist.inference.generation import Sampling
-from longnet_dist.inference.text_stream import TextStream
+from longnet_dist.inference.generation import Sampling, TextStream
 from longnet_dist.serving.batcher import Batcher
 from longnet_dist.serving.batcher import Request as Decoded
 from longnet_dist.serving.protocol import Choice, Completion, CompletionRequest, Usage, error_body

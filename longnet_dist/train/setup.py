@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from longnet_dist.attention.kernels.registry import check_backend
 from longnet_dist.checkpoint.format import check_optimizer
-from longnet_dist.checkpoint.identity import RunIdentity, code_versions
+from longnet_dist.checkpoint.identity import RunIdentity, code_versions, digest_of_tokenizer, shown_checksum
 from longnet_dist.checkpoint.initial_weights import InitialWeights
 from longnet_dist.checkpoint.run_folder import ResumePoint, RunFolder, resume_point
 from longnet_dist.config.hf_model import HuggingFaceConfig
@@ -21,12 +21,13 @@ from longnet_dist.data.features.feature_batches import FeatureBatches
 from longnet_dist.data.features.feature_set import FeatureSet, config_of, encoder_of
 from longnet_dist.data.prepare import default_token_file
 from longnet_dist.data.token_file import TokenFile
-from longnet_dist.data.tokenizers import encode_prompt
+from longnet_dist.data.tokenizers import ByteTokenizer, encode_prompt
 from longnet_dist.engine.recognition import STYLES
 from longnet_dist.errors import CheckpointError, ConfigError, LongNetError
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.model.feature_tasks import FEATURE_TASKS
 from longnet_dist.model.longnet import positions_of
+from longnet_dist.model.pretrained import TOKENIZER_FILE
 from longnet_dist.numerics import dtype_of
 from longnet_dist.optim.schedules import SCHEDULES, ScheduleStart, start_after
 from longnet_dist.telemetry.loggers import usable_loggers
@@ -85,6 +86,8 @@ class RunSetup(RunLayout):
         if config.train.init and begins:
             init = InitialWeights.find(config.train.init, config.model)
         token_file = features or (None if config.data.path is None else TokenFile.open(config.data.path))
+        if init and features is None and not config.train.ignore_tokenizer:
+            _check_tokenizer(config, init, token_file)
         plan = cls(
             **vars(layout),
             folder=folder,
@@ -137,10 +140,7 @@ class RunSetup(RunLayout):
         """
         state, ours = self.resume.state, self.identity(token_file)
         if state is None:
-            other = (
-                isinstance(token_file, TokenFile) and self.init and self.init.tokenizer not in (None, ours.tokenizer)
-            )
-            return [f"another tokenizer than that of {self.init.folder}"] if self.init and other else []
+            return self._new_tokenizer(token_file, ours.tokenizer)
         if state.identity is None:
             return [f"{self.resume.checkpoint} does not know its data, tokenizer and seed, so these are not compared"]
         if refused := state.identity.refused(ours):
@@ -151,6 +151,14 @@ class RunSetup(RunLayout):
         code = code_versions()
         old = {name: version for name, version in state.versions.items() if code.get(name, version) != version}
         return state.identity.changes(ours) + [f"{name}: {old[name]} -> {code[name]}" for name in old]
+
+    def _new_tokenizer(self, token_file: TokenFile | FeatureSet, ours: str) -> list[str]:
+        """Return a line if a new run begins with weights of another tokenizer, or of one that is not known."""
+        if self.init is None or isinstance(token_file, FeatureSet) or self.init.tokenizer == ours:
+            return []
+        if self.init.tokenizer is not None:
+            return [f"another tokenizer than that of {self.init.folder}"]
+        return [f"the weights of {self.init.folder}, whose tokenizer is not known and is not compared"]
 
     @property
     def samples_done(self) -> int:
@@ -239,6 +247,26 @@ def _features(config: Config) -> FeatureSet | None:
                 "(train.activation_checkpointing works)"
             )
     return FeatureSet.open(config.data, model)
+
+
+def _check_tokenizer(config: Config, init: InitialWeights, token_file: TokenFile | FeatureSet | None) -> None:
+    """Refuse tokens that mean other texts than those that the initial weights were trained with."""
+    given = token_file.header.tokenizer if isinstance(token_file, TokenFile) else ByteTokenizer().to_json()
+    ours = digest_of_tokenizer(given)
+    if init.tokenizer in (None, ours):
+        return
+    name = token_file.tokenizer.name if isinstance(token_file, TokenFile) else ByteTokenizer.name
+    what, file = "the default text", init.folder / TOKENIZER_FILE
+    if config.data.path is not None:
+        what = f"data.path={config.data.path}"
+    command = f"longnet prepare TEXTS --output FILE --tokenizer {file}"
+    raise ConfigError(
+        f"the tokens must be those of the model whose weights the run begins with, but {what} "
+        f"has the tokenizer {name} ({shown_checksum(ours)}) and {init.folder} another one "
+        f"({shown_checksum(init.tokenizer)}); prepare the text with that of the model"
+        f"{f' ({command})' if isinstance(config.model, HuggingFaceConfig) and file.is_file() else ''}, or set "
+        f"train.ignore_tokenizer=true for a new vocabulary"
+    )
 
 
 def _check_shortest(features: FeatureSet | None, ranks: int) -> None:

@@ -23,6 +23,7 @@ def test_nothing_is_said_of_a_sound_run():
     ("settings", "line"),
     [
         ({"warmup_steps": 100}, "train.warmup_steps=100 is not shorter than train.steps=100"),
+        ({"warmup_steps": 51}, "is more than half of train.steps=100: the learning rate rises in most of the run; use"),
         ({"warmup_steps": 750}, "before the learning rate decays"),
         ({"keep_every": 30, "checkpoint_every": 20}, "train.keep_every=30 is no multiple of train.checkpoint_every=20"),
         (

@@ -9,6 +9,7 @@ import subprocess
 
 from longnet_dist.cli.program.dispatch import command_module, command_names
 from longnet_dist.config.loading import known_keys, load_config
+from longnet_dist.config.notes import notes
 from longnet_dist.config.packaged import find_config, run_names
 from longnet_dist.config.schema import Config
 from longnet_dist.serving.protocol import CompletionRequest
@@ -18,6 +19,7 @@ TAKES_SETTINGS = {"train": "words", "quickstart": "settings", "plan": "settings"
 LAUNCHERS = ("srun", "mpirun", "deepspeed")
 PYTHON = ("python", "python3", ".venv/bin/python")
 MODULES = {"pytest", "ruff", "mypy", "venv", "mkdocs"}
+HARNESS = "longnet_dist.inference.harness.command"
 
 
 def command_lines(code: str) -> list[list[str]]:
@@ -85,7 +87,8 @@ def check_training(words: list[str]) -> None:
     """Check a configuration and its settings; of a file that the reader writes, the keys alone."""
     config, settings = (words[0], words[1:]) if words and "=" not in words[0] else ("quickstart", words)
     if config in run_names():
-        load_config(find_config(config), settings)
+        found = load_config(find_config(config), settings)
+        assert not [line for line in notes(found) if "warmup" in line], settings
     else:
         assert config.endswith(".yaml"), config
     assert {word.partition("=")[0] for word in settings} <= {*known_keys(Config), "model.name"}, settings
@@ -97,11 +100,21 @@ def check_python(words: list[str]) -> None:
         check_script(words)
     elif words[1] == "longnet_dist":
         check_longnet(*words[2:])
+    elif words[1] == HARNESS:
+        check_harness(words[2:])
     elif words[1] in MODULES:
         paths = [word for word in words[2:] if "/" in word]
         assert all((ROOT / path).exists() for path in paths), paths
     else:
         check_script([words[1].replace(".", "/") + ".py", *words[2:]])
+
+
+def check_harness(words: list[str]) -> None:
+    """Check the model; the options are those of lm-evaluation-harness, whose commands run where a page says so."""
+    command, *options = words
+    assert command == "run", command
+    assert options[options.index("--model") + 1] in ("longnet", "hf"), options
+    assert options[options.index("--model_args") + 1].startswith("pretrained="), options
 
 
 def check_script(words: list[str]) -> None:

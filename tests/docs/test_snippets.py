@@ -18,6 +18,7 @@ import yaml
 from longnet_dist.cli.program.dispatch import main as longnet
 from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.config.loading import parse_config
+from longnet_dist.config.notes import notes
 from tests.docs.commands import check_command, command_lines
 from tests.docs.pages import ROOT, Block, blocks, pages
 
@@ -25,6 +26,28 @@ PAGES = {page.name: page for page in pages()}
 TRAININGS = ("quickstart", "train")
 RAN_IN_README = ["longnet", "quickstart"]  # whose run every other page finds in its folder
 SECONDS = 600.0  # of one command, on a busy machine
+LLAMA_PAGE = "huggingface.md"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 256,
+}
+WRITE_LLAMA = """
+import json
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+ids = {text: number for number, text in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"])}
+backend = Tokenizer(models.BPE(ids, []))
+backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+backend.decoder = decoders.ByteLevel()
+PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained("llama")
+AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)).save_pretrained("llama")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +67,8 @@ def test_snippets_run(name: str, readme_folder: Path, tmp_path: Path) -> None:
     if name != "README.md":
         for part in ("books", "data", "runs/quickstart"):  # a page may use the quick start's model
             shutil.copytree(readme_folder / part, tmp_path / "page" / part)
+        if name == LLAMA_PAGE:  # a reader has one
+            forked(partial(exec, WRITE_LLAMA, {"LLAMA": LLAMA}), tmp_path / "page", "llama")
         run_page(PAGES[name], tmp_path / "page")
 
 
@@ -64,7 +89,10 @@ def check(block: Block) -> None:
     elif block.language == "python":
         ast.parse(block.code)
     elif block.language == "yaml":
-        parse_config(yaml.safe_load(block.code))
+        values = yaml.safe_load(block.code)
+        if "path" in values["model"]:
+            values["model"]["config"] = LLAMA
+        assert not notes(parse_config(values))
     else:
         assert block.language == "text", block.language
 
@@ -77,6 +105,7 @@ def run_page(page: Path, folder: Path) -> None:
         if kind == "run" and block.language == "bash":
             printed = run_shell(block, folder, rest.split())
         elif kind == "file":
+            (folder / rest.strip()).parent.mkdir(exist_ok=True)
             (folder / rest.strip()).write_text(block.code, encoding="utf-8")
         elif kind == "output":
             assert printed.strip() == block.code.strip(), f"{block.name} is not what the command above prints"
@@ -101,7 +130,7 @@ def run_shell(block: Block, folder: Path, settings: Sequence[str]) -> str:
             done = subprocess.run(
                 words,
                 cwd=folder,
-                env=os.environ | {"PATH": path, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"PATH": path, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder)},
                 capture_output=True,
                 text=True,
                 timeout=SECONDS,

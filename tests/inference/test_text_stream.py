@@ -3,7 +3,7 @@ import random
 import pytest
 
 from longnet_dist.data.tokenizers import ByteTokenizer, load_tokenizer
-from longnet_dist.inference.text_stream import TextStream
+from longnet_dist.inference.generation import TextStream
 from tests.data.tiny_tokenizer import write_tiny_tokenizer
 
 TEXT = "naïve café — 東京 🚀 def f(x):\n    return x\n"

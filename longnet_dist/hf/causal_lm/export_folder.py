@@ -21,7 +21,7 @@ from longnet_dist.model.pretrained import OWN_TOKENIZER_FILE, empty_folder
 _SEPARATOR_BYTE = "\x00"
 
 
-def save_for_transformers(model: LongNet, folder: Path, tokenizer: Tokenizer, context: int) -> str:
+def save_for_transformers(model: LongNet, folder: Path, tokenizer: Tokenizer, context: int | None) -> str:
     """Write a model, in the precision it has, for ``AutoModelForCausalLM``, and its tokenizer for ``AutoTokenizer``.
 
     A tokenizer of tiktoken is not converted. Its name is written, as every tokenizer's description is.
@@ -30,7 +30,7 @@ def save_for_transformers(model: LongNet, folder: Path, tokenizer: Tokenizer, co
         model: causal, on one device, not sharded.
         folder: new, or empty.
         tokenizer: of the model's text. The token that separates documents becomes the end of a text.
-        context: tokens of the sequences that it was trained on.
+        context: tokens of the sequences that it was trained on; None if that is not known.
 
     Returns:
         A sentence that says what was done with the tokenizer.

@@ -15,10 +15,9 @@ from longnet_dist.data.tokenizers import ids_with_text
 from longnet_dist.errors import ConfigError
 from longnet_dist.extras import require_extra
 from longnet_dist.inference.decoder import CHUNK_LENGTH
-from longnet_dist.inference.generation import Sampling, generate
+from longnet_dist.inference.generation import Sampling, TextStream, generate
 from longnet_dist.inference.harness.scoring import Continuation, score
 from longnet_dist.inference.runs import load_trained
-from longnet_dist.inference.text_stream import TextStream
 from longnet_dist.model.longnet import LongNet
 
 require_extra("eval", "the plug-in for lm-evaluation-harness")
@@ -76,7 +75,11 @@ class LongNetLM(TemplateLM):  # type: ignore[misc]
             )
         model, self._own_tokenizer = load_trained(Path(pretrained).expanduser())
         if not isinstance(model, LongNet):
-            raise ConfigError(f"{pretrained} is a model of transformers; score it with the harness's own --model hf")
+            raise ConfigError(
+                f"{pretrained} is a model of transformers, which the harness's own hf scores; use python -m "
+                f"longnet_dist.inference.harness.command run --model hf --model_args pretrained=FOLDER,max_length=N, "
+                f"where FOLDER is it, or for a run its longnet export --to hf"
+            )
         self.model = model.to(device=device, dtype=_DTYPES[dtype])
         self._device, self._name = self.model.embedding.weight.device, pretrained
         self.batch_size, self.chunk_length, self.max_gen_toks = int(batch_size), chunk_length, max_gen_toks
