@@ -33,7 +33,8 @@ class EncoderConfig(LongNetConfig):
         max_positions: number of learned vectors.
         position_offset: number of the vector of the first row.
         coordinates: coordinates of a row: 1, 2 or 3. With 1 they may be left out: rows are counted then.
-        tile_size: coordinates are counted in whole tiles of this size; None: taken as they are.
+        tile_size: side of a tile, in the unit of the coordinates, which are counted in whole tiles; None: taken as they
+            are.
         embedding_norm: LayerNorm of the embedded rows, positions included.
         cls_token: put a learned row before each sequence.
         pool: what a sequence is summarized by: its ``"cls"`` row, the ``"mean"`` of the other rows, or ``"none"``.

@@ -331,7 +331,7 @@ class LongNetEncoder(nn.Module):
             return coords
         places = tile_places(coords, size)
         for sequence in torch.split(places[0], list(layout.parts)) if layout.parts else places:
-            warn_of_coincidences(sequence)
+            warn_of_coincidences(sequence, size)
         return places
 
     def _cleared(self, x: Tensor, padding_mask: Tensor | None, layout: BatchLayout) -> Tensor:

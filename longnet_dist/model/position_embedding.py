@@ -56,13 +56,13 @@ def tile_places(coords: Tensor, tile_size: float) -> Tensor:
     return torch.floor(coords.double() / tile_size)
 
 
-def warn_of_coincidences(places: Tensor) -> None:
-    """Warn if rows of one sequence, ``places (n, C)``, lie at the same place."""
+def warn_of_coincidences(places: Tensor, tile_size: float) -> None:
+    """Warn if rows of one sequence, ``places (n, C)`` in tiles, lie at the same place."""
     shared = len(places) - len(torch.unique(places, dim=0))
     if shared:
         warnings.warn(
             f"{shared} of {len(places)} coordinates land on a place that another row has, so their positions are the "
-            f"same; check tile_size and the level of the coordinates",
+            f"same; tile_size={tile_size:g} must be the side of a tile, in the pixels of the coordinates",
             stacklevel=2,
         )
 

@@ -303,3 +303,16 @@ def test_the_four_figures_of_readme() -> None:
         throughput(fast, 2),
         f"{weak:.3f} × the time",
     ]
+
+
+def test_figures_of_the_slide_encoder_are_those_of_its_results() -> None:
+    text = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
+    gpu, cpu = result("slide_encoder_h200"), result("slide_encoder")
+    tuning = gpu["finetune"]
+    for file in (gpu, cpu):
+        assert f"{file['tiles']:,} tiles" in text
+    assert f"{gpu['forward_seconds_median']:.3f} s and {gpu['peak_gib']:.1f} GiB" in text
+    assert f"{cpu['forward_seconds_median']:.0f} s and {cpu['peak_gib']:.2f} GiB" in text
+    assert f"{statistics.median(tuning['step_seconds']):.1f} s a step and {tuning['peak_gib']:.0f} GiB" in text
+    lengths = tuning["lengths"]
+    assert f"{len(lengths)} slides of {min(lengths):,} to {max(lengths):,} tiles" in text
