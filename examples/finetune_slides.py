@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            total += float(loss) * len(names)
+            total += loss.item() * len(names)
         losses.append(total / len(slides.files))
         print(f"epoch {epoch + 1}: loss {losses[-1]:.4f}")
 

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            total += float(loss)
+            total += loss.item()
         losses.append(total / len(files))
         print(f"epoch {epoch + 1}: loss {losses[-1]:.4f}")
     save_pretrained(encoder, options.output)

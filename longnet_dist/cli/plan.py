@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longnet_dist.cli.program.parser import CommandParser, above_zero, positive
@@ -80,7 +82,8 @@ def _estimate(options: argparse.Namespace) -> Estimate:
     alone = options.config.startswith("model.path=")
     words = [options.config, *options.settings] if alone else options.settings
     with read_once(None if alone else options.config) as file:
-        config = sized(load_config(None if file is None else find_config(file), words))
+        given = load_config(None if file is None else find_config(file), words)
+    config = sized(given, partial(print, file=sys.stderr))
     device, here = _device(options.device)
     layout = RunLayout.of(config, options.gpus or _ranks(config), device.type)
     if here and device.type == "cuda":

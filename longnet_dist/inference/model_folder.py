@@ -116,7 +116,7 @@ def _language_model(path: Path, device: torch.device) -> LongNet:
     if isinstance(model, LongNet):
         return model
     config = model.config
-    what, remedy = "an encoder of features, which has no text", "use longnet embed"
+    what, remedy = "an encoder of features, which has no text", "use longnet embed, or of a classifier longnet predict"
     if config.vocab_size is not None:
         what = f"a model of another program, for {config.vocab_size} ids of a tokenizer that longnet_dist does not have"
         remedy = "load it with longnet_dist.model.pretrained.from_pretrained and call it with tokens"

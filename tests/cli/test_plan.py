@@ -87,8 +87,10 @@ def test_a_run_on_features_is_planned_by_its_longest_file(tmp_path):
         f"data: {{features: {tmp_path / 'slides'}}}\n"
         f"train: {{output_dir: {tmp_path / 'run'}, steps: 3}}\n"
     )
+    (tmp_path / "slides" / "notes.txt").write_text("mine")
     printed = run(str(config), "--device", "h100", "--json")
     assert printed.returncode == 0, printed.stderr
+    assert printed.stderr.splitlines()[1].startswith("left out: 1 in ")
     values = json.loads(printed.stdout)
     assert values["peak_gpu_bytes"] > 0
     assert values["fits"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -135,17 +135,23 @@ class FeatureSet:
         """Return None: rows of features stand for no text."""
 
 
-def sized(config: Config) -> Config:
+def sized(config: Config, tell: Callable[[str], object]) -> Config:
     """Return a configuration whose ``data.sequence_length`` is the rows of the longest file, with its cls row.
 
     Without ``data.features`` it is returned as it is.
+
+    Args:
+        config: of a run.
+        tell: is called with what the files are and what is left out, for people.
 
     Raises:
         DataError, ConfigError: as :meth:`FeatureSet.open`.
     """
     if config.data.features is None:
         return config
-    return config_of(config, FeatureSet.open(config.data, encoder_of(config)))
+    features = FeatureSet.open(config.data, encoder_of(config))
+    tell(features.report())
+    return config_of(config, features)
 
 
 def config_of(config: Config, features: FeatureSet) -> Config:

@@ -57,9 +57,8 @@ class ResultsFile(ABC):
             ) from None
         for name, value in self.made_with.items():
             if found.get(name) != value:
-                raise CheckpointError(
-                    f"{self.path} was made with {name} {found.get(name)}, but here it is {value}; use another output"
-                )
+                there, here = (f"{name}={_short(x)}" for x in (found.get(name), value))
+                raise CheckpointError(f"{self.path} was made with {there}, but here {here}; use another output")
         return results
 
     def write(self, results: dict[str, Tensor]) -> None:
@@ -134,6 +133,12 @@ def add_results(
             "command again:\n" + "\n".join(failed)
         )
     return len(results) - before, other_files(folder) + _counted(warned)
+
+
+def _short(value: object) -> str:
+    """Return a value as people compare it; of a checksum the first digits."""
+    text = str(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 def _counted(warned: list[tuple[str, str]]) -> list[str]:

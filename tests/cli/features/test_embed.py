@@ -82,7 +82,7 @@ def test_it_resumes_after_an_interrupt(model, slides, tmp_path, monkeypatch, cap
     assert load_file(output).keys() == {"a", "b", "c", "d"}
     with safe_open(output, "pt") as file:
         assert file.metadata()["all_layers"] == "False"
-    with pytest.raises(CheckpointError, match="was made with all_layers False, but here it is True; use another"):
+    with pytest.raises(CheckpointError, match="was made with all_layers=False, but here all_layers=True; use another"):
         run(model, folder, "--output", output, "--all-layers")
 
 

@@ -81,7 +81,7 @@ def test_new_files_are_added_and_files_that_fail_are_named(trained, tmp_path, mo
 def test_outputs_of_another_model_and_damaged_ones_are_not_continued(trained, tmp_path):
     slides, output = trained / "new" / "slides", tmp_path / "predictions.csv"
     call(predict, trained / "run", slides, "--output", output)
-    with pytest.raises(CheckpointError, match=r"was made with dtype torch\.float32, but here it is torch\.bfloat16"):
+    with pytest.raises(CheckpointError, match=r"was made with dtype=torch\.float32, but here dtype=torch\.bfloat16"):
         call(predict, trained / "run", slides, "--output", output, "--precision", "bf16")
     whole = output.read_text()
     for text in ("", whole.replace("probability_odd", "other"), whole + "a\n", whole + "a,odd,x,y\n"):
