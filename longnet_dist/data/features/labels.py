@@ -97,7 +97,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
                 cells = [cell.strip() for cell in row]
                 if len(cells) != 2 or not all(cells):
                     raise DataError(
-                        f"line {number} of {path} must have a name and a label, but is {row}; keep these two columns"
+                        f"line {number} of {path} must have a name and a label, but is {row}; keep these two columns, "
+                        "with a comma between them"
                     )
                 name, label = cells
                 yield number, name, label

@@ -162,6 +162,8 @@ class FeatureRun:
         checkpoint = newest_checkpoint(path)
         folder = RunFolder(checkpoint.parent.parent)
         config = folder.config()
+        if config.data.features is None:
+            raise ConfigError(f"{path} is a run on text, which has no features; give one with data.features")
         return cls(folder, config, checkpoint, read_state(checkpoint, config.model), folder.classes())
 
     @classmethod
@@ -189,7 +191,7 @@ class FeatureRun:
         if self.is_exported and (features is None or labels is None):
             raise ConfigError(
                 f"{self.folder.path} is an exported classifier, which has no features of its own; give a folder and "
-                "its labels: --data FOLDER --labels FILE"
+                "its labels: --data FOLDER --labels FILE, or classify files without labels with longnet predict"
             )
         if features is not None:
             if self.classes and labels is None:

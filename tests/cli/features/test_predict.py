@@ -108,6 +108,11 @@ def test_models_without_classes_say_what_to_use(trained, tmp_path):
         call(predict, tmp_path / "masked", slides, *options)
     with pytest.raises(ConfigError, match=r"learned masked_features.*data\.labels=FILE train\.init="):
         call(predict, tmp_path / "masked_run", slides, *options)
+    (tmp_path / "text" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "text" / "checkpoints" / "step_00000001" / "state.json").write_text("{}")
+    (tmp_path / "text" / "config.yaml").write_text("model: {name: tiny}\ntrain: {output_dir: text, steps: 1}\n")
+    with pytest.raises(ConfigError, match=r"is a run on text, which has no features; give one with data\.features"):
+        call(predict, tmp_path / "text", slides, *options)
     with pytest.raises(ConfigError, match=r"no features of its own.* --data FOLDER --labels FILE"):
         call(evaluate, trained / "exported")
     with pytest.raises(ConfigError, match="need labels; give --labels FILE, or classify them with longnet predict"):

@@ -113,6 +113,7 @@ def test_the_fingerprint_covers_files_labels_and_split(folder):
     [
         ("a.csv", "s1,odd,3\n", "line 1 of .* must have a name and a label"),
         ("a.csv", "s1,odd\ns1,even\n", "gives s1 two labels, odd and even"),
+        ("a.csv", "s1;odd\n", "line 1 of .* must have .* with a comma between them"),
         ("a.csv", "", "has no labels"),
         ("a.csv", "x,odd\ny,even\n", "none of the 2 names in .* is one of the 20 files"),
         ("a.csv", "s1,odd\ns2,odd\n", "one class, odd"),
