@@ -80,8 +80,9 @@ class FeatureSet:
         found = [name for name in self.files if split == "all" or (name in self.validation) == (split == "validation")]
         if not found:
             raise DataError(
-                f"the {split} split of {self.path} has none of its {len(self.files)} files; use another "
-                "data.validation_share (0 needs train.validate_every=0) or data.validation_names"
+                f"the {split} split of {self.path} has none of its {len(self.files)} files; train with another "
+                "data.validation_share (0 needs train.validate_every=0) or data.validation_names, or evaluate with "
+                "--split all"
             )
         return found
 

@@ -51,7 +51,7 @@ def read_classes(folder: Path) -> list[str]:
         kind = "of a task without classes" if (folder / HEAD_FILE).is_file() else "without a head"
         raise ConfigError(
             f"{folder} is an encoder {kind}, which cannot classify; train a classifier with data.labels=FILE "
-            f"train.init={folder}, or write vectors with longnet embed"
+            f"train.init={folder}, write vectors with longnet embed, or evaluate the run that it comes from"
         )
     try:
         classes = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))

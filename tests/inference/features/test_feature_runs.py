@@ -62,6 +62,9 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
         call(evaluate, folder / "run", "--data", folder / "slides")
     with pytest.raises(ConfigError, match="--context is for language models"):
         call(evaluate, folder / "run", "--context", "4")
+    data = "--data", folder / "slides", "--labels", folder / "labels.csv"
+    with pytest.raises(DataError, match=r"has none of its 10 files; .* evaluate with --split all"):
+        call(evaluate, folder / "run", *data, "--split", "validation")
     (tmp_path / "labels.csv").write_text("s1,strange\n")
     with pytest.raises(DataError, match="has the label strange, but the model knows even, odd"):
         call(evaluate, folder / "run", "--data", folder / "slides", "--labels", tmp_path / "labels.csv")
