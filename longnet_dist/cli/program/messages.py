@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -12,18 +13,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import longnet_dist
+from longnet_dist.errors import LongNetError
 
 PACKAGE = Path(longnet_dist.__file__).parent
 
 
 @contextmanager
-def messages_beside_bars(shown: bool = True) -> Iterator[None]:
-    """Write warnings and log messages of this package above the progress bar.
+def messages_beside_bars() -> Iterator[None]:
+    """Write warnings and log messages of this package above the progress bar; of the ranks of a launch the first does.
 
     Warnings that differ in their numbers alone are of one kind. Those of other packages keep their file and line.
-
-    Args:
-        shown: False: this rank leaves them to another one.
     """
     logger, told = logging.getLogger(longnet_dist.__name__), set[str]()
     handlers, show = logger.handlers[:], warnings.showwarning
@@ -43,11 +42,10 @@ def messages_beside_bars(shown: bool = True) -> Iterator[None]:
             text = f"warning: {message}"
         else:
             return
-        if shown:
-            _write(text)
+        _write(text)
 
     warnings.showwarning = shown_warning
-    logger.handlers[:] = [_AboveBars() if shown else logging.NullHandler()]
+    logger.handlers[:] = [_AboveBars()]
     try:
         yield
     finally:
@@ -60,8 +58,20 @@ class _AboveBars(logging.Handler):
         _write(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
+def _is_first() -> bool:
+    """Say whether this process is the first of its launch; it is only asked where there is something to say."""
+    from longnet_dist.comm.launch_env import LaunchEnvironment
+
+    try:
+        return LaunchEnvironment.read(os.environ).rank == 0
+    except LongNetError:  # which the command will tell
+        return True
+
+
 def _write(text: str) -> None:
-    """Write a line to stderr; bars are taken away and drawn again below it."""
+    """Write a line to stderr on the first rank; bars are taken away and drawn again below it."""
+    if not _is_first():
+        return
     bars: Any = sys.modules.get("tqdm")  # without it there is no bar, and importing it takes a while
     if bars is None:
         sys.stderr.write(f"{text}\n")

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from longnet_dist.cli.program.messages import messages_beside_bars
 from longnet_dist.cli.program.processes import Processes, python_options
 from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
 from longnet_dist.errors import ConfigError
@@ -55,8 +54,7 @@ def run_on_ranks(
                 f"--processes={processes.asked} would start ranks, but {launcher} has started {launch.world_size}; "
                 "leave --processes out"
             )
-        with messages_beside_bars(launch.rank == 0):
-            return work(launch)
+        return work(launch)
     num_ranks = num_ranks_of(processes)
     if num_ranks == 1:
         return work(LaunchEnvironment())

@@ -9,7 +9,6 @@ from tqdm import tqdm
 from longnet_dist.cli.program import ranks
 from longnet_dist.cli.program.exit_status import run_cli
 from longnet_dist.cli.program.messages import messages_beside_bars
-from longnet_dist.cli.program.processes import Processes
 from longnet_dist.numerics import log_once
 
 OURS = str(ranks.__file__)
@@ -52,11 +51,11 @@ def test_other_ranks_leave_them_to_the_first(rank, monkeypatch, capsys):
     for name, value in (environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
 
-    def work(launch):
+    def main():
         warn("of a rank")
         logging.getLogger("longnet_dist.numerics").warning("logged")
 
-    run_cli(lambda: ranks.run_on_ranks(Processes(["evaluate"], None), work))
+    run_cli(main)
     assert capsys.readouterr().err == ("warning: of a rank\nwarning: logged\n" if rank == 0 else "")
 
 
