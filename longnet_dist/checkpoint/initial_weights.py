@@ -25,7 +25,7 @@ from longnet_dist.checkpoint.identity import digest_of, digest_of_tokenizer
 from longnet_dist.checkpoint.parts import SavedTensors, file_name, files_of
 from longnet_dist.checkpoint.run_model import parameter_sizes
 from longnet_dist.config.encoder_model import EncoderConfig
-from longnet_dist.config.hf_model import HuggingFaceConfig
+from longnet_dist.config.hf_model import FAMILIES, HuggingFaceConfig, read_model_config
 from longnet_dist.config.model import LongNetConfig
 from longnet_dist.errors import CheckpointError
 from longnet_dist.model.feature_tasks import FeatureTask
@@ -69,7 +69,7 @@ class InitialWeights:
             CheckpointError: there are none, they are damaged, or a shape differs.
         """
         is_exported = (path / CONFIG_FILE).is_file() and not (path / STATE_FILE).is_file()
-        folder = path if is_exported else newest_checkpoint(path)
+        folder, family = path if is_exported else newest_checkpoint(path), None
         try:
             state = None if is_exported else parse_state(folder)
             names = files_of(state.sha256, WEIGHTS) if state else []
@@ -77,7 +77,7 @@ class InitialWeights:
             found = _shapes_in(files)
             if state is None:
                 sha256, tokenizer = sha256_of(files[0]), _tokenizer_in(folder)
-                prefix = weights_prefix(folder)
+                prefix, family = weights_prefix(folder), read_model_config(folder).get("model_type")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"train.init={path}: cannot read the weights in {folder}: {error}") from None
         if state is not None:
@@ -86,7 +86,8 @@ class InitialWeights:
             sha256, tokenizer = state.weights_sha256, state.identity.tokenizer if state.identity else None
             prefix = ENCODER_PREFIX if isinstance(model, EncoderConfig) else ""
         found = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
-        _check_shapes(f"train.init={path}", found, model, "the model section of that run")
+        remedy = f"model.path={path} in place of train.init" if family in FAMILIES else "the model section of that run"
+        _check_shapes(f"train.init={path}", found, model, remedy)
         return cls(folder, sha256, tokenizer, files, prefix)
 
     @classmethod

@@ -71,6 +71,7 @@ class HuggingFaceConfig(LongNetConfig):
             )
         path = fields.get("path")
         content = read_model_config(path) if fields.get("config") is None else fields["config"]
+        fields = {name: value for name, value in fields.items() if value is not None}
         return sizes_of(content) | _pattern_fields(content, path, fields) | fields | {"config": _kept(content)}
 
     @model_validator(mode="after")
@@ -219,13 +220,15 @@ def _kept(content: dict[str, Any]) -> dict[str, Any]:
 
 def _pattern_fields(content: dict[str, Any], path: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the pattern that config.json has, where none is given."""
-    if fields.get("segment_lengths") is not None or fields.get("dilation_rates") is not None:
+    given = [name for name in ("segment_lengths", "dilation_rates") if name in fields]
+    if len(given) == 2:
         return {}
     own = content.get(PATTERN_FIELD)
-    if not isinstance(own, dict) or any(own.get("shift") or ()):
+    if given or not isinstance(own, dict) or any(own.get("shift") or ()):
+        what = f"has model.{given[0]} alone" if given else "has a pattern with shifts" if own else "has no pattern"
         raise ConfigError(
-            f"model.path={path} needs a pattern; give model.segment_lengths and model.dilation_rates, such as "
-            f"model.segment_lengths=[2048,8192] model.dilation_rates=[1,4]"
+            f"model.path={path} needs a pattern without shifts, but {what}; give model.segment_lengths and "
+            f"model.dilation_rates, such as model.segment_lengths=[2048,8192] model.dilation_rates=[1,4]"
         )
     return {name: own[name] for name in ("segment_lengths", "dilation_rates", "head_offsets") if name in own}
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from longnet_dist.config.encoder_model import EncoderConfig
+from longnet_dist.config.hf_model import FAMILIES
 from longnet_dist.config.model import LongNetConfig, own_fields
 from longnet_dist.config.schema import Config
 from longnet_dist.errors import ConfigError
@@ -87,6 +88,11 @@ def model_fields_of(path: Path) -> dict[str, Any]:
             raise ConfigError(f"cannot read the model of train.init={path} in {file}: {error}") from None
         if isinstance(fields, dict) and "dim" in fields:
             return own_fields(fields)
+        if isinstance(fields, dict) and fields.get("model_type") in FAMILIES:
+            raise ConfigError(
+                f"train.init={path} is a model of transformers, which a run trains as its own; give model.path={path} "
+                "with model.segment_lengths and model.dilation_rates in place of train.init"
+            )
     raise ConfigError(
         f"the model has no sizes, so they are those of train.init={path}, but that is no folder that longnet convert "
         "or longnet export wrote, no checkpoint and no run; give model.dim and the other sizes, or another train.init"
@@ -231,7 +237,7 @@ def _faults(error: ValidationError) -> Iterator[str]:
             near = difflib.get_close_matches(key, [*Config.model_fields, *known_keys(Config)], n=1, cutoff=0.0)[0]
             rules[key] = [f"there is no key {key}; the nearest is {near}"]
         elif fault["type"] == "missing":
-            rules[key] = [f"{key} must be given"]
+            rules[key] = [f"{' and '.join(_required(key))} must be given"]
         elif "error" in fault.get("ctx", {}):
             rules[key] = [f"{key}: {fault['ctx']['error']}".removeprefix(": ")]
         else:
@@ -248,6 +254,13 @@ def _meaning(key: str) -> str:
 
     found = next((one for one in keys() if one.name == key), None)
     return "" if found is None else f"; {key} is: {found.meaning} (default {found.default})"
+
+
+def _required(key: str) -> list[str]:
+    """Return a key, or of a section the keys in it that have no default."""
+    section = section_of(field) if (field := _field(key)) else None
+    needed = [name for name, part in section.model_fields.items() if part.is_required()] if section else []
+    return [f"{key}.{name}" for name in needed] or [key]
 
 
 def _known_part(location: tuple[int | str, ...]) -> str:

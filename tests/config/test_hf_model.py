@@ -51,6 +51,8 @@ def test_the_pattern_of_a_saved_model_is_the_default(tmp_path):
     folder = write(tmp_path, fields)
     assert load(folder, pattern=()).model.pattern == DilatedPattern((8, 24), (1, 3), "blocked")
     assert load(folder).model.pattern == DilatedPattern((16, 32, 64), (1, 2, 4))
+    nothing = ("model.segment_lengths=null", "model.dilation_rates=null")
+    assert load(folder, pattern=nothing).model.pattern == DilatedPattern((8, 24), (1, 3), "blocked")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,7 @@ def test_the_pattern_of_a_saved_model_is_the_default(tmp_path):
         (["train.compile=true"], r"train\.compile=true is for LongNet's own blocks"),
         (["train.length_warmup=4"], r"train\.length_warmup=4 is for LongNet's own blocks"),
         (["train.matmul=torch"], r"train\.matmul=torch is for LongNet's own blocks"),
+        (["model.dilation_rates=null"], r"but has model\.segment_lengths alone; give model\.segment_lengths and model"),
         (["model.dilation_rates=[1]"], r"dilation_rates"),
     ],
 )
@@ -103,5 +106,11 @@ def test_nothing_is_downloaded(tmp_path):
 
 
 def test_a_model_without_a_pattern_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"needs a pattern; give model\.segment_lengths and model\.dilation_rates"):
+    with pytest.raises(ConfigError, match=r"needs a pattern without shifts, but has no pattern; give model\.segment"):
         load(write(tmp_path, CONFIGS["llama"]()), pattern=())
+
+
+def test_a_model_of_transformers_is_no_init(tmp_path):
+    folder = write(tmp_path, CONFIGS["llama"]())
+    with pytest.raises(ConfigError, match=r"which a run trains as its own; give model\.path="):
+        parse_config({"train": {"output_dir": "x", "steps": 1, "init": str(folder)}})

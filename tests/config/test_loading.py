@@ -143,7 +143,7 @@ def test_all_faults_are_told_at_once(file):
         ("- a\n- b\n", "must be a YAML mapping"),
         ("", "must be a YAML mapping"),
         ("train: !!python/object/apply:os.getcwd []\n", "no valid YAML"),
-        ("model: {name: tiny}\n", "train must be given"),
+        ("model: {name: tiny}\n", "train.output_dir and train.steps must be given"),
         ("model: {name: tiny}\ntrain: {steps: 4}\n", "train.output_dir must be given"),
     ],
 )
