@@ -62,6 +62,7 @@ def test_slides_of_unequal_lengths_are_those_alone(small, global_pool):
 
 def test_segments_follow_from_the_largest_slide():
     assert slide_segments(262144, 256) == (1024, 5792, 32768, 185363, 1048576)
+    assert slide_segments(524288, 512) == slide_segments(262144, 256)  # the same slide in pixels of half the size
     assert slide_segments(250000, 256) == (1024, 4870, 23170, 110217, 524288)
     with pytest.raises(ConfigError, match="at least tile_size"):
         slide_segments(100, 256)
