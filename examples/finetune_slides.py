@@ -2,7 +2,7 @@
 
     longnet convert gigapath slide_encoder.pth --output gigapath
     python examples/finetune_slides.py gigapath slides labels.csv --output tuned
-    python examples/finetune_slides.py gigapath slides labels.csv --output tuned --lora 8
+    python examples/finetune_slides.py gigapath slides labels.csv --output adapted --lora 8
     longnet evaluate tuned --data others --labels others.csv
     longnet predict tuned new --output predictions.csv
 

@@ -81,6 +81,15 @@ def test_snippets_are_right(name: str) -> None:
             raise AssertionError(f"{block.name}: {error!r}\n{block.code}") from error
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_no_command_writes_what_an_earlier_one_has_written(name: str) -> None:
+    """Most commands refuse an output that is there already."""
+    lines = [words for block in blocks(PAGES[name]) if block.language == "bash" for words in command_lines(block.code)]
+    outputs = [words[words.index("--output") + 1] for words in lines if "--output" in words]
+    outputs += [words[3] for words in lines if words[:2] == ["longnet", "export"] and not words[3].startswith("-")]
+    assert sorted(set(outputs)) == sorted(outputs)
+
+
 def check(block: Block) -> None:
     """Check a block without running it."""
     if block.language == "bash":
