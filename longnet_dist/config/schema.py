@@ -134,7 +134,8 @@ class DataConfig(Section):
             of text.
         task: what an encoder learns from features, a name of ``model/feature_tasks``: ``masked_features`` or
             ``classification``. If not given, classification where ``labels`` are given.
-        labels: file with the class of each sequence: CSV lines ``name,label``, or JSON lines with these two keys.
+        labels: file with the class of each sequence: CSV lines ``name,label``, with or without a header, or JSON lines
+            with these two keys.
         mask_share: share of the rows that ``masked_features`` hides and predicts.
         validation_share: share of the files that are kept for validation; chosen by their names, from each class.
         validation_names: file with the names of the files that are kept for validation, one a line; in place of the
