@@ -27,6 +27,7 @@ from transformers.utils import logging
 import longnet_dist.hf as hf
 from longnet_dist import DilatedPattern
 from longnet_dist.errors import USER_ERROR_STATUS, ConfigError, LongNetError
+from longnet_dist.model.pretrained import check_new
 
 RANK_0_SECONDS = 30.0  # torchrun stops all ranks when one ends, so rank 0 has to tell its message first
 
@@ -37,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> list[float]:
     try:
         check(options)
         return train(options)
-    except LongNetError as error:
+    except (LongNetError, OSError) as error:  # transformers raises OSError if there is no such model
         parser().error(str(error))
 
 
@@ -49,17 +50,13 @@ def check(options: argparse.Namespace) -> None:
             f"--lora {options.lora} and --zero {options.zero} cannot be combined, because DeepSpeed would save merged "
             "adapters under names that transformers does not load; leave one of them out"
         )
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise ConfigError(
-            f"--output {options.output} exists already, and nothing in it is overwritten; use a new folder, or move it "
-            "away"
-        )
+    check_new(options.output)
     if options.segment >= options.length:
         raise ConfigError(
             f"--segment {options.segment} is not shorter than --length {options.length}, so the only branch would be "
             f"full attention; use --segment {max(1, options.length // 8)} or another smaller one, or a greater --length"
         )
-    if options.ranks and (options.ranks < 0 or processes % options.ranks):
+    if options.ranks and processes % options.ranks:
         raise ConfigError(
             f"--ranks {options.ranks} must divide the {processes} processes of the launcher; use a divisor, or leave "
             "it out, so that all share every sample"
@@ -141,8 +138,12 @@ def read_samples(folder: Path, tokenizer: Any, length: int) -> list[dict[str, li
     """Samples of ``length`` tokens from the texts of a folder, one behind the other; the rest is left out."""
     stream: list[int] = []
     for path in sorted(folder.glob("*.txt")):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the texts must be UTF-8, but {path} is not: {error}; convert it") from None
         # A text may be longer than the checkpoint's own length; the warning of it would be for generation.
-        stream += tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        stream += tokenizer(text, verbose=False)["input_ids"]
         stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]
     if not pieces:
@@ -178,21 +179,26 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--segment", type=positive, default=2048, help="segment length of the branch without dilation, below --length"
     )
-    result.add_argument("--ranks", type=int, default=0, help="GPUs that share a sample; 0 is all")
+    result.add_argument("--ranks", type=natural, default=0, help="GPUs that share a sample; 0 is all")
     result.add_argument("--mlp-tile", type=positive, default=8192, help="tokens for which an MLP computes at once")
     result.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=0, help="DeepSpeed's stage; 0 is DDP")
-    result.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters; 0 trains all weights")
+    result.add_argument("--lora", type=natural, default=0, metavar="RANK", help="train adapters; 0 trains all weights")
     result.add_argument("--steps", type=positive, default=100, help="optimizer steps")
     result.add_argument("--accumulate", type=positive, default=1, help="samples of a step for each group")
     result.add_argument("--lr", type=float, default=2e-5, help="learning rate at the start; it falls to 0")
     return result
 
 
-def positive(word: str) -> int:
+def positive(word: str, least: int = 1) -> int:
     """A number of at least 1."""
-    if (number := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    if (number := int(word)) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
     return number
+
+
+def natural(word: str) -> int:
+    """A number of at least 0."""
+    return positive(word, 0)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ REFUSED = {
     "--length 16": "--segment 16 is not shorter than --length 16, so the only branch would be full attention; use "
     "--segment 2 or",
     "--ranks 3": "--ranks 3 must divide the 1 processes of the launcher; use a divisor",
+    "--lora -1": "argument --lora: must be at least 0, not -1",
     "--steps 0": "argument --steps: must be at least 1, not 0",
     "--length 5000": "fewer than --length 5000; give more text",
 }
@@ -82,8 +83,19 @@ def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         tune(checkpoint, tmp_path, [])
     assert end.value.code == 2
-    assert f"--output {tmp_path} exists already, and nothing in it is overwritten; use a new" in capsys.readouterr().err
+    assert f"{tmp_path} is not empty, and nothing in it is overwritten; use another folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_model_or_text_that_cannot_be_read_is_one_message(checkpoint, tmp_path, capsys):
+    words = [str(checkpoint / "texts"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        example("finetune_llama").main([str(tmp_path / "nothing"), *words])
+    assert "nothing" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes("Ärger".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        example("finetune_llama").main([str(checkpoint), str(tmp_path), "--output", str(tmp_path / "out")])
+    assert "the texts must be UTF-8, but" in capsys.readouterr().err
 
 
 def test_only_rank_0_tells_a_mistake(checkpoint, tmp_path, capsys, monkeypatch):
