@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,6 +84,7 @@ def train(options: argparse.Namespace) -> list[float]:
     )
     if not (first := arguments.process_index == 0):
         logging.disable_progress_bar()
+        warnings.simplefilter("ignore")  # rank 0 shows them
     group = sequence_group(options.ranks or arguments.world_size) if arguments.world_size > 1 else None
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

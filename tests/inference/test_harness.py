@@ -226,3 +226,16 @@ def test_a_model_of_transformers_is_left_to_hf(harness, monkeypatch):
     monkeypatch.setattr("longnet_dist.inference.harness.language_model.load_trained", lambda path: loaded)
     with pytest.raises(ConfigError, match="--model hf"):
         LongNetLM("llama")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_is_one_message(harness, tmp_path, monkeypatch, capsys):
+    from longnet_dist.inference.harness import command
+
+    write_tasks(tmp_path)
+    words = ["run", "--model", "longnet", "--model_args", f"pretrained={tmp_path}/none", "--tasks", "choices"]
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *words, "--include_path", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: there is no {tmp_path}/none; give the folder")
