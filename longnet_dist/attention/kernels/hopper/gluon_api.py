@@ -9,17 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
-
-from longnet_dist.attention.kernels.hopper.support import release_of
-
-# Triton 3.9 assembles for Hopper with CUDA 13's ptxas at a level of register allocation that is not its own, at which
-# the kernels spill in their inner loops. At its own they do not (benchmarks/results/triton_matrix.json).
-ASSEMBLER_OPTIONS = {"ptx_options": "--regAllocOptLevel=4"} if release_of(triton.__version__) >= (3, 9) else {}
 
 
 def _first(module: Any, *names: str) -> Any:

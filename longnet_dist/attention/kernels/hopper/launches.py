@@ -12,7 +12,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from longnet_dist.attention.kernels.hopper import support
 from longnet_dist.attention.kernels.hopper.backward.kernel import hopper_backward_kernel
 from longnet_dist.attention.kernels.hopper.forward.kernel import hopper_forward_kernel
-from longnet_dist.attention.kernels.hopper.gluon_api import ASSEMBLER_OPTIONS
 from longnet_dist.attention.kernels.hopper.tables import TileTable, listed_tiles, tile_table
 from longnet_dist.attention.kernels.triton.launch import BACKWARD_SIDES, FORWARD_SIDES, Geometry, Launch, Problem, View
 
@@ -37,7 +36,7 @@ class ForwardTiles:
 # By head dim: the fastest of benchmarks/results/attention_kernels.md.
 FORWARD_TILES = {128: ForwardTiles(keys=64, stages=4, turns=4)}
 TILES = {64: HopperTiles(128, 3), 128: HopperTiles(64, 2)}
-OPTIONS: dict[str, Any] = {"num_warps": 4, **ASSEMBLER_OPTIONS}
+OPTIONS: dict[str, Any] = {"num_warps": 4}
 QUERIES = KEYS = 128  # of a tile of a program, forward and backward
 ENOUGH = 4 * 132  # programs: with fewer, some multiprocessors have more to do than others
 

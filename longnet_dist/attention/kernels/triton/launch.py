@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet_dist.attention.kernels.contract import Call
+from longnet_dist.attention.kernels.triton.assembler import assembler
 from longnet_dist.caches import bounded_cache
 from longnet_dist.geometry.documents import Integers, SegmentTable
 from longnet_dist.geometry.window import Piece
@@ -94,7 +95,9 @@ class Launch:
         if self._compiled:
             self._compiled[self._grid](*sources, *self._numbers, *self._constants.values())
         else:  # Triton's interpreter compiles nothing and comes here every time
-            self._compiled = self._kernel[self._grid](*sources, *self._numbers, **self._constants, **self._options)
+            with assembler(self._kernel) as options:
+                arguments = self._constants | self._options | options
+                self._compiled = self._kernel[self._grid](*sources, *self._numbers, **arguments)
 
 
 @dataclass(frozen=True)

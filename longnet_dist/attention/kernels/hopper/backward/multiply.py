@@ -97,7 +97,7 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     mbarrier.wait(tiles.key_ready, 0)
     key_rows, value_rows = tiles.key.index(W), tiles.value.index(W)
     if form.HALVES == 2:
-        key_rows = key_rows.load(operand)
+        key_rows, value_rows = key_rows.load(operand), value_rows.load(operand)
     factor = scale * LOG2_E
     if form.OVERLAPS:  # of all tiles of queries, which are a period apart
         first_row, kv_head = given.begin + first_key, numbered(given.kv_head, shape[14])
@@ -111,8 +111,6 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
         scores, dkey, dvalue = _step(
             step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, True
         )
-    if form.HALVES == 2:  # the masks of the steps before take as many registers
-        value_rows = value_rows.load(operand)
     for step in range(group * work.masked, group * num_tiles):
         scores, dkey, dvalue = _step(
             step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, False
@@ -219,7 +217,7 @@ def _step(
     PRODUCTS: gl.constexpr = 1 + form.OVERLAPS  # of the scores
     dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
     arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
-    _stage_dquery(tiles.dq.index(W), dquery)
+    _stage_dquery(tiles.dq.index(W), dquery, form)
     if form.HALVES == 2:
         _add_dquery(step, tiles, work, target, form, W)
     elif step > 0:
@@ -305,15 +303,18 @@ def _last_dquery(steps, tiles, work, target, form, W: gl.constexpr):
     copies_read()
     dquery = warpgroup_mma_wait(0, deps=[dquery])
     group_barrier()
-    _stage_dquery(tiles.dq.index(W), dquery)
+    _stage_dquery(tiles.dq.index(W), dquery, form)
     if steps > 0:
         _add_dquery(steps - 1, tiles, work, target, form, W)
 
 
 @gluon.jit
-def _stage_dquery(tile, dquery):
+def _stage_dquery(tile, dquery, form):
     """Write dQ for the copy engine, odd rows in another order: no two of four rows meet in a bank of shared memory."""
-    odd = lane_bit(gl.full([64], 0, gl.int32, KEY), 2) == 1  # four threads have a row
+    row = gl.arange(0, 64, KEY)
+    odd = row % 2 == 1
+    if form.HALVES == 1:  # read anew for each tile, it takes no register in between; four threads have a row
+        odd = lane_bit(row * 0, 2) == 1
     left, right = dquery.reshape(64, 2, 2, 16).permute(0, 1, 3, 2).split()
     exchanged = gl.join(right, left).permute(0, 1, 3, 2).reshape(64, 64)
     dquery = gl.where(odd[:, None], gl.convert_layout(exchanged, SCORES, assert_trivial=True), dquery)
