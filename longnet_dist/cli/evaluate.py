@@ -120,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet evaluate``."""
     what = "Loss (nats a token), perplexity and bits per byte of a trained model at some context lengths."
     result = CommandParser("evaluate", what, EXAMPLES)
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, a checkpoint, or an export")
+    result.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="folder of a run, a checkpoint, an export, or a Llama"
+    )
     data = "made by longnet prepare; of a run on features a folder (default: the run's)"
     result.add_argument("--data", type=Path, metavar="TOKEN_FILE", help=data)
     result.add_argument("--labels", type=Path, metavar="FILE", help="classes of features, CSV or JSON lines")

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet generate``."""
     result = CommandParser("generate", "Let a trained model continue a text.", EXAMPLES)
     result.add_argument(
-        "run", type=Path, metavar="RUN_DIR", help="folder of a run, one of its checkpoints, or an exported model"
+        "run", type=Path, metavar="RUN_DIR", help="folder of a run, a checkpoint, an exported model, or a Llama"
     )
     prompt = result.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")

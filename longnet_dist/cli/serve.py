@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``longnet serve``."""
     result = CommandParser("serve", "Answer completion requests over HTTP, as OpenAI's endpoint does.", EXAMPLES)
     result.add_argument(
-        "run", type=Path, metavar="RUN_DIR", help="folder of a run, one of its checkpoints, or an exported model"
+        "run", type=Path, metavar="RUN_DIR", help="folder of a run, a checkpoint, an exported model, or a Llama"
     )
     result.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     result.add_argument("--port", type=positive, default=8000, help="(default %(default)s)")

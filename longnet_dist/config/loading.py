@@ -105,6 +105,11 @@ def read_yaml(path: Path | Traversable) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is no valid YAML, or is no mapping.
     """
+    if path.is_dir():
+        raise ConfigError(
+            f"a configuration must be a YAML file, but {path} is a folder; for a model of transformers give "
+            f"model.path={path}"
+        )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

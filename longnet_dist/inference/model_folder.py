@@ -96,8 +96,8 @@ class ModelFolder:
             return tokenizer_of(self.path)
         if not (self.path / TOKENIZER_FILE).is_file():
             raise CheckpointError(
-                f"{self.path} has no {TOKENIZER_FILE}, which longnet reads; write it in Python: "
-                f"AutoTokenizer.from_pretrained({str(self.path)!r}).save_pretrained({str(self.path)!r})"
+                f"{self.path} has no {TOKENIZER_FILE}, which longnet reads; write it in Python, MODEL being "
+                f"what it was trained from: AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(self.path)!r})"
             )
         return load_tokenizer(str(self.path / TOKENIZER_FILE))
 

@@ -44,9 +44,7 @@ from longnet_dist.inference.model_folder import ModelFolder
 from longnet_dist.inference.stream_state import StreamTask
 from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
 from longnet_dist.model.longnet import LongNet
-from longnet_dist.model.pretrained import (
-    save_pretrained,
-)
+from longnet_dist.model.pretrained import TOKENIZER_FILE, save_pretrained
 from longnet_dist.numerics import dtype_of
 from longnet_dist.ops.compile_cache import prepare_compile_cache
 
@@ -369,9 +367,12 @@ class _Run:
         token_file = TokenFile.open(data)
         tokenizer = self.tokenizer()
         if digest_of_tokenizer(token_file.tokenizer.to_json()) != digest_of_tokenizer(tokenizer.to_json()):
+            remedy = "the run's"
+            if self.exported and self.exported.weights:
+                remedy = f"--tokenizer {self.exported.path / TOKENIZER_FILE}"
             raise DataError(
                 f"{data} was prepared with another tokenizer ({token_file.tokenizer.name}) than the run's "
-                f"({tokenizer.name}); prepare it with the run's"
+                f"({tokenizer.name}); prepare it with {remedy}"
             )
         documents = self.config.data.documents
         return Windows(token_file, split, length, **objective(self.config.model), documents=documents)

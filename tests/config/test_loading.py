@@ -161,6 +161,8 @@ def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         read_yaml(tmp_path / "binary.yaml")
+    with pytest.raises(ConfigError, match=r"but .* is a folder; for a model of transformers give model\.path="):
+        read_yaml(tmp_path)
 
 
 def test_a_merge_key_is_no_duplicate():

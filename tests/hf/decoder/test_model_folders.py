@@ -11,7 +11,7 @@ import longnet_dist.hf as hf
 from longnet_dist import DilatedPattern
 from longnet_dist.cli import evaluate, export, generate, prepare
 from longnet_dist.data.token_file import TokenFile
-from longnet_dist.errors import CheckpointError, ConfigError
+from longnet_dist.errors import CheckpointError, ConfigError, DataError
 from longnet_dist.train.setup import RunSetup
 from tests.hf.decoder.decoders import decoder_config, write_decoder
 from tests.hf.decoder.test_export_and_plan import write_tokenizer
@@ -60,13 +60,16 @@ def test_a_plain_folder_writes_text(folder, capsys):
 def test_what_is_no_model_says_what_to_do(folder, tmp_path):
     other = shutil.copytree(folder / "plain", tmp_path / "other")
     (other / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json, which longnet reads; write it in Python: Auto"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json, which longnet reads; write it in Python, MOD"):
         generate.main([str(other), "--prompt", "line"])
     fields = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(fields | {"model_type": "gemma"}))
     words = [str(other), "--data", str(folder / "data"), "--context", "8"]
     with pytest.raises(ConfigError, match=r"model_type='gemma', but longnet reads .*run --model hf --model_args"):
         evaluate.main(words)
+    prepare.main([str(folder / "text.txt"), "--output", str(tmp_path / "bytes"), "--workers", "1"])
+    with pytest.raises(DataError, match=r"another tokenizer .*; prepare it with --tokenizer .*/plain/tokenizer\.json"):
+        evaluate.main([str(folder / "plain"), "--data", str(tmp_path / "bytes"), "--context", "8"])
     with pytest.raises(CheckpointError, match=r"there is no meta-llama/Llama; .*hf download NAME"):
         generate.main(["meta-llama/Llama", "--prompt", "line"])
     with pytest.raises(ConfigError, match="is a model of transformers, not a run that trained one"):
