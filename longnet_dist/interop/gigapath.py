@@ -19,10 +19,17 @@ from longnet_dist.numerics import log_once
 
 PREFIX = "encoder."
 _RATES = (1, 2, 4, 8, 16)
-_DEPTH, _DIM, _HEADS, _MLP_RATIO = 12, 768, 16, 4  # the defaults of arguments
+_PUBLISHED_DEPTHS = (12, 24)
 _PUBLISHED_DIMS = (768, 1024, 1536)  # whose encoders have 16 heads
 _SETTINGS = {"layers": "depth", "dim": "dim", "ffn_dim": "mlp_ratio * dim"}
 _SHORTEST = 10  # log2 of the shortest segment
+
+
+class _Default(int):
+    """The default of an argument, which differs in its type from the same number where that is given."""
+
+
+_DEPTH, _DIM, _HEADS, _MLP_RATIO = map(_Default, (12, 768, 16, 4))
 
 
 class SlideEncoder(nn.Module):
@@ -64,10 +71,10 @@ class SlideEncoder(nn.Module):
 def gigapath_slide_encoder(
     source: Any,
     *,
-    depth: int = 12,
-    dim: int = 768,
-    heads: int = 16,
-    mlp_ratio: float = 4,
+    depth: int = _DEPTH,
+    dim: int = _DIM,
+    heads: int = _HEADS,
+    mlp_ratio: float = _MLP_RATIO,
     max_wsi_size: int = 262144,
     tile_size: int = 256,
     global_pool: bool = False,
@@ -99,15 +106,15 @@ def gigapath_slide_encoder(
         return SlideEncoder(from_pretrained(source))  # type: ignore[arg-type]
     state = without_prefix(state_dict_of(source), "cls_token")
     projection = state.get("patch_embed.proj.weight")
-    # An argument that has its default may not have been given: then the weights decide.
     shown = shown_sizes(state, PREFIX)
-    depth = shown.get("layers", depth) if depth == _DEPTH else depth
-    dim = shown.get("dim", dim) if dim == _DIM else dim
-    ffn_dim = shown.get("ffn_dim") if mlp_ratio == _MLP_RATIO else None
+    found = shown.get("layers", depth) if depth is _DEPTH else depth
+    depth, lacking = int(found), depth is _DEPTH and found not in _PUBLISHED_DEPTHS
+    dim = int(shown.get("dim", dim) if dim is _DIM else dim)
+    ffn_dim = shown.get("ffn_dim") if mlp_ratio is _MLP_RATIO else None
     config = slide_config(
         depth,
         dim,
-        heads,
+        int(heads),
         mlp_ratio,
         max_wsi_size,
         tile_size,
@@ -118,7 +125,9 @@ def gigapath_slide_encoder(
         ffn_dim=ffn_dim or int(dim * mlp_ratio),
     )
     encoder = load_model(config, state, slide_names(config), {}, REFUSED, _SETTINGS)
-    if dim not in _PUBLISHED_DIMS and heads == _HEADS:
+    if lacking:
+        log_once(f"the weights have {depth} layers; give depth if the encoder has another number")
+    if dim not in _PUBLISHED_DIMS and heads is _HEADS:
         log_once(f"weights do not show the number of heads, so dim {dim} gets {heads}; give heads if it is another")
     return SlideEncoder(encoder)
 

@@ -103,6 +103,14 @@ def test_sizes_that_are_not_given_are_those_of_the_weights(small, given, caplog)
     assert "weights do not show the number of heads, so dim 256 gets 16; give heads" in caplog.text
 
 
+def test_a_size_that_is_given_is_not_taken_from_the_weights(small, caplog):
+    log_once.cache_clear()
+    gigapath_slide_encoder(small)
+    assert "the weights have 3 layers; give depth" in caplog.text
+    with pytest.raises(CheckpointError, match=r"depth is 3.*but 12 is asked for(.|\n)*layers.10.*is missing"):
+        gigapath_slide_encoder(small, depth=12)
+
+
 def test_many_faults_are_one_short_message(small):
     with pytest.raises(CheckpointError) as caught:
         gigapath_slide_encoder(small, dim=384, depth=5, mlp_ratio=2)
