@@ -12,13 +12,23 @@ STOP_SIGNALS = tuple(
 )
 
 
+def heeded_signals() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop.
+
+    ``nohup`` ignores SIGHUP and a shell's background job SIGINT, and both mean it. Launchers and batch scripts ignore
+    SIGUSR1 or SIGTERM only for themselves, but the ranks inherit that.
+    """
+    meant = (signal.SIGINT, getattr(signal, "SIGHUP", None))
+    return [number for number in STOP_SIGNALS if number not in meant or signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Record ``STOP_SIGNALS`` instead of ending at once; yield a function that says whether one came.
 
     Schedulers and launchers often send several, so a second signal does not end the process either; only a second
-    Ctrl-C does. If one came, later ones are ignored even after the context, since the process is about to end. A signal
-    that is ignored already, as SIGHUP under nohup, stays so. Only the main thread may enter.
+    Ctrl-C does. If one came, later ones are ignored even after the context, since the process is about to end. Only the
+    main thread may enter.
 
     Raises:
         KeyboardInterrupt: at a second Ctrl-C.
@@ -30,8 +40,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    old = {number: signal.signal(number, note) for number in heeded}
+    old = {number: signal.signal(number, note) for number in heeded_signals()}
     try:
         yield lambda: bool(came)
     finally:

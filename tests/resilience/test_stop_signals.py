@@ -49,3 +49,12 @@ def test_what_is_ignored_stays_ignored(number):
         os.kill(os.getpid(), number)
         assert not stop_requested()
     assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_what_a_launcher_ignores_for_itself_still_stops_a_rank(number):
+    """launch/slurm/torchrun.py ignores SIGUSR1, and so does ``trap '' USR1`` in a batch script."""
+    signal.signal(number, signal.SIG_IGN)
+    with stop_requests() as stop_requested:
+        os.kill(os.getpid(), number)
+        assert stop_requested()

@@ -20,7 +20,7 @@ from longnet_dist.cli.program.processes import Processes, python_options
 from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
 from longnet_dist.errors import ConfigError
 from longnet_dist.machine import usable_cores
-from longnet_dist.resilience.stop_signals import STOP_SIGNALS
+from longnet_dist.resilience.stop_signals import heeded_signals
 
 KILLED = 128  # plus the number of the signal, as shells count
 PROC = Path("/proc")
@@ -101,9 +101,8 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> int:
     _quiet_launcher()
     # Else torch's launcher takes 1 and says so in a banner.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_ranks)))
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _hand_on)
+    for number in heeded_signals():
+        signal.signal(number, _hand_on)
     return exit_status(options)
 
 
