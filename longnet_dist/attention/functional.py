@@ -15,7 +15,7 @@ from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
-from longnet_dist.attention.validation import agree_on_shards
+from longnet_dist.attention.validation import agree_on_shards, check_types
 from longnet_dist.caches import bounded_cache
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.errors import ConfigError
@@ -90,9 +90,8 @@ def dilated_attention(
         sink: ``(H,)``, ``(n, H)`` or ``(B, n, H)``, the logarithm of the weight of one more key, whose value is 0
             (:mod:`longnet_dist.attention.sink`); differentiable. Over ranks, rows are this rank's, and the gradient of
             ``(H,)`` is this rank's part: their sum is the whole.
-        first_head, total_heads: this call holds the key/value heads ``first_head … first_head+Hkv-1`` of
-            ``total_heads``, as with Ulysses or tensor parallelism; they keep the offsets of the whole model. None: up
-            to the last of this call.
+        first_head, total_heads: the call holds the key/value heads from ``first_head`` on, of ``total_heads`` (None: up
+            to its last), as with Ulysses or tensor parallelism; they keep the offsets of the whole model.
 
     Returns:
         out ``(B, n, H, D)`` in the dtype of ``q``; with ``return_lse`` also lse ``(B, n, H)``, natural logarithm,
@@ -108,6 +107,7 @@ def dilated_attention(
             q, k, v, pattern, causal, scale, group, backend, return_lse, deterministic, overlap, total_rows, cache,
             cu_seqlens, sink, first_head, total_heads,
         )  # fmt: skip
+    check_types(q, k, v, pattern, sink)
     packed = PackedBatch.read(cu_seqlens, q, k, group, cache)
     parts = []
     for item in packed.items(q, k, v, sink):

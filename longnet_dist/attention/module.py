@@ -17,7 +17,7 @@ from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.documents import Documents
-from longnet_dist.geometry.pattern import DilatedPattern, check_heads
+from longnet_dist.geometry.pattern import DilatedPattern, check_heads, check_pattern
 
 
 class HeadNorm(nn.RMSNorm):
@@ -82,10 +82,11 @@ class DilatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        check_pattern(pattern)
         check_heads(heads, kv_heads)
         if dim < 1 or dim % heads:
             raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; make dim a multiple of heads")
-        self.head_dim, self.norm_eps = dim // heads, norm_eps
+        self.dim, self.head_dim, self.norm_eps = dim, dim // heads, norm_eps
         if positions is not None and self.head_dim % 2:
             raise ConfigError(
                 f"positions rotate pairs of channels, so dim/heads must be even, but dim={dim} and heads={heads} give "
@@ -212,6 +213,8 @@ class DilatedAttention(nn.Module):
         documents: Documents | None = None,
     ) -> tuple[AttentionSpec, RotaryTable | None]:
         """Return the checked attention of these rows and their rotations; arguments and errors of :meth:`forward`."""
+        if self.group is None and (x.dim() != 3 or x.shape[2] != self.dim):  # ranks compare their heads below
+            raise ShapeError(f"x must be (batch, rows, dim) with dim={self.dim}, but is {tuple(x.shape)}")
         batch, rows, dim = x.shape
         dtype = _dtype(x)
         # Only shapes, dtype and device of queries and keys count here, so these take no memory.

@@ -16,10 +16,18 @@ from longnet_dist.attention.stream import LayerCache
 from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError, LongNetError, ShapeError
 from longnet_dist.geometry.documents import check_end
-from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.pattern import DilatedPattern, check_pattern
 from longnet_dist.geometry.window import Shards
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_types(q: object, k: object, v: object, pattern: object, sink: object) -> None:
+    """Raise an error for arguments of another type, which all ranks are given by the same mistake in the caller."""
+    check_pattern(pattern)
+    for name, x in (("q", q), ("k", k), ("v", v), ("sink", sink)):
+        if not isinstance(x, Tensor) and not (name == "sink" and x is None):
+            raise ShapeError(f"{name} must be a tensor, but is of type {type(x).__name__}; use torch.as_tensor")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, short: bool = False) -> None:

@@ -174,7 +174,7 @@ def set_override(values: dict[str, Any], word: str) -> str:
     """
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise ConfigError(f"a setting must read section.key=value, not {word!r}")
+        raise ConfigError(f"a setting must read section.key=value without spaces, not {word!r}")
     try:
         word.encode()
         value = _as_it_is(key, text) if _is_text(key) else parse_yaml(text)

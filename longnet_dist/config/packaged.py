@@ -39,10 +39,10 @@ def find_config(word: str) -> Path | Traversable:
     if (word and path.exists()) or path.suffix in (".yaml", ".yml"):
         return path
     near = difflib.get_close_matches(word, names, n=1)
-    raise ConfigError(
-        f"there is no configuration {word!r}: give a YAML file or one of {', '.join(names)}"
-        + (f"; the nearest is {near[0]}" if near else "")
-    )
+    remedy = f"; the nearest is {near[0]}" if near else ""
+    if word and (files("longnet_dist.config") / "models" / f"{word}.yaml").is_file():
+        remedy = f"; {word} is a size of model: {names[0]} model.name={word}"
+    raise ConfigError(f"there is no configuration {word!r}: give a YAML file or one of {', '.join(names)}{remedy}")
 
 
 @contextmanager

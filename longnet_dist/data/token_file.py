@@ -177,6 +177,11 @@ class TokenFile:
             DataError: no such file, another format, a newer version, a damaged header, a wrong length or checksum.
         """
         path = Path(path)
+        if path.is_dir():
+            raise DataError(
+                f"{path} is a folder, not a token file; turn its text into one with: longnet prepare {path} --output "
+                f"{path}.tokens"
+            )
         if not path.is_file():
             raise DataError(f"there is no token file {path}; make it with: longnet prepare INPUT --output {path}")
         try:

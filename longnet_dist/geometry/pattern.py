@@ -346,6 +346,14 @@ def _head_block(rule: str, rate: int, heads: int) -> int | None:
     return block
 
 
+def check_pattern(pattern: object) -> None:
+    """Raise ConfigError unless ``pattern`` is a :class:`DilatedPattern`."""
+    if not isinstance(pattern, DilatedPattern):
+        raise ConfigError(
+            f"the pattern must be a DilatedPattern, such as DilatedPattern([512, 4096], [1, 8]), but is {pattern!r}"
+        )
+
+
 def check_heads(heads: int, kv_heads: int) -> None:
     """Raise ConfigError unless ``kv_heads`` divides ``heads``."""
     if heads < 1 or kv_heads < 1 or heads % kv_heads:

@@ -99,6 +99,8 @@ class LongNet(nn.Module):
         execution: ModelExecution | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(config, str):
+            raise ConfigError(f"a model is made from a LongNetConfig; use LongNet(named_model({config!r}))")
         self.config, self.group = config, group
         self.execution: ModelExecution | None = None
         positions = positions_of_layers(config)

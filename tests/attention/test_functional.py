@@ -107,6 +107,20 @@ def test_bad_inputs_are_refused(shapes, dtypes, message):
         dilated_attention(*inputs, DilatedPattern([4], [1]))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": [0.0]}, ShapeError, "k must be a tensor, but is of type list"),
+        ({"sink": 0.0}, ShapeError, "sink must be a tensor, but is of type float"),
+        ({"pattern": ([4], [1])}, ConfigError, r"must be a DilatedPattern, such as .*, but is \(\[4\], \[1\]\)"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(change, error, message):
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(error, match=message):
+        dilated_attention(**{"q": x, "k": x, "v": x, "pattern": DilatedPattern([4], [1])} | change)
+
+
 def test_unknown_backend_is_refused():
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ConfigError, match="backend must be one of"):

@@ -124,6 +124,17 @@ def test_impossible_heads_are_refused(arguments, message):
         DilatedAttention(pattern=PATTERN, **arguments)
 
 
+def test_a_tuple_is_no_pattern():
+    with pytest.raises(ConfigError, match="must be a DilatedPattern"):
+        DilatedAttention(16, 4, ([4], [1]))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (8, 16)])
+def test_rows_of_another_width_are_refused(shape):
+    with pytest.raises(ShapeError, match=r"x must be \(batch, rows, dim\) with dim=16, but is "):
+        DilatedAttention(16, 4, PATTERN)(torch.zeros(shape))
+
+
 def test_rows_that_do_not_fit_are_refused():
     module, x = DilatedAttention(16, 4, PATTERN), torch.zeros(1, 8, 16)
     with pytest.raises(ShapeError, match=r"begin at global row 0 .* start is 8"):

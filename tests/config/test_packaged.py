@@ -24,6 +24,7 @@ def test_a_packaged_configuration_has_a_name(tmp_path, monkeypatch):
     [
         ("qickstart", "'qickstart': give a YAML file or one of paper, quickstart; the nearest is quickstart"),
         ("zzz", "'zzz': give a YAML file or one of paper, quickstart"),
+        ("125m", "'125m': .*; 125m is a size of model: paper model.name=125m"),
         ("", "'': give a YAML file"),
     ],
 )

@@ -59,9 +59,8 @@ def test_tokens_start_on_a_page_and_are_read_only(path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    for missing in (tmp_path / "none.tokens", tmp_path):
-        with pytest.raises(DataError, match=r"no token file .*longnet prepare"):
-            TokenFile.open(missing)
+    with pytest.raises(DataError, match=r"no token file .*longnet prepare"):
+        TokenFile.open(tmp_path / "none.tokens")
 
 
 @pytest.mark.parametrize("content", [b"", b"LONG", b"Call me Ishmael. Some years ago - never mind how long"])
@@ -164,3 +163,8 @@ def test_unknown_and_empty_splits(tmp_path: Path, path: Path) -> None:
         writer.add_document([TEXT])
     with pytest.raises(DataError, match=r"validation split .* is empty"):
         TokenFile.open(whole).bytes_per_token("validation")
+
+
+def test_a_folder_is_no_token_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder, .*: longnet prepare .* --output .*\.tokens"):
+        TokenFile.open(tmp_path)

@@ -131,3 +131,8 @@ def test_few_and_many_ids_get_the_same_rows():
     gradients = [torch.autograd.grad(rows.square().sum(), embedding.weight)[0] for rows in (many, few)]
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(many, embedding.weight[ids] * 32**0.5)
+
+
+def test_a_name_is_no_configuration():
+    with pytest.raises(ConfigError, match=r"use LongNet\(named_model\('tiny'\)\)"):
+        LongNet("tiny")
