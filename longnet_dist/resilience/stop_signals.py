@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Windows has neither SIGUSR1 nor SIGHUP.
 STOP_SIGNALS = tuple(
@@ -23,12 +24,15 @@ def heeded_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(answer: str = "") -> Iterator[Callable[[], bool]]:
     """Record ``STOP_SIGNALS`` instead of ending at once; yield a function that says whether one came.
 
     Schedulers and launchers often send several, so a second signal does not end the process either; only a second
     Ctrl-C does. If one came, later ones are ignored even after the context, since the process is about to end. Only the
     main thread may enter.
+
+    Args:
+        answer: what the first signal writes to stderr, since the process may go on for a while.
 
     Raises:
         KeyboardInterrupt: at a second Ctrl-C.
@@ -38,6 +42,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     def note(number: int, _: object) -> None:
         if number == signal.SIGINT and number in came:
             raise KeyboardInterrupt
+        if answer and not came:
+            with suppress(OSError):
+                os.write(2, f"\n{answer}\n".encode())  # sys.stderr may be in the middle of a line, and refuse another
         came.append(number)
 
     old = {number: signal.signal(number, note) for number in heeded_signals()}

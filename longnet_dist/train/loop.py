@@ -59,6 +59,10 @@ from longnet_dist.train.step import MicroBatch, ReadRows, StepResult, train_step
 from longnet_dist.train.stragglers import Pace, Stragglers
 from longnet_dist.train.validations import Validations
 
+STOP_ANSWER = "asked to stop: the run ends after this step; a second Ctrl-C ends it at once, without a checkpoint"
+LOG_SECONDS = 10.0
+"""Between two lines of a progress bar that a file or a launcher takes, where each is kept."""
+
 
 def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     """Train as configured. Every rank of the launch must call.
@@ -152,7 +156,7 @@ class Trainer:
         train, folder = self.config.train, self.plan.folder
         bytes_per_token = self.token_file.bytes_per_token("train")
         with ExitStack() as stack:
-            stop_requested = stack.enter_context(stop_requests())
+            stop_requested = stack.enter_context(stop_requests(STOP_ANSWER if self.is_first else ""))
             self._say_changes()
             identity = self.plan.identity(self.token_file)
             seconds = 60 * self.config.parallel.timeout_minutes
@@ -274,7 +278,10 @@ class Trainer:
         train = self.config.train
         skipped_in_a_row = 0
         throughput, stragglers = Throughput(self.plan, self.device), Stragglers(self._waits)
-        bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=not self.is_first, dynamic_ncols=True)
+        bar = tqdm(
+            total=train.steps, initial=self.step, unit="step", disable=not self.is_first, dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
+        )  # fmt: skip
         with bar:
             while self.step < train.steps:
                 began = time.perf_counter()

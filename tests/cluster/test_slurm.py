@@ -99,6 +99,7 @@ def test_a_job_on_two_nodes_stops_on_a_signal_is_queued_again_and_finishes(clust
     assert "stopped at a checkpoint; requeued" in text
     assert "start 1 on node[1-2], 1 ranks a node" in text
     assert "Traceback" not in text
+    assert "closing signal" not in text, "torch's launcher says more than the ranks about a regular stop"
     assert steps(run) == list(range(1, 15))
     logs = log.parent / "runs" / "slurm" / job
     for start in ("start0", "start1"):

@@ -58,3 +58,10 @@ def test_what_a_launcher_ignores_for_itself_still_stops_a_rank(number):
     with stop_requests() as stop_requested:
         os.kill(os.getpid(), number)
         assert stop_requested()
+
+
+def test_only_the_first_signal_is_answered(capfd):
+    with stop_requests("asked to stop"):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == "\nasked to stop\n"

@@ -98,7 +98,6 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> int:
         ]
     )
     options.signals_to_handle = "SIGQUIT"
-    _quiet_launcher()
     # Else torch's launcher takes 1 and says so in a banner.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_ranks)))
     for number in heeded_signals():
@@ -116,6 +115,7 @@ def exit_status(options: Any) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import run
 
+    _quiet_launcher()
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
