@@ -6,6 +6,7 @@ import configparser
 import re
 import shlex
 import subprocess
+from itertools import dropwhile
 
 from longnet_dist.cli.program.dispatch import command_module, command_names
 from longnet_dist.config.loading import known_keys, load_config
@@ -47,7 +48,7 @@ def check_command(words: list[str]) -> None:
     elif name in LAUNCHERS:
         check_launcher(rest)
     elif name in ("sbatch", "launch/mpi/train.sh"):
-        script, *settings = rest if name == "sbatch" else words
+        script, *settings = dropwhile(lambda word: word.startswith("--"), rest) if name == "sbatch" else words
         assert (ROOT / script).is_file(), script
         check_training(settings)
     elif name == "pip":
