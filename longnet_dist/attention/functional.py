@@ -350,9 +350,11 @@ def _own_rows(spec: AttentionSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None, backward: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Compute the local pieces while the sparse rows of other ranks travel, then the pieces that need them.
+
+    With ``backward`` the kernels of the backward are compiled with those of the forward.
 
     Returns:
         out ``(B, n, H, D)``, lse ``(B, n, H)`` and, for backward, keys and values of the shared segments.
@@ -369,6 +371,7 @@ def attention_forward(
         # A softmax over no keys: O = 0, LSE = ln 0.
         out.zero_()
         lse.fill_(-torch.inf)
+    kernel.compile(calls, q, own_k, own_v, backward)
     # Each call merges its keys into the running (O, LSE): LSE'' = ln(e^LSE + e^LSE'), equations 9 and 10.
     for call in calls:
         kernel.forward(call, q, own_k, own_v, out, lse)
@@ -494,7 +497,7 @@ class _DilatedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        out, lse, shared = attention_forward(q, k, v, spec, sink)
+        out, lse, shared = attention_forward(q, k, v, spec, sink, any(ctx.needs_input_grad))
         ctx.spec = spec
         ctx.save_for_backward(q, k, v, sink, out, lse, *shared)
         ctx.set_materialize_grads(False)  # no zeros for a gradient of lse that nobody computed

@@ -68,7 +68,7 @@ class BlockRun:
     def attention(self, x: Tensor) -> Tensor:
         """Return the attention's output ``(B·n, H, D)``, without graph."""
         qkv = q, k, v = self._qkv(x)
-        out, lse, shared = attention_forward(q, k, v, self.spec, self.sink)
+        out, lse, shared = attention_forward(q, k, v, self.spec, self.sink, backward=self.saved is not None)
         if self.saved is not None:
             self.saved.put("x", x)
             if self.execution.checkpointing != "full":

@@ -30,6 +30,9 @@ class BuffersOfTriton:
     def gradient_dtypes(self, dtype):
         return torch.float32, dtype
 
+    def compile(self, calls, q, k, v, backward):
+        pass
+
     def forward(self, call, q, k, v, out, lse):
         out.zero_()
         lse.zero_()

@@ -120,6 +120,12 @@ class Kernel(Protocol):
         Another thread may call it. Of the queries ``q`` only shape, dtype and device count.
         """
 
+    def compile(self, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
+        """Compile what the calls launch, and where ``backward`` is true what their backward launches, all at once.
+
+        It is called before the first of them, and again for other calls. Launches compile what is missing.
+        """
+
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add the keys of the piece to the running ``(out, lse)``, in place."""
 
@@ -162,6 +168,9 @@ class WideAccumulation:
 
     def prepare(self, call: Call, q: Tensor) -> None:
         """Do nothing: a launch takes no time to work out."""
+
+    def compile(self, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
+        """Do nothing: these kernels were compiled before."""
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return float32, or float64 for float64."""

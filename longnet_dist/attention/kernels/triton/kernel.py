@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -23,6 +24,7 @@ from longnet_dist.attention.kernels.triton.launch import (
     View,
     block_view,
 )
+from longnet_dist.attention.kernels.triton.together import Waiting, compile_together
 from longnet_dist.caches import bounded_cache
 from longnet_dist.numerics import block_dim, log_once, wide_dtype
 
@@ -91,6 +93,13 @@ class TritonKernel:
             for part in Problem(call, geometry, geometry).parts(split_tables=True):
                 hopper.prepare(part)
 
+    def compile(self, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
+        """Compile what was not compiled yet, side by side: see :meth:`Kernel.compile`."""
+        form = (*map(_form, calls), q.shape[2:], k.shape[2], q.dtype, q.device, backward)
+        if q.device.type == "cuda" and form not in _COMPILED:
+            _COMPILED.add(form)
+            compile_together(_launches(calls, Geometry.of(q), Geometry.of(k), Geometry.of(v), backward))
+
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Merge the keys of the piece into the running ``(out, lse)``: see :meth:`Kernel.forward`."""
         for launch in _forward(call, *map(Geometry.of, (q, k, v, out, lse))):
@@ -136,6 +145,41 @@ def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, l
         else:
             launches.append(_portable_forward(part, *buffers))
     return tuple(launches)
+
+
+_COMPILED: set[Hashable] = set()
+"""Forms of the calls whose kernels were compiled."""
+
+
+def _form(call: Call) -> Hashable:
+    """Return what of a call most kernels are compiled for, the same for other documents."""
+    piece = call.piece
+    table, half = piece.table is None, (piece.half > 0) - (piece.half < 0)
+    return piece.dilation_rate, half, piece.overlap_rates, piece.compact, table, call.causal, call.fresh
+
+
+def _launches(calls: Sequence[Call], q: Geometry, k: Geometry, v: Geometry, backward: bool) -> list[Waiting]:
+    """Return all launches of calls, those first whose kernels take longest to compile."""
+    out, lse = Geometry.new(q.shape, q.dtype, q.device), _new_lse(q)
+    statistics, dq = _new_statistics(q), Geometry.new(q.shape, wide_dtype(q.dtype), q.device)
+    dk, dv = (Geometry.new(x.shape, x.dtype, x.device) for x in (k, v))
+    buffers = (out, q, k, v, statistics, dq, dk, dv)  # the gradient of out has the form of out
+    found = [(launch, buffers) for call in calls if backward for launch in _backward(call, *buffers)]
+    given = (q, k, v, out, out, lse)
+    return [*found, *((launch, given) for call in calls for launch in _forward(call, q, k, v, out, lse))]
+
+
+def _new_lse(q: Geometry) -> Geometry:
+    batch, rows, heads, _ = q.shape
+    whole = Geometry.new((batch, heads, rows), wide_dtype(q.dtype), q.device)
+    return whole._replace(shape=(batch, rows, heads), stride=(heads * rows, 1, rows))
+
+
+def _new_statistics(q: Geometry) -> Geometry:
+    """As ``start_backward`` makes them."""
+    batch, rows, heads, _ = q.shape
+    whole = Geometry.new((batch, heads, rows, 2), wide_dtype(q.dtype), q.device)
+    return whole._replace(shape=(batch, rows, heads, 2), stride=(2 * heads * rows, 2, 2 * rows, 1))
 
 
 def _portable_forward(problem: Problem, q: Geometry, k: Geometry, v: Geometry, out: Geometry, lse: Geometry) -> Launch:

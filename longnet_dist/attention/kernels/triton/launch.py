@@ -6,7 +6,8 @@ than a kernel runs on short sequences. It depends on the geometry alone, so a la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -44,6 +45,12 @@ class Geometry(NamedTuple):
     def of(cls, x: Tensor) -> Geometry:
         return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
+    @classmethod
+    def new(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Geometry:
+        """Return the geometry that ``torch.empty`` gives."""
+        strides = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+        return cls(shape, strides, dtype, device, True)
+
     def behind(self, row: int) -> Geometry:
         """Return the geometry of ``x[:, row:]``."""
         aligned = self.aligned and row * self.stride[1] * self.dtype.itemsize % 16 == 0
@@ -55,6 +62,15 @@ class View(NamedTuple):
 
     kind: Any
     arguments: tuple[Any, ...]
+
+
+def _specialized(number: Any) -> Hashable:
+    """Return what Triton compiles for: whether an integer is 1 or a multiple of 16, what is None, and so in tuples."""
+    if isinstance(number, tuple):
+        return tuple(map(_specialized, number))
+    if isinstance(number, int):
+        return number == 1, number % 16 == 0
+    return type(number).__name__
 
 
 class Launch:
@@ -80,7 +96,7 @@ class Launch:
         options: dict[str, int | None],
         first_rows: tuple[int, ...] = (),
     ) -> None:
-        self._kernel, self._grid, self._views, self._numbers = kernel, (programs, 1, 1), views, numbers
+        self.kernel, self._grid, self._views, self._numbers = kernel, (programs, 1, 1), views, numbers
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         self._options, self._first_rows = COMPILE | options, first_rows if any(first_rows) else ()
         self._compiled: Any = None
@@ -95,9 +111,24 @@ class Launch:
         if self._compiled:
             self._compiled[self._grid](*sources, *self._numbers, *self._constants.values())
         else:  # Triton's interpreter compiles nothing and comes here every time
-            with assembler(self._kernel) as options:
+            with assembler(self.kernel) as options:
                 arguments = self._constants | self._options | options
-                self._compiled = self._kernel[self._grid](*sources, *self._numbers, **arguments)
+                self._compiled = self.kernel[self._grid](*sources, *self._numbers, **arguments)
+
+    @property
+    def kind(self) -> Hashable:
+        """Return what launches have in common that run, but for dtypes and alignment, the same compiled kernel."""
+        constants, options = tuple(self._constants.items()), tuple(self._options.items())
+        return self.kernel, constants, options, _specialized(self._numbers)
+
+    def compile(self, buffers: Sequence[Geometry], options: dict[str, Any]) -> None:
+        """Compile the kernel for tensors of these geometries, and launch nothing; ``options`` of an ``assembler``."""
+        seen = [x.behind(row) for x, row in zip(buffers, self._first_rows or (0,) * len(buffers), strict=False)]
+        # Of a tensor the compiler sees dtype and alignment.
+        tensors = [torch.empty(9, dtype=x.dtype, device=x.device)[0 if x.aligned else 1 :] for x in seen]
+        sources = [view.kind(x, *view.arguments) if view else x for x, view in zip(tensors, self._views, strict=False)]
+        arguments = self._constants | self._options | options
+        self.kernel.warmup(*sources, *self._numbers, grid=self._grid, **arguments)
 
 
 @dataclass(frozen=True)
