@@ -116,6 +116,7 @@ class MasterWeights:
     def step(self) -> None:
         """Sum over ranks, step, and give the model its new weights."""
         for master in self._masters:
+            assert master.grad is not None
             dist.all_reduce(master.grad)
         self._optimizer.step()
         for weight, master in zip(self._weights, self._masters, strict=True):

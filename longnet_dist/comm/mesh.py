@@ -95,7 +95,8 @@ def _sequence_group(shape: MeshShape, data_rank: int, timeout: timedelta) -> dis
         dist.new_group(list(range(first, first + shape.sequence)), timeout, pg_options=_options(timeout))
         for first in first_ranks
     ]
-    mine: dist.ProcessGroup = groups[data_rank]
+    mine = groups[data_rank]
+    assert isinstance(mine, dist.ProcessGroup), "each rank belongs to the sequence group of its data rank"
     return mine
 
 

@@ -17,6 +17,7 @@ ABSENT = (
     *("deepspeed", "matplotlib", "tensorboard", "triton", "flash_attn", "quack", "tokenizers", "tiktoken", "mpi4py"),
     *("transformers", "accelerate", "peft"),
 )
+OF_TORCH = ("triton",)  # torch itself imports it with its first optimizer, where it is installed
 POSIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios")
 POSIX_NAMES = {
     os: (
@@ -168,7 +169,7 @@ def main():
         training_is_refused(folder)
     finally:
         shutil.rmtree(folder)
-    loaded = sorted(name for name in ABSENT if sys.modules.get(name))
+    loaded = sorted(name for name in ABSENT if sys.modules.get(name) and name not in OF_TORCH)
     assert not loaded, f"the core imported {loaded}"
     print("the core is alone")
 
