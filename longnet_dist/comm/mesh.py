@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -95,9 +95,7 @@ def _sequence_group(shape: MeshShape, data_rank: int, timeout: timedelta) -> dis
         dist.new_group(list(range(first, first + shape.sequence)), timeout, pg_options=_options(timeout))
         for first in first_ranks
     ]
-    mine = groups[data_rank]
-    assert isinstance(mine, dist.ProcessGroup), "each rank belongs to the sequence group of its data rank"
-    return mine
+    return cast(dist.ProcessGroup, groups[data_rank])  # of which this rank is a member
 
 
 def _options(timeout: timedelta) -> Any:
