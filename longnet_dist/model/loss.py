@@ -56,10 +56,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, compile: bool) -> Tensor:
         x, weight, vocab = x.detach(), _aligned(weight.detach()), len(weight)
-        loss = torch.zeros((), dtype=wide_dtype(x.dtype), device=x.device)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(x.dtype))
-        for rows in _chunks(len(x), chunk):
-            loss += run(_write_gradients, compile, x[rows], weight, labels[rows], vocab, dx[rows], dweight)
+        if torch.compiler.is_compiling():
+            loss, dx, dweight = _gradients_of_graph(x, weight, labels, vocab, chunk)
+        else:
+            loss = torch.zeros((), dtype=wide_dtype(x.dtype), device=x.device)
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(x.dtype))
+            for rows in _chunks(len(x), chunk):
+                loss += run(_write_gradients, compile, x[rows], weight, labels[rows], vocab, dx[rows], dweight)
         ctx.save_for_backward(dx, dweight[:vocab])
         ctx.chunk, ctx.compile = chunk, compile
         return loss
@@ -69,6 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gradient, dweight = ctx.saved_tensors
         # Forward took dL = 1; the chain rule leaves the factor dL. The saved gradients stay for a second backward.
+        if torch.compiler.is_compiling():
+            return gradient * dloss, (dweight * dloss).to(gradient.dtype), None, None, None
         dx = torch.empty_like(gradient)
         for rows in _chunks(len(dx), ctx.chunk):
             run(_write_scaled, ctx.compile, gradient[rows], dloss, dx[rows])
@@ -92,8 +97,22 @@ def _loss_of(x: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> Tensor:
     return loss
 
 
-def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: Tensor, dweight: Tensor) -> Tensor:
-    """Return the loss sum of one chunk of rows; write its ``dx`` and add its ``dweight``."""
+def _gradients_of_graph(
+    x: Tensor, weight: Tensor, labels: Tensor, vocab: int, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss sum, ``dx`` and ``dweight`` of all rows, without writes to views: torch 2.11 loses them."""
+    total = torch.zeros((), dtype=wide_dtype(x.dtype), device=x.device)
+    gradients: list[Tensor] = []
+    sums = torch.zeros_like(weight, dtype=total.dtype)
+    for rows in _chunks(len(x), chunk):
+        loss, dx, dweight = _gradients(x[rows], weight, labels[rows], vocab)
+        total, sums = total + loss, sums + dweight
+        gradients.append(dx)
+    return total, torch.cat(gradients), sums
+
+
+def _gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss sum, ``dx`` and ``dweight`` of one chunk of rows."""
     # exponentials = exp(l - max l), total their row sums.
     loss, exponentials, total = _softmax(F.linear(x, weight), labels, vocab)
     right = torch.arange(len(weight), device=x.device) == labels.unsqueeze(1)
@@ -101,8 +120,14 @@ def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: 
     # dl = p - onehot(y) for labelled rows, 0 for the others. It overwrites the exponentials: no tensor is larger.
     dlogits = exponentials.div_(total).add_(right, alpha=-1).mul_(labelled).to(x.dtype)
     # l = x Wᵀ  ⇒  dx = dl W, dW = dlᵀ x.
-    dx.copy_(dlogits @ weight)
-    dweight.add_(dlogits.T @ x)
+    return loss, dlogits @ weight, dlogits.T @ x
+
+
+def _write_gradients(x: Tensor, weight: Tensor, labels: Tensor, vocab: int, dx: Tensor, dweight: Tensor) -> Tensor:
+    """Return the loss sum of one chunk of rows; write its ``dx`` and add its ``dweight``."""
+    loss, own_dx, own_dweight = _gradients(x, weight, labels, vocab)
+    dx.copy_(own_dx)
+    dweight.add_(own_dweight)
     return loss
 
 
