@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longnet_dist.cli.program.parser import CommandParser
+
+if TYPE_CHECKING:
+    import torch
 
 SUMMARY = "embed a folder of features, such as tiles of slides, with an encoder"
 EXAMPLES = """\
@@ -35,16 +39,12 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
 
-    import torch
-
     from longnet_dist.inference.features.embedding import embed_folder
-    from longnet_dist.numerics import dtype_of
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype_of(options.precision)
-    new, lines = embed_folder(options.model, options.folder, options.output, device, dtype, options.all_layers)
-    print(f"{new} new vectors in {options.output}")
-    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
+    new, lines = embed_folder(
+        options.model, options.folder, options.output, *device_and_dtype(options), options.all_layers
+    )
+    report(f"{new} new vectors in {options.output}", lines)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,3 +67,20 @@ def add_folder(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=output)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Return where and how precisely to compute, by the options of :func:`add_folder`."""
+    import torch
+
+    from longnet_dist.numerics import dtype_of
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device), dtype_of(options.precision)
+
+
+def report(result: str, lines: Sequence[str]) -> None:
+    """Print what was written to stdout, and what was left out and warnings, a line each, to stderr."""
+    print(result)
+    for line in lines:
+        print(line, file=sys.stderr)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from longnet_dist.cli.features.embed import add_folder
+from longnet_dist.cli.features.embed import add_folder, device_and_dtype, report
 from longnet_dist.cli.program.parser import CommandParser
 
 SUMMARY = "predict the class of each file in a folder of features, with probabilities"
@@ -37,17 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
 
-    import torch
-
     from longnet_dist.inference.features.prediction import predict_folder
-    from longnet_dist.numerics import dtype_of
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    new, (counts, *lines) = predict_folder(
-        options.model, options.folder, options.output, device, dtype_of(options.precision)
-    )
-    print(f"{new} new predictions in {options.output}, which has {counts}")
-    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
+    new, (counts, *lines) = predict_folder(options.model, options.folder, options.output, *device_and_dtype(options))
+    report(f"{new} new predictions in {options.output}, which has {counts}", lines)
 
 
 def parser() -> argparse.ArgumentParser:
