@@ -95,8 +95,10 @@ class TritonKernel:
 
     def compile(self, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
         """Compile what was not compiled yet, side by side: see :meth:`Kernel.compile`."""
+        if q.device.type != "cuda":
+            return
         form = (*map(_form, calls), q.shape[2:], k.shape[2], q.dtype, q.device, backward)
-        if q.device.type == "cuda" and form not in _COMPILED:
+        if form not in _COMPILED:
             _COMPILED.add(form)
             compile_together(_launches(calls, Geometry.of(q), Geometry.of(k), Geometry.of(v), backward))
 
