@@ -1,6 +1,6 @@
 """Dilated attention on one GPU with several Tritons: errors and times, each in processes of its own.
 
-    python benchmarks/triton_versions.py --triton FOLDER ... [--rounds 3] [--shapes 24] [--output FILE.json]
+    python benchmarks/triton_versions.py --triton FOLDER ... [--turns 10] [--shapes 24] [--output FILE.json]
 
 Compares the Triton that Python finds by itself with those in the folders (``pip install --no-deps --target FOLDER
 triton==...``). Torch stays the installed one. Errors are those of ``attention_accuracy.py``: random ragged shapes,
@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.runs import import_paths
+from benchmarks.turns import Variant, by_turns, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("causal", "D 128 causal")
@@ -45,17 +45,8 @@ def errors(shapes: int, processes: int) -> dict[str, Any]:
     return {"shapes": sorted(found, key=lambda one: one["seed"]), "worst_ratio": max(one["ratio"] for one in found)}
 
 
-def times() -> dict[str, dict[str, float]]:
-    """Return ``forward_ms, backward_ms, both_ms`` of each case."""
-    from benchmarks.attention import CASES as ALL
-    from benchmarks.attention import measure
-
-    found = {case.name: measure(case, "triton") for case in ALL if case.name in CASES}
-    return {name: {key: one[key] for key in ("forward_ms", "backward_ms", "both_ms")} for name, one in found.items()}
-
-
 def worker(part: str, output: Path, shapes: int, processes: int) -> None:
-    """Measure one part with the Triton that this process finds."""
+    """Say what the Triton that this process finds would run, and for ``errors`` how exact it is."""
     import torch
     import triton
 
@@ -70,8 +61,6 @@ def worker(part: str, output: Path, shapes: int, processes: int) -> None:
     result["kernels"] = {dim: [choice.forward, choice.backward, choice.reason] for dim, choice in choices.items()}
     if part == "errors":
         result["errors"] = errors(shapes, processes)
-    else:
-        result["times"] = times()
     output.write_text(json.dumps(result))
 
 
@@ -86,48 +75,36 @@ def run(folder: Path | None, part: str, cache: Path, shapes: int = 0, processes:
     return dict(json.loads(output.read_text()))
 
 
-def summary(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the median of each time over the rounds."""
-    return {
-        case: {key: statistics.median(one["times"][case][key] for one in rounds) for key in rounds[0]["times"][case]}
-        for case in CASES
-    }
-
-
 def table(found: list[dict[str, Any]]) -> str:
     """Return one line for each version: times, their ratio to those of the first, and the worst error."""
     lines = [f"{'Triton':18}{'':10}" + "".join(f"{case:>34}" for case in CASES) + f"{'worst error':>13}"]
-    base = found[0]["median"]
     for one in found:
         cells = ""
         for case in CASES:
             now = one["median"][case]
-            ratio = now["both_ms"] / base[case]["both_ms"]
+            ratio = now.get("median_ratio_of_turns", 1.0)
             cells += f"{now['forward_ms']:12.2f} + {now['backward_ms']:6.2f} ms {ratio:7.3f} x"
         worst = f"{one['errors']['worst_ratio']:13.2f}" if "errors" in one else ""
         lines.append(f"{one['triton']:18}{one['variant']:10}{cells}{worst}")
     return "\n".join(lines)
 
 
-def compare_versions(folders: list[Path | None], rounds: int, shapes: int, processes: int) -> list[dict[str, Any]]:
-    """Measure every version, errors first and at the same time, then times in turns and alone."""
-    found: list[dict[str, Any]] = []
+def compare_versions(folders: list[Path | None], turns: int, shapes: int, processes: int) -> list[dict[str, Any]]:
+    """Measure every version, errors first and at the same time, then times by turns and alone."""
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch)
         with ThreadPoolExecutor() as threads:
             share = max(1, processes // len(folders))
-            wrong = list(threads.map(lambda one: run(one, "errors", cache, shapes, share), folders))
-            variants = [*((one, "times") for one in folders), (None, PORTABLE)]
-            list(threads.map(lambda one: run(one[0], one[1], cache), variants))  # compiles what the rounds measure
-        measured = [[run(folder, part, cache) for folder, part in variants] for _ in range(rounds)]
-    for number, (_, part) in enumerate(variants):
-        own = [one[number] for one in measured]
-        one = {"triton": own[0]["environment"]["triton"], "variant": PORTABLE if part == PORTABLE else ""}
-        one |= {"environment": own[0]["environment"], "kernels": own[0]["kernels"]}
-        one |= {"median": summary(own), "rounds": [each["times"] for each in own]}
-        if number < len(folders):
-            one["errors"] = wrong[number]["errors"]
-        found.append(one)
+            found = list(threads.map(lambda one: run(one, "errors", cache, shapes, share), folders))
+        found.append(run(None, PORTABLE, cache))
+        names = [*(folder.name if folder else "installed" for folder in folders), PORTABLE]
+        variants = [Variant(name, ROOT, folder) for name, folder in zip(names[:-1], folders, strict=True)]
+        rows = by_turns([*variants, Variant(PORTABLE, ROOT, portable=True)], CASES, turns, cache)
+    medians = summary(rows)
+    for name, one in zip(names, found, strict=True):
+        one |= {"variant": name, "triton": one["environment"]["triton"]}
+        one["median"] = {case: medians[case][name] for case in CASES}
+        one["turns"] = [row for row in rows if row["variant"] == name]
     return found
 
 
@@ -135,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; status 1 if an error is larger than allowed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", type=Path, nargs="*", default=[], metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--shapes", type=int, default=24)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/triton_versions.json")
@@ -145,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         worker(options.worker, options.output, options.shapes, options.processes)
         return 0
     folders = [None, *(folder.resolve() for folder in options.triton)]
-    found = compare_versions(folders, options.rounds, options.shapes, options.processes)
+    found = compare_versions(folders, options.turns, options.shapes, options.processes)
     command = " ".join(["python benchmarks/triton_versions.py", *sys.argv[1:]])
     note = "torch is the installed one with every Triton; the newest torch was not run on a GPU"
     options.output.write_text(json.dumps({"command": command, "note": note, "versions": found}, indent=1) + "\n")
