@@ -35,8 +35,9 @@ from longnet_dist.attention.kernels.triton import decode
 from longnet_dist.attention.kernels.triton.keep import rotate_and_keep
 from longnet_dist.attention.positions import Positions
 from longnet_dist.ops.graphs import Graph
+from longnet_dist.ops.normed_linear import reference
 from longnet_dist.ops.normed_linear import triton as normed_linear
-from longnet_dist.ops.normed_linear.choice import MOST_ROWS
+from longnet_dist.ops.normed_linear.choice import NormedLinear
 
 CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS", "MOST_BLOCKS", "DOT_GROUP")
 
@@ -125,10 +126,10 @@ class Layers:
         attempts, best = fastest(decode, values, self._attend)
         seconds = 1e-6 * best["microseconds"]
         linear_values = {
-            "COLUMNS": [8, 16, 32],
-            "NUMBERS": [4096, 8192, 16384],
-            "WARPS": [2, 4, 8],
-            "STAGES": [2, 3, 4],
+            "COLUMNS": [16, 32, 64],
+            "NUMBERS": [2048, 4096, 8192, 16384, 32768],
+            "WARPS": [4, 8],
+            "STAGES": [2, 3],
         }
         linears, best_linears = fastest(normed_linear, linear_values if options.linear else {}, self._linear)
         return {
@@ -140,6 +141,7 @@ class Layers:
             "rotate_and_keep_microseconds": self._time(self._keep),
             "visible_blocks_microseconds": self._time(lambda _: self._blocks().numbers),
             "best_linear": best_linears,
+            "linear_of_torch": self._linear(reference.normed_linear),
             "attempts": attempts,
             "linear_attempts": linears,
         }
@@ -149,10 +151,8 @@ class Layers:
         blocks = self._blocks()
         return self._time(lambda records: self._attended(records, blocks))
 
-    def _linear(self) -> float:
+    def _linear(self, compute: NormedLinear = normed_linear.normed_linear) -> float:
         """Return the microseconds of the linear layers of a block, from norm to residual sum."""
-        if self.texts > MOST_ROWS:
-            return float("inf")
         dim = self.q.shape[2] * self.q.shape[3]
         kv_dim, like = self.k.shape[2] * self.k.shape[3], {"device": self.device, "dtype": self.q.dtype}
         norm, inner_norm = torch.nn.LayerNorm(dim, **like), torch.nn.LayerNorm(4 * dim, **like)
@@ -163,11 +163,9 @@ class Layers:
         x = self.q.flatten(1)
 
         def block(_: Tensor) -> Tensor:
-            normed_linear.normed_linear(x, norm, [q, k, v])
-            y = normed_linear.normed_linear(x, norm, [out], x)
-            return normed_linear.normed_linear(
-                normed_linear.normed_linear(y, norm, [fc1], gelu=True), inner_norm, [fc2], y
-            )
+            compute(x, norm, [q, k, v])
+            y = compute(x, norm, [out], x)
+            return compute(compute(y, norm, [fc1], gelu=True), inner_norm, [fc2], y)
 
         return self._time(block)
 

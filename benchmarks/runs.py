@@ -24,13 +24,15 @@ def metrics_of_run(config: str, folder: Path, ranks: int, settings: list[str], d
     Args:
         config: file of the configuration.
         folder: of the run; must not hold one.
-        settings: ``key=value``, over the configuration's.
+        settings: ``key=value``, over the configuration's and those of QUIET.
 
     Raises:
         RuntimeError: the run failed; with what it said.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(ROOT / "launch/train.py"), config, f"train.output_dir={folder}", *QUIET, *settings]
+    given = {word.partition("=")[0] for word in settings}
+    quiet = [word for word in QUIET if word.partition("=")[0] not in given]
+    command += [str(ROOT / "launch/train.py"), config, f"train.output_dir={folder}", *quiet, *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": import_paths()}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -53,7 +53,7 @@ class Decoder:
             GPU, unless the model is one of transformers, which may read numbers back from the GPU on the way.
         split_keys: whether kernels of our own rotate queries and keys and keep the new rows and, in layers without
             sinks, split the keys of a head over the processors of a GPU. With few texts such kernels also compute the
-            blocks of LongNet's own style (:mod:`longnet_dist.engine.decoding_run`).
+            blocks of LongNet's own style (:mod:`longnet_dist.engine.decoding_run`). None: where they run.
 
     Attributes:
         device: of the model.
@@ -71,13 +71,15 @@ class Decoder:
         chunk_length: int | None = None,
         allowed: Tensor | None = None,
         graphs: bool | None = None,
-        split_keys: bool = False,
+        split_keys: bool | None = None,
     ) -> None:
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
         weight = next(model.parameters())
         self.device = weight.device
-        if split_keys and not takes_triton(self.device, weight.dtype):
+        runs = takes_triton(self.device, weight.dtype)
+        split_keys = runs if split_keys is None else split_keys
+        if split_keys and not runs:
             raise ConfigError(
                 f"split_keys=True needs Triton, and a GPU with bf16, fp16 or fp32, not {weight.dtype} on "
                 f"{self.device}; use split_keys=False"

@@ -174,11 +174,12 @@ def test_prompts_take_the_free_memory_of_a_gpu(monkeypatch, free, rows):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fields", [{}, {"kv_heads": 1}, {"kv_heads": 2, "sinks": True}], ids=str)
-def test_by_default_a_gpu_has_graphs_and_with_split_keys_our_kernels(fields):
+def test_by_default_a_gpu_has_graphs_and_our_kernels(fields):
     model = unaligned_model(**fields).float().cuda()
-    plain = Decoder(model, len(PROMPTS), 500, graphs=False)
-    decoder = Decoder(model, len(PROMPTS), 500, split_keys=True)
+    plain = Decoder(model, len(PROMPTS), 500, graphs=False, split_keys=False)
+    decoder = Decoder(model, len(PROMPTS), 500)
     assert decoder._step != decoder._pass
+    assert decoder._cache.split_keys
     torch.testing.assert_close(texts_of(decoder, 100), texts_of(plain, 100), rtol=1e-4, atol=1e-4)
 
 
@@ -187,7 +188,7 @@ def test_by_default_a_gpu_has_graphs_and_with_split_keys_our_kernels(fields):
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_a_cuda_graph_computes_the_plain_step(fields):
     model = unaligned_model(**fields).cuda()
-    expected = texts_of(Decoder(model, len(PROMPTS), 500, graphs=False), 320)
+    expected = texts_of(Decoder(model, len(PROMPTS), 500, graphs=False, split_keys=False), 320)
     actual = texts_of(Decoder(model, len(PROMPTS), 500, graphs=True), 320)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 

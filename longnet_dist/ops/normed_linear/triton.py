@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from longnet_dist.numerics import COMPILE, block_dim
 
 # What the speed depends on: benchmarks/decode_kernels.py measures other values.
-COLUMNS = 16
+COLUMNS = 32
 """Outputs of a program."""
-NUMBERS = 8192
+NUMBERS = 4096
 """Inputs of all rows that a program takes at once, half as many of float32."""
 WARPS = 4
 STAGES = 3

@@ -31,7 +31,7 @@ BLOCK = 64
 NUMBERS = 8192
 """Most sums of a program, ``group · block · D``, where the queries of a group do not make a matmul."""
 WARPS = 4
-STAGES = 2
+STAGES = 3
 """Blocks whose loads are under way at once."""
 PROGRAMS = 4
 """For each of the device's processors, if there are few texts."""
