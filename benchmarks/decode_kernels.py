@@ -39,7 +39,7 @@ from longnet_dist.ops.normed_linear import reference
 from longnet_dist.ops.normed_linear import triton as normed_linear
 from longnet_dist.ops.normed_linear.choice import NormedLinear
 
-CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS", "MOST_BLOCKS", "DOT_GROUP")
+CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS", "MOST_BLOCKS")
 
 
 @torch.no_grad()
@@ -121,13 +121,11 @@ class Layers:
         records, options = self.records[0], self.options
         size = int(self.present.seen.sum()) * 2 * records.shape[-1] * records.element_size()
         values = {name: getattr(options, name.lower()) for name in CONSTANTS}
-        if self.queries.shape[2] == 1:
-            values["DOT_GROUP"] = []
         attempts, best = fastest(decode, values, self._attend)
         seconds = 1e-6 * best["microseconds"]
         linear_values = {
             "COLUMNS": [16, 32, 64],
-            "NUMBERS": [2048, 4096, 8192, 16384, 32768],
+            "PIECE": [64, 128, 256, 512],
             "WARPS": [4, 8],
             "STAGES": [2, 3],
         }
@@ -215,7 +213,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--stages", type=int, nargs="*", default=[1, 2, 3, 4])
     add("--programs", type=int, nargs="*", default=[3, 4, 6, 8])
     add("--most-blocks", type=int, nargs="*", default=[8, 16, 32])
-    add("--dot-group", type=int, nargs="*", default=[2, 4])
     add("--linear", action="store_true", help="also over the constants of ops/normed_linear")
     add("--output", type=output_file, default=Path("benchmarks/results/decode_kernels.json"))
     return parser

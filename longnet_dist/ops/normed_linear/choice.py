@@ -11,8 +11,8 @@ from longnet_dist.attention.kernels.registry import takes_triton
 from longnet_dist.ops.normed_linear.reference import normed_linear
 
 NormedLinear = Callable[..., Tensor]
-MOST_ROWS = 64
-"""Rows that a program of the kernel takes at once."""
+MOST_ROWS = 32
+"""Rows that a program of the kernel takes at once; torch is faster with more (``benchmarks/decode_kernels.py``)."""
 
 
 def normed_linear_of(device: torch.device, dtype: torch.dtype, rows: int) -> NormedLinear:

@@ -20,8 +20,8 @@ from longnet_dist.numerics import COMPILE, block_dim
 # What the speed depends on: benchmarks/decode_kernels.py measures other values.
 COLUMNS = 32
 """Outputs of a program."""
-NUMBERS = 4096
-"""Inputs of all rows that a program takes at once, half as many of float32."""
+PIECE = 256
+"""Inputs of each row that a program takes at once, half as many of float32."""
 WARPS = 4
 STAGES = 3
 """Blocks of inputs and weights whose loads are under way at once."""
@@ -40,8 +40,7 @@ def normed_linear(
     out = x.new_empty(rows, sum(widths))
     first, last = layers[0], layers[-1]
     second = layers[len(layers) // 2]
-    padded = block_dim(rows)
-    piece = 2 * NUMBERS // x.element_size() // padded
+    padded, piece = block_dim(rows), 2 * PIECE // x.element_size()
     _normed_linear_kernel[(sum(triton.cdiv(width, COLUMNS) for width in widths),)](
         x, norm.weight, norm.bias, first.weight, second.weight, last.weight, first.bias, second.bias, last.bias,
         x if residual is None else residual.contiguous(), out, rows, norm.eps, depth,

@@ -1,6 +1,5 @@
 # Device code: Triton's compiler gives its values their types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
-# ruff: noqa: RUF005 (Triton's compiler adds tuples, but does not unpack them)
 r"""Attention of one query a head to many cached keys, which are split over the processors of a GPU.
 
 One text has few heads, fewer than a GPU has processors, and each of them has thousands of keys. So the keys of a head
@@ -29,7 +28,7 @@ from longnet_dist.numerics import COMPILE, block_dim, processors
 BLOCK = 64
 """Most keys of a block."""
 NUMBERS = 8192
-"""Most sums of a program, ``group · block · D``, where the queries of a group do not make a matmul."""
+"""Most sums of a program, ``block · D``, where one query of a key/value head makes no matmul."""
 WARPS = 4
 STAGES = 3
 """Blocks whose loads are under way at once."""
@@ -38,8 +37,6 @@ PROGRAMS = 4
 MOST_BLOCKS = 16
 """Of a program, so that many texts make many programs, whose ends fall together."""
 MOST_SPLITS = 128
-DOT_GROUP = 4
-"""Queries of a key/value head from which on tensor cores compute the scores."""
 LOG2E = 1.4426950408889634
 
 
@@ -59,9 +56,7 @@ class VisibleBlocks(NamedTuple):
 
 def block_size(group: int, dim: int) -> int:
     """Return the keys of a block for ``group`` queries of ``dim`` channels that share a key/value head."""
-    if group >= DOT_GROUP:
-        return BLOCK
-    return max(16, min(BLOCK, 1 << (NUMBERS // (group * block_dim(dim))).bit_length() - 1))
+    return BLOCK if group > 1 else max(16, min(BLOCK, 1 << (NUMBERS // block_dim(dim)).bit_length() - 1))
 
 
 def visible_blocks(seen: Tensor, size: int) -> VisibleBlocks:
@@ -93,12 +88,12 @@ def attend_to_slots(
     parts = q.new_empty(rows, group, splits, dim, dtype=torch.float32)
     lses = q.new_empty(rows, group, splits, dtype=torch.float32)
     padded = block_dim(dim)
-    kernel, own = _parts_kernel, {}
-    if group >= DOT_GROUP:
-        kernel, own = _matmul_parts_kernel, {"ROWS": block_dim(group)}
+    kernel, own = (
+        (_matmul_parts_kernel, {"GROUP": group, "ROWS": block_dim(group)}) if group > 1 else (_parts_kernel, {})
+    )
     kernel[(rows, splits)](
         q.contiguous(), keys, values, seen, blocks.numbers, blocks.counts, parts, lses, dim**-0.5 * LOG2E, slots, most,
-        heads, keys.stride(0), keys.stride(1), keys.stride(2), splits, group, dim, padded, blocks.size, STAGES,
+        heads, keys.stride(0), keys.stride(1), keys.stride(2), splits, dim, padded, blocks.size, STAGES,
         num_warps=WARPS, **own, **COMPILE,
     )  # fmt: skip
     out = q.new_empty(q.shape)
@@ -137,57 +132,53 @@ def _load_block(
 @triton.jit
 def _parts_kernel(
     q, keys, values, seen, numbers, counts, parts, lses, scale, slots, most, heads,
-    text_stride, head_stride, slot_stride, SPLITS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    text_stride, head_stride, slot_stride, SPLITS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute part ``program_id(1)`` of the keys of row ``program_id(0)``, a text and a key/value head.
+    """Compute part ``program_id(1)`` of the keys of row ``program_id(0)``, a text and a head.
 
-    ``numbers (rows, most)``, ``counts (rows,)``; ``parts (rows, GROUP, SPLITS, DIM)``; ``lses (rows, GROUP, SPLITS)``,
-    to the base 2. Each place of a block has a softmax of its own until the end, so that threads need not meet.
+    ``numbers (rows, most)``, ``counts (rows,)``; ``parts (rows, SPLITS, DIM)``; ``lses (rows, SPLITS)``, to the base 2.
+    Each place of a block has a softmax of its own until the end, so that threads need not meet.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channels = tl.arange(0, PADDED)
     start = (row // heads) * text_stride + (row % heads) * head_stride
-    queries, tops, sums, accumulated = (), (), (), ()
-    for g in tl.static_range(GROUP):
-        query = tl.load(q + (row * GROUP + g) * DIM + channels, mask=channels < DIM, other=0.0).to(tl.float32) * scale
-        queries, tops = queries + (query,), tops + (tl.full((BLOCK,), float("-inf"), tl.float32),)
-        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
-        accumulated = accumulated + (tl.zeros((BLOCK, PADDED), tl.float32),)
+    query = tl.load(q + row * DIM + channels, mask=channels < DIM, other=0.0).to(tl.float32) * scale
+    tops, sums = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    accumulated = tl.zeros((BLOCK, PADDED), tl.float32)
     first, stop = _share(counts, row, split, SPLITS)
     for i in tl.range(first, stop, num_stages=STAGES):
         number = tl.load(numbers + row * most + i)
         key, value, visible = _load_block(
             keys, values, seen, number, row, start, slots, slot_stride, DIM, PADDED, BLOCK
         )
-        key, value = key.to(tl.float32), value.to(tl.float32)
-        new_tops, new_sums, new_accumulated = (), (), ()
-        for g in tl.static_range(GROUP):
-            score = tl.where(visible, tl.sum(key * queries[g][None, :], 1), float("-inf"))
-            top = tl.maximum(tops[g], score)
-            # Where nothing was visible so far the maximum is -inf, and 0 stands in for it.
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            weight, old = tl.exp2(score - safe), tl.exp2(tops[g] - safe)
-            new_tops, new_sums = new_tops + (top,), new_sums + (sums[g] * old + weight,)
-            new_accumulated = new_accumulated + (accumulated[g] * old[:, None] + weight[:, None] * value,)
-        tops, sums, accumulated = new_tops, new_sums, new_accumulated
-    for g in tl.static_range(GROUP):
-        top = tl.max(tops[g], 0)
-        weight = tl.exp2(tops[g] - tl.where(top == float("-inf"), 0.0, top))
-        total = tl.sum(weight * sums[g], 0)
-        place = (row * GROUP + g) * SPLITS + split
-        tl.store(lses + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(tl.where(total == 0.0, 1.0, total))))
-        part = tl.sum(weight[:, None] * accumulated[g], 0) / tl.where(total == 0.0, 1.0, total)
-        tl.store(parts + place * DIM + channels, part, mask=channels < DIM)
+        score = tl.where(visible, tl.sum(key.to(tl.float32) * query[None, :], 1), float("-inf"))
+        top = tl.maximum(tops, score)
+        # Where nothing was visible so far the maximum is -inf, and 0 stands in for it.
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight, old = tl.exp2(score - safe), tl.exp2(tops - safe)
+        sums = sums * old + weight
+        accumulated = accumulated * old[:, None] + weight[:, None] * value.to(tl.float32)
+        tops = top
+    top = tl.max(tops, 0)
+    weight = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight * sums, 0)
+    place = row * SPLITS + split
+    tl.store(lses + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(tl.where(total == 0.0, 1.0, total))))
+    part = tl.sum(weight[:, None] * accumulated, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(parts + place * DIM + channels, part, mask=channels < DIM)
 
 
 @triton.jit
 def _matmul_parts_kernel(
     q, keys, values, seen, numbers, counts, parts, lses, scale, slots, most, heads,
-    text_stride, head_stride, slot_stride, SPLITS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    text_stride, head_stride, slot_stride, SPLITS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute what ``_parts_kernel`` does, with the queries of a group as the first of ``ROWS`` rows of a matmul."""
+    """Compute what ``_parts_kernel`` does for the ``GROUP`` queries of a key/value head: the first rows of a matmul.
+
+    ``parts (rows, GROUP, SPLITS, DIM)``; ``lses (rows, GROUP, SPLITS)``.
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     member, channels = tl.arange(0, ROWS), tl.arange(0, PADDED)
     real = (member < GROUP)[:, None] & (channels < DIM)[None, :]
