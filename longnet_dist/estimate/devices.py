@@ -56,7 +56,7 @@ class Rates:
     context_bytes: int = int(0.905 * GIB)
 
 
-PORTABLE_SHARES = {64: (1.0, 0.75), 128: (0.85, 0.5)}
+PORTABLE_SHARES = {64: (1.0, 0.65), 128: (0.84, 0.59)}
 """Rates of the portable attention kernels, forward and backward, as shares of :class:`Rates`, by head dim.
 
 Measured on a Hopper GPU (``benchmarks/results/triton_versions.json``). At head dim 64 the forward of both is portable.
