@@ -47,6 +47,7 @@ INTERFACES = {
     "torch.cuda.memory:_dump_snapshot": Interface("a profile shows what holds memory", ("filename",)),
     "torch._dynamo.exc:FailOnRecompileLimitHit": Interface("a function that meets many shapes runs uncompiled"),
     "torch._dynamo:config": Interface("blocks meet more shapes than torch's limit of compilations"),
+    "torch._inductor:config.deterministic": Interface("nothing public keeps Inductor from choosing by measured times"),
     "torch._inductor.virtualized:V": Interface("Inductor has no public way to hold rows of a norm in registers"),
     "torch._inductor.choices:InductorChoices.should_use_persistent_reduction": Interface(
         "Inductor has no public way to hold rows of a norm in registers", ("features", "cooperative_reduction")
@@ -211,6 +212,12 @@ def recompile_limit_error() -> type[BaseException]:
 def recompile_limit(number: int) -> Any:
     """Return a context in which ``torch.compile`` compiles a function for ``number`` shapes."""
     return private("torch._dynamo:config").patch(recompile_limit=number)
+
+
+def compiling_by_rule() -> Any:
+    """Return a context in which Inductor measures nothing in order to choose."""
+    private("torch._inductor:config.deterministic")
+    return import_module("torch._inductor.config").patch(deterministic=True)
 
 
 def inductor_choices(handler: Any) -> Any:

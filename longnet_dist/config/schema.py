@@ -238,8 +238,8 @@ class TrainConfig(Section):
             than 4,096 tokens at once, ``torch`` is used in any case.
         attention_backend: backend of dilated attention: ``auto`` (the fastest that runs), ``triton``, ``flash``,
             ``sdpa``, ``reference``, or another that is registered.
-        deterministic: make the attention's gradients bitwise equal from run to run; on a Hopper GPU the backward kernel
-            is slower then.
+        deterministic: take algorithms that repeat in every bit from run to run; on a Hopper GPU the backward of
+            attention is slower then.
         peak_tflops: peak of one GPU for the model FLOPs utilization, TFLOP/s; if not given, the data sheet's dense
             bf16 peak.
         ignore_plan: start even if the estimated memory is larger than that of the device.

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -38,6 +38,7 @@ from longnet_dist.extras import require_extra
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.inference.evaluation import evaluate
 from longnet_dist.numerics import dtype_of
+from longnet_dist.ops.deterministic import deterministic_algorithms
 from longnet_dist.optim.schedules import course, learning_rate
 from longnet_dist.optim.sequence_lengths import growth
 from longnet_dist.private_interfaces import default_store
@@ -84,7 +85,8 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
         if launch.rank == 0:
             say_complete(plan)
         return True
-    with own_folder(plan, device, launch, store):
+    algorithms = deterministic_algorithms(os.environ) if config.train.deterministic else nullcontext()
+    with own_folder(plan, device, launch, store), algorithms:
         launch.share_cores()
         prepare_deepspeed(launch, device)
         record_collectives(records, config.parallel.flight_recorder, os.environ)
