@@ -13,6 +13,8 @@ from longnet_dist.estimate.traffic import exchange_of
 from longnet_dist.numerics import log_once
 
 NAME, NUMBER = 34, 14
+SLOW_SECONDS = 300.0
+"""Of a step from which on a run is told at its start how long it takes."""
 
 
 def table(estimate: Estimate) -> str:
@@ -43,6 +45,19 @@ def check_fits(estimate: Estimate) -> None:
         f"this run does not fit into the memory of {estimate.device.name}, by a margin of {MARGIN:.0%}; change "
         f"what the last lines say, or try it nevertheless with train.ignore_plan=true\n\n{table(estimate)}\n\n"
         f"{remedy_lines(estimate)}"
+    )
+
+
+def slow_step(estimate: Estimate) -> str:
+    """Return what to say of a run whose steps take minutes; empty for others, or if the device's speed is unknown."""
+    seconds = estimate.step_seconds
+    if seconds is None or seconds < SLOW_SECONDS:
+        return ""
+    days = seconds * estimate.layout.config.train.steps / 86400
+    return (
+        f"a step takes about {seconds / 60:,.0f} minutes on {estimate.device.name} by estimate, and all "
+        f"{estimate.layout.config.train.steps:,} steps {days:,.0f} days; a smaller model.name or train.batch_size, or "
+        f"GPUs, take less, and longnet plan shows how much"
     )
 
 

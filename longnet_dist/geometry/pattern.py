@@ -116,10 +116,14 @@ class DilatedPattern:
         return hash((*branches, self.turn, self.first_head, self.total_heads or 0))
 
     def _set(self, **fields: Any) -> DilatedPattern:
-        self.__dict__.pop("_hash", None)  # of the pattern that this one is a copy of
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         return self
+
+    def _changed(self, **fields: Any) -> DilatedPattern:
+        changed = copy.copy(self)
+        changed.__dict__.pop("_hash", None)  # that of this pattern
+        return changed._set(**fields)
 
     @classmethod
     def geometric(cls, base: int = 2048, longest: int = 32768, ratio: int = 2) -> DilatedPattern:
@@ -200,7 +204,7 @@ class DilatedPattern:
             step = math.lcm(*self.dilation_rates)
             row = max(self.segment_lengths) // 3 // step * step
             branches = tuple(replace(branch, shift=row % branch.segment_length) for branch in branches)
-        return copy.copy(self)._set(branches=branches, turn=turn % math.lcm(*self.dilation_rates))
+        return self._changed(branches=branches, turn=turn % math.lcm(*self.dilation_rates))
 
     def of_heads(self, first_head: int, total_heads: int | None, heads: int) -> DilatedPattern:
         """Return the pattern of a call that holds ``heads`` key/value heads from ``first_head`` on, of ``total_heads``.
@@ -225,12 +229,12 @@ class DilatedPattern:
                 f"{first_head + heads - 1} of this call are not all among {total}; first_head must be at least 0 and "
                 f"total_heads at least first_head plus the {heads} heads of k"
             )
-        return copy.copy(self)._set(first_head=first_head.__index__(), total_heads=total.__index__())
+        return self._changed(first_head=first_head.__index__(), total_heads=total.__index__())
 
     @property
     def of_model(self) -> DilatedPattern:
         """Return the pattern of all heads of the model."""
-        return self if self.total_heads is None else copy.copy(self)._set(first_head=0, total_heads=None)
+        return self if self.total_heads is None else self._changed(first_head=0, total_heads=None)
 
     def __iter__(self) -> Iterator[Branch]:
         return iter(self.branches)

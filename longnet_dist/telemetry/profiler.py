@@ -57,7 +57,8 @@ class StepProfiler:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             record_memory(MEMORY_EVENTS)
-        self._profile = profile(activities=activities, record_shapes=True)
+        # There is one cycle alone; but torch 2.11 warns unless the events of all are kept.
+        self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
         self._profile.start()
 
     def _write(self, running: profile) -> None:

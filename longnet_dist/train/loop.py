@@ -34,6 +34,7 @@ from longnet_dist.config.schema import Config
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.engine.execution import Execution
 from longnet_dist.errors import LongNetError
+from longnet_dist.estimate.table import slow_step
 from longnet_dist.extras import require_extra
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.inference.evaluation import evaluate
@@ -85,6 +86,8 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
         if launch.rank == 0:
             say_complete(plan)
         return True
+    if launch.rank == 0 and (line := slow_step(start.needs)):
+        print(f"note: {line}")
     algorithms = deterministic_algorithms(os.environ) if config.train.deterministic else nullcontext()
     with own_folder(plan, device, launch, store), algorithms:
         launch.share_cores()

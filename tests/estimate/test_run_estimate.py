@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from longnet_dist.estimate.devices import GIB, named_device
 from longnet_dist.estimate.layout import RunLayout
 from longnet_dist.estimate.remedies import remedies
 from longnet_dist.estimate.run_estimate import MARGIN, Estimate
-from longnet_dist.estimate.table import check_fits, table
+from longnet_dist.estimate.table import check_fits, slow_step, table
 from longnet_dist.numerics import log_once
 from tests.estimate.layouts import small_layout
 
@@ -38,6 +39,14 @@ def test_a_cpu_holds_everything_in_its_memory():
     ranks = 2 * (sum(values["device_parts"].values()) + values["overhead_bytes"])
     assert values["peak_host_bytes"] == ranks + values["host_parts"]["checkpoint"]
     assert values["mfu"] is None
+
+
+def test_only_a_step_of_minutes_is_told_at_the_start():
+    short = estimate(2**12, train={"steps": 4320})
+    assert short.step_seconds < 300
+    assert slow_step(short) == slow_step(replace(short, seconds={})) == ""
+    slow = slow_step(replace(short, seconds={"blocks": 500.0, "head": 100.0}))
+    assert "a step takes about 10 minutes on h100 by estimate, and all 4,320 steps 30 days" in slow
 
 
 def test_the_longest_sequence_fits_and_little_more_does_not():
