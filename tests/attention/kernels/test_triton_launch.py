@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.runs import import_paths
 from longnet_dist.attention.functional import AttentionSpec
+from longnet_dist.caches import clear_caches
 from longnet_dist.geometry.pattern import DilatedPattern
 
 pytest.importorskip("triton")
@@ -96,3 +97,28 @@ def test_what_fails_side_by_side_is_compiled_at_its_launch(monkeypatch, caplog):
     monkeypatch.setattr(together, "usable_cores", lambda: 2)
     together.compile_together([(Failing(number), ()) for number in (1, 2)])
     assert "compiled one by one, which takes longer: RuntimeError: no compiler" in caplog.text
+
+
+def test_a_form_is_compiled_once_and_again_when_caches_are_emptied(monkeypatch):
+    kernel, compiled = importlib.import_module("longnet_dist.attention.kernels.triton.kernel"), []
+    monkeypatch.setattr(kernel, "_launches", lambda calls, *geometry: calls)
+    monkeypatch.setattr(kernel, "compile_together", compiled.append)
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def __init__(self, tensor):
+            self._tensor = tensor
+
+        def __getattr__(self, name):
+            return getattr(self._tensor, name)
+
+    pattern = DilatedPattern([16, 64], [1, 4])
+    for rows, times in ((64, 1), (128, 1), (256, 1)):
+        q = torch.empty(1, rows, 4, 16)
+        spec = AttentionSpec.of(q, q, q, pattern, True, None, None, "auto", False, True, None, None)
+        kernel.TritonKernel().compile(spec.dense_calls(4), *3 * [OnGpu(q)], backward=True)
+        assert len(compiled) == times
+    clear_caches()
+    kernel.TritonKernel().compile(spec.dense_calls(4), *3 * [OnGpu(q)], backward=True)
+    assert len(compiled) == 2

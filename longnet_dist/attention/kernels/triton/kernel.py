@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -98,9 +98,7 @@ class TritonKernel:
         if q.device.type != "cuda":
             return
         form = (*map(_form, calls), q.shape[2:], k.shape[2], q.dtype, q.device, backward)
-        if form not in _COMPILED:
-            _COMPILED.add(form)
-            compile_together(_launches(calls, Geometry.of(q), Geometry.of(k), Geometry.of(v), backward))
+        _compile(_Compilation(form, tuple(calls), Geometry.of(q), Geometry.of(k), Geometry.of(v), backward))
 
     def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Merge the keys of the piece into the running ``(out, lse)``: see :meth:`Kernel.forward`."""
@@ -149,8 +147,22 @@ def _forward(call: Call, q: Geometry, k: Geometry, v: Geometry, out: Geometry, l
     return tuple(launches)
 
 
-_COMPILED: set[Hashable] = set()
-"""Forms of the calls whose kernels were compiled."""
+@dataclass(frozen=True)
+class _Compilation:
+    """Calls whose kernels are compiled; others of the same form need no others."""
+
+    form: Hashable
+    calls: tuple[Call, ...] = field(compare=False)
+    q: Geometry = field(compare=False)
+    k: Geometry = field(compare=False)
+    v: Geometry = field(compare=False)
+    backward: bool = field(compare=False)
+
+
+@bounded_cache(maxsize=512)
+def _compile(wanted: _Compilation) -> None:
+    """Compile the kernels of a form; what is kept is that it was done."""
+    compile_together(_launches(wanted.calls, wanted.q, wanted.k, wanted.v, wanted.backward))
 
 
 def _form(call: Call) -> Hashable:
