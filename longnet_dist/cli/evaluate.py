@@ -81,11 +81,14 @@ def _evaluate(options: argparse.Namespace, launch: LaunchEnvironment) -> None:
 def _check_text(options: argparse.Namespace) -> None:
     """Refuse options that do not say what text is evaluated, and how."""
     from longnet_dist.errors import ConfigError
+    from longnet_dist.inference.model_folder import ModelFolder
 
-    if options.data is None or (options.context is None and not options.stream):
-        raise ConfigError(
-            "a language model is evaluated on a token file: give --data TOKEN_FILE, and --context N or --stream"
-        )
+    ModelFolder.is_at(options.run)  # which refuses a path where nothing is
+    missing = ["--data TOKEN_FILE"] if options.data is None else []
+    if options.context is None and not options.stream:
+        missing.append("--context N or --stream")
+    if missing:
+        raise ConfigError(f"a language model is evaluated on a token file: give {', and '.join(missing)}")
     if options.labels is not None:
         raise ConfigError("--labels are for runs on features, but this is a language model; leave them out")
 

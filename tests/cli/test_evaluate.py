@@ -5,7 +5,7 @@ import pytest
 from longnet_dist.checkpoint.lock import Lock
 from longnet_dist.cli.evaluate import main
 from longnet_dist.data.token_file import TokenFile
-from longnet_dist.errors import ConfigError
+from longnet_dist.errors import CheckpointError, ConfigError
 from tests.train.runs import run, tiny_config, write_corpus
 
 
@@ -48,6 +48,18 @@ def test_the_whole_file_as_one_stream(files, capsys):
     assert streamed == pytest.approx(whole, rel=1e-5)
     main([folder, "--data", corpus, "--stream", "--tokens", "50", "--split", "validation"])
     assert capsys.readouterr().out.split()[-1] == "50"
+
+
+def test_only_what_is_missing_is_asked_for(files, tmp_path):
+    folder, corpus = files
+    with pytest.raises(ConfigError, match=r"give --data TOKEN_FILE, and --context N or --stream$"):
+        main([folder])
+    with pytest.raises(ConfigError, match=r"give --context N or --stream$"):
+        main([folder, "--data", corpus])
+    with pytest.raises(ConfigError, match=r"give --data TOKEN_FILE$"):
+        main([folder, "--stream"])
+    with pytest.raises(CheckpointError, match=r"there is no .*nothing; give the folder of a run"):
+        main([str(tmp_path / "nothing"), "--data", corpus])
 
 
 def test_streams_that_cannot_be(files):
