@@ -218,9 +218,11 @@ class Trainer:
         return self.step % train.checkpoint_every == 0 or (train.keep_best and self._validations.is_best(self.step))
 
     def _say_changes(self) -> None:
-        if self.is_first and self.changes:
-            where = self.plan.resume.checkpoint or ("train.init" if self.config.train.init else "model.path")
-            print("\n  ".join([f"going on from {where} with", *self.changes]))
+        checkpoint = self.plan.resume.checkpoint
+        if self.is_first and (self.changes or checkpoint):
+            where = checkpoint or ("train.init" if self.config.train.init else "model.path")
+            done = f" after step {self.step:,} of {self.config.train.steps:,}" if checkpoint else ""
+            print("\n  ".join([f"going on from {where}{done}{' with' if self.changes else ''}", *self.changes]))
         if self.is_first:
             for line in [*notes(self.config), *unread_keys(self.config.deepspeed.extra)]:
                 print(f"note: {line}")

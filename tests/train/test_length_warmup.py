@@ -1,6 +1,7 @@
 """Sequences grow at the start of a run: on any mesh alike, resumed in every bit, and cut where they should be."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -32,7 +33,9 @@ def test_a_resumed_run_is_the_run_in_every_bit(tmp_path, corpus, capfd):
     assert "sequences grow: 16 tokens from step 1, 32 tokens from step 3, 64 from step 5" in capfd.readouterr().out
     first = tiny_config(tmp_path / "parts", corpus, *GROWING, "train.checkpoint_every=3")
     run_distributed(stop_after, 1, first, 3)
+    capfd.readouterr()
     assert losses(run(1, first)) == losses(metrics)
+    assert re.search(r"^going on from \S+step_0+3 after step 3 of \d+$", capfd.readouterr().out, re.MULTILINE)
     assert weights(first) == weights(whole)
 
 

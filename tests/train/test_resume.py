@@ -254,7 +254,9 @@ def test_a_run_that_was_extended_resumes_in_every_bit(tmp_path, corpus, capfd):
     assert [line["lr"] for line in lines[2:]] == pytest.approx(expected)
     shutil.copytree(checkpoint_folder(tmp_path / "run", 6), checkpoint_folder(tmp_path / "again", 6))
     resumed = run(2, tiny_config(tmp_path / "again", corpus, *settings, "train.steps=8"))
-    assert "learning rate: " not in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "learning rate: " not in out
+    assert f"going on from {checkpoint_folder(tmp_path / 'again', 6)} after step 6 of 8 with\n  train.output_dir" in out
     assert [line["lr"] for line in resumed] == [line["lr"] for line in lines[6:]]
     states = [read_state(checkpoint_folder(tmp_path / name, 8)) for name in ("run", "again")]
     assert states[0].schedule_start == states[1].schedule_start == ScheduleStart(step=4, share=0.5)
