@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -349,6 +350,15 @@ def _own_rows(spec: AttentionSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x[:, spec.earlier_rows :] for x in tensors) if spec.earlier_rows else tensors
 
 
+def _plain(*tensors: Tensor) -> Iterator[Tensor]:
+    """Copy the ``(B, n, H, D)`` tensors that kernels cannot read in place; return the others as they are.
+
+    Kernels read a head's channels as one block, and the copy engine needs rows that lie apart. A gradient that was
+    expanded, as ``out.sum()`` or a mean over rows gives it, has neither.
+    """
+    return (x if x.stride(-1) == 1 and (x.stride(1) or x.shape[1] == 1) else x.contiguous() for x in tensors)
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None, backward: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -359,6 +369,7 @@ def attention_forward(
     Returns:
         out ``(B, n, H, D)``, lse ``(B, n, H)`` and, for backward, keys and values of the shared segments.
     """
+    q, k, v = _plain(q, k, v)
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     gather = None
     if exchanges and not (spec.cache and spec.cache.complete):
@@ -395,6 +406,7 @@ def gathered_rows(spec: AttentionSpec, k: Tensor, v: Tensor) -> list[Tensor]:
     """Return keys and values of the shared segments once more, where this device has all keys of the sequence."""
     if not spec.exchanges:
         return []
+    k, v = _plain(k, v)
     plan = spec.plan(k.shape[2])
     rows = CompactBuffers(plan.segments, k.shape[2], k, k.dtype)
     Gather(plan, None, k, v, overlap=False).wait(rows)
@@ -436,6 +448,7 @@ def start_attention_backward(
         narrow: whether dq gets the dtype of q. Left as wide as it was summed, it needs no second buffer.
         dlse: gradient of the log-sum-exp, if it has one.
     """
+    (dout,) = _plain(dout)
     query_dtype, _ = spec.kernel.gradient_dtypes(out.dtype)
     dq = torch.empty(out.shape, dtype=query_dtype, device=out.device)
     copy = torch.empty_like(dq, dtype=out.dtype) if narrow and query_dtype != out.dtype else None
@@ -453,6 +466,7 @@ def attention_backward(
     Returns:
         dq, and dk and dv in the dtype in which they were summed.
     """
+    q, k, v = _plain(q, k, v)
     kernel, kv_heads, exchanges = spec.kernel, k.shape[2], spec.exchanges
     calls = spec.dense_calls(kv_heads)
     dout, statistics, dq, copy = start

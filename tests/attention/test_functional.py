@@ -61,6 +61,24 @@ def test_strided_inputs_are_read_in_place(backend):
         torch.testing.assert_close(a, b)
 
 
+def every_other_channel(x):
+    """The same numbers, of which one lies between any two channels."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", range(3))
+def test_channels_need_not_be_adjacent(backend, which):
+    case = random_case(11)
+    whole = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    given = [every_other_channel(x) if number == which else x for number, x in enumerate(whole)]
+    outs = [dilated_attention(*x, case.pattern, causal=case.causal, backend=backend) for x in (whole, given)]
+    torch.testing.assert_close(outs[1], outs[0])
+    dout = every_other_channel(case.dout)
+    for a, b in zip(gradients(outs[1], whole, dout), gradients(outs[0], whole, case.dout), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision_keeps_its_dtype_and_stays_near(dtype, backend):

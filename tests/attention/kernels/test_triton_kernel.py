@@ -78,6 +78,23 @@ def test_agrees_with_the_oracle(rows, heads, kv_heads, dim, batch, lengths, rate
         assert (a - b).abs().max() < 1e-5
 
 
+def test_channels_need_not_be_adjacent():
+    """The gradient that ``out.sum()`` gives has one number for all channels, tokens and heads."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    pattern = DilatedPattern([8, 16], [1, 2])
+    q, k, v, dout = inputs(20, 2, 1, 16)
+    for expanded in (torch.ones(()), torch.ones(16), dout[..., :1], dout[:, :, :1], dout[:, :1]):
+        actual, expected = attended(q, k, v, expanded.expand_as(dout), pattern)
+        for a, b in zip(actual, expected, strict=True):
+            assert (a - b).abs().max() < 1e-5
+    for x in (q, k, v):  # channels that are 40 numbers apart
+        x.set_(x.transpose(1, 3).contiguous().transpose(1, 3))
+    actual, expected = attended(q, k, v, dout, pattern)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # on a GPU no news
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rise", [8, -8])

@@ -328,7 +328,8 @@ def block_view(x: Geometry, rate: int, rows: int) -> View:
 
 
 def _describable(x: Geometry, rate: int) -> bool:
-    return x.aligned and x.shape[1] >= rate and all(stride * x.dtype.itemsize % 16 == 0 for stride in x.stride[:3])
+    apart = all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in x.stride[:3])  # not expanded
+    return x.aligned and x.shape[1] >= rate and apart
 
 
 @bounded_cache(maxsize=128)
