@@ -16,7 +16,7 @@ from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
-from longnet_dist.attention.validation import agree_on_shards, check_types
+from longnet_dist.attention.validation import agree_on_shards, check_scale, check_types
 from longnet_dist.caches import bounded_cache
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.errors import ConfigError
@@ -74,7 +74,7 @@ def dilated_attention(
         v: values ``(B, n, Hkv, D)``.
         pattern: the branches.
         causal: whether a row sees only itself and earlier rows.
-        scale: factor of the scores, ``D ** -0.5`` if not given.
+        scale: factor of the scores, a positive number; ``D ** -0.5`` if not given.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device. All its ranks
             must call. All hold the same ``n``, the last may hold fewer. A call makes one small collective that compares
             the ranks' arguments, and one that carries rows where segments cross ranks.
@@ -101,7 +101,7 @@ def dilated_attention(
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
-        ConfigError: an unknown backend, or one that cannot run here; the other ranks of the group raise a ShapeError.
+        ConfigError: a scale that is not positive, a backend that cannot run here; other ranks raise a ShapeError.
     """
     if torch.compiler.is_compiling():
         return _compiled(
@@ -210,13 +210,15 @@ class AttentionSpec:
         """
         kernel, refusal = None, None
         try:
+            check_scale(scale)
             kernel = choose_kernel(backend, q.device, q.dtype, deterministic)
             if k.dim() == 4:  # else refused below
                 pattern = pattern.of_heads(*heads, k.shape[2])
         except ConfigError as error:
             refusal = error
-        exact_in_float16 = scale is None or LEAST_SCALE <= scale <= 1 / LEAST_SCALE
-        merges = kernel is not None and kernel.merges_overlaps and exact_in_float16
+        merges = kernel is not None and kernel.merges_overlaps
+        if merges and scale is not None:
+            merges = LEAST_SCALE <= scale <= 1 / LEAST_SCALE
         shards, rank = agree_on_shards(
             q, k, v, pattern, causal, group, total_rows, cache, merges, refusal, sink, packed
         )

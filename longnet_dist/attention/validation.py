@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,19 @@ def check_types(q: object, k: object, v: object, pattern: object, sink: object) 
     for name, x in (("q", q), ("k", k), ("v", v), ("sink", sink)):
         if not isinstance(x, Tensor) and not (name == "sink" and x is None):
             raise ShapeError(f"{name} must be a tensor, but is of type {type(x).__name__}; use torch.as_tensor")
+
+
+def check_scale(scale: object) -> None:
+    """Raise ConfigError unless ``scale`` is None or a positive number.
+
+    Kernels find the largest score before they scale, and hide keys by a score of ``-inf``.
+    """
+    if scale is None or (isinstance(scale, Real) and not isinstance(scale, bool) and 0 < float(scale) < math.inf):
+        return
+    raise ConfigError(
+        f"scale must be a positive number, such as head_dim ** -0.5, but is {scale!r}; multiply q by a factor that is "
+        f"negative, 0 or a tensor, and leave scale out or give 1.0"
+    )
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, short: bool = False) -> None:

@@ -139,6 +139,13 @@ def test_arguments_of_another_type_are_refused(change, error, message):
         dilated_attention(**{"q": x, "k": x, "v": x, "pattern": DilatedPattern([4], [1])} | change)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.inf, torch.nan, True, "1", torch.tensor(0.5)])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ConfigError, match=r"scale must be a positive number, .*; multiply q"):
+        dilated_attention(x, x, x, DilatedPattern([4], [1]), scale=scale)
+
+
 def test_unknown_backend_is_refused():
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ConfigError, match="backend must be one of"):
