@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[Inte
 
     Args:
         cu_seqlens: host integers, strictly increasing: ``[0, a, …, N]``. A list may begin above 0 and end below ``N``;
-            rows outside are padding.
+            rows outside are padding. Lists, tuples, ranges, arrays and tensors of the CPU are taken.
         batch: number of batch items.
         total_rows: ``N``, rows of the sequence over all ranks; None: not known yet.
 
@@ -181,17 +182,16 @@ def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[Inte
         ShapeError: not integers on the host, not strictly increasing, outside the sequence, without a document, or
             lists of another number than the batch items.
     """
-    device = getattr(cu_seqlens, "device", None)
-    if getattr(device, "type", "cpu") != "cpu":
-        raise ShapeError(
-            f"cu_seqlens must be integers of the host (a list, an array or a CPU tensor), because they decide what is "
-            f"launched, but they are on {device}; pass cu_seqlens.tolist()"
-        )
+    _refuse_devices(cu_seqlens)
     values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
-    if not isinstance(values, list | tuple):
-        raise ShapeError(f"cu_seqlens must be a list of document edges, not {cu_seqlens!r}")
-    nested = len(values) > 0 and all(hasattr(value, "__len__") or hasattr(value, "tolist") for value in values)
-    lists = [value.tolist() if hasattr(value, "tolist") else value for value in values] if nested else [values]
+    if not isinstance(values, _LISTS):
+        raise ShapeError(f"cu_seqlens must be a list of document edges, not {cu_seqlens!r}; {_REMEDY}")
+    if len(values) and type(values[0]) is not int:  # lists, or integers of numpy or torch
+        for value in values:
+            _refuse_devices(value)
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    nested = len(values) > 0 and all(isinstance(value, _LISTS) for value in values)
+    lists = values if nested else [values]
     if nested and len(lists) != batch:
         raise ShapeError(
             f"cu_seqlens must be one list of edges, or one for each of the {batch} batch items, but there are "
@@ -200,10 +200,24 @@ def read_edges(cu_seqlens: Any, batch: int, total_rows: int | None) -> list[Inte
     return [_checked(edges, total_rows) for edges in lists]
 
 
+_LISTS = (list, tuple, range)
+_REMEDY = "give integers of the host, such as [0, 1000, 4096], or one such list for each batch item"
+_MOST_ROWS = 2**62
+
+
+def _refuse_devices(edges: Any) -> None:
+    device = getattr(edges, "device", None)
+    if getattr(device, "type", "cpu") != "cpu":
+        raise ShapeError(
+            f"cu_seqlens must be integers of the host (a list, an array or a CPU tensor), because they decide what is "
+            f"launched, but they are on {device}; pass cu_seqlens.tolist()"
+        )
+
+
 def _checked(edges: Any, total_rows: int | None) -> Integers:
     found = _ascending(edges)
     if found is None:
-        found = np.array(_refused_unless_right(edges), np.int64)
+        found = np.array(_refused_unless_right(edges, total_rows), np.int64)
     if total_rows is not None:
         check_end(int(found[-1]), total_rows)
     return found
@@ -211,19 +225,22 @@ def _checked(edges: Any, total_rows: int | None) -> Integers:
 
 def _ascending(edges: Any) -> Integers | None:
     """Return edges that are right at first sight: a batch may have thousands of documents, and each layer looks."""
-    if len(edges) < 2 or set(map(type, edges)) != {int} or max(edges) >= 2**63 or edges[0] < 0:
+    if len(edges) < 2 or set(map(type, edges)) != {int} or max(edges) >= _MOST_ROWS or edges[0] < 0:
         return None
     found = np.array(edges, np.int64)
     return found if (found[1:] > found[:-1]).all() else None
 
 
-def _refused_unless_right(edges: Any) -> list[int]:
+def _refused_unless_right(edges: Any, total_rows: int | None) -> list[int]:
     shown = f"{list(edges[:6])}{' …' if len(edges) > 6 else ''}"
-    if any(isinstance(edge, bool) or not hasattr(edge, "__index__") for edge in edges):
-        raise ShapeError(f"the edges of documents must be integers, but are {shown}")
-    found = [edge.__index__() for edge in edges]
+    found = [number for number in map(as_integer, edges) if number is not None]
+    if len(found) < len(edges):
+        raise ShapeError(f"the edges of documents must be integers, but are {shown}; {_REMEDY}")
     if len(found) < 2:
-        raise ShapeError(f"a sequence needs at least one document, that is two edges, but cu_seqlens is {shown}")
+        raise ShapeError(
+            f"a sequence needs at least one document, that is two edges, but cu_seqlens is {shown}; give [0, N] for "
+            f"one document of N rows"
+        )
     wrong = next((place for place, (x, y) in enumerate(pairwise(found)) if x >= y), None)
     if wrong is not None:
         raise ShapeError(
@@ -231,8 +248,22 @@ def _refused_unless_right(edges: Any) -> list[int]:
             f"{found[wrong + 1]}; leave out documents without rows"
         )
     if found[0] < 0:
-        raise ShapeError(f"the edges of documents count rows from 0, but begin with {found[0]}")
+        raise ShapeError(
+            f"the edges of documents count rows from 0, but begin with {found[0]}; begin with the first row that is "
+            f"no padding"
+        )
+    check_end(found[-1], _MOST_ROWS if total_rows is None else total_rows)
     return found
+
+
+def as_integer(value: Any) -> int | None:
+    """Return an integer of Python, numpy or torch as one of Python; None for anything else, also for booleans."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def check_end(last: int, total_rows: int) -> None:

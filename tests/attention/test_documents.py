@@ -3,6 +3,7 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -251,10 +252,16 @@ def test_neighbours_change_no_bit(backend):
         ([-1, 9], "count rows from 0, but begin with -1"),
         ([3], "at least one document"),
         ([], "at least one document"),
-        ([0, 4.5, 9], "must be integers"),
+        ([0, 4.5, 9], r"must be integers, but are \[0, 4.5, 9\]; give integers of the host"),
+        ([[0, 9], 9], "must be integers"),
+        ([True, 9], "must be integers"),
+        ([0, 2**70], "has 9 rows over all ranks"),
+        (np.array([0, 4.5]), "must be integers"),
+        (9, "must be a list of document edges, not 9; give"),
         ([[0, 9], [0, 4, 9], [0, 9]], "one for each of the 2 batch items, but there are 3 lists"),
         ("0 9", "must be a list"),
         (torch.zeros(2, device="meta"), "must be integers of the host"),
+        ([torch.zeros(2, device="meta")] * 2, "must be integers of the host"),
     ],
     ids=str,
 )
@@ -270,8 +277,12 @@ def test_edges_may_be_an_array_or_a_tensor_of_the_host():
     qkv = case.q, case.k, case.v
     results = [
         dilated_attention(*qkv, case.pattern, cu_seqlens=edges)
-        for edges in ([0, rows], (0, rows), torch.tensor([0, rows]), torch.tensor([0, rows]).numpy())
-    ]
+        for edges in (
+            [0, rows], (0, rows), range(0, rows + 1, rows), torch.tensor([0, rows]), np.array([0, rows]),
+            list(torch.tensor([0, rows])), list(np.array([0, rows])),
+            [np.array([0, rows])] * len(case.q), (torch.tensor([0, rows]),) * len(case.q),
+        )
+    ]  # fmt: skip
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -63,6 +63,13 @@ def test_a_call_is_one_graph(options, sink, queries):
     assert_same(*(torch.autograd.grad(out.sum() + lse.sum(), leaves) for out, lse in (actual, expected)))
 
 
+@pytest.mark.parametrize("cu_seqlens", [[], [[], []], [0, 50.0]], ids=str)
+def test_a_graph_refuses_wrong_edges(cu_seqlens):
+    q, k, v = tensors()
+    with pytest.raises(Exception, match=r"at least one document|one list of edges|integers|int\[\]"):
+        compiled(lambda *x: dilated_attention(*x, PATTERN, cu_seqlens=cu_seqlens))(q, k, v)
+
+
 @pytest.mark.filterwarnings("ignore:.?torch.jit.script_method:DeprecationWarning")  # of torch's compiler itself
 def test_it_compiles_with_inductor():
     leaves = tensors()

@@ -36,15 +36,17 @@ class Edges(NamedTuple):
             return cls(cu_seqlens, [], [])
         if not isinstance(cu_seqlens, list | tuple):  # an array
             return cls(torch.as_tensor(cu_seqlens), [], [])
-        lists = [list(x) for x in cu_seqlens] if cu_seqlens and not isinstance(cu_seqlens[0], int) else []
-        if not lists:
+        if not cu_seqlens:  # which the call refuses
+            return cls(None, [], [0])
+        if isinstance(cu_seqlens[0], int | torch.SymInt):
             return cls(None, list(cu_seqlens), [])
+        lists = [list(x) for x in cu_seqlens]
         return cls(None, [edge for edges in lists for edge in edges], [len(edges) for edges in lists])
 
 
 def cu_seqlens_of(tensor: Tensor | None, integers: Sequence[int], counts: Sequence[int]) -> Any:
     """Return the ``cu_seqlens`` that :class:`Edges` holds."""
-    if tensor is not None or not integers:
+    if tensor is not None or not (integers or counts):
         return tensor
     if not counts:
         return list(integers)
