@@ -11,7 +11,7 @@ from torch import Tensor
 from longnet_dist.attention.sink import check_sink
 from longnet_dist.attention.validation import check_inputs, check_scale
 from longnet_dist.errors import ShapeError
-from longnet_dist.geometry.documents import Documents, read_edges
+from longnet_dist.geometry.documents import Documents, as_integer, read_edges
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.window import segment_at
 from longnet_dist.numerics import wide_dtype
@@ -79,14 +79,15 @@ def attention_weights(
 
 
 def _checked_rows(rows: Sequence[int] | Tensor, queries: int, total: int) -> list[int]:
-    values = rows.tolist() if hasattr(rows, "tolist") else list(rows)
-    whole = all(hasattr(row, "__index__") and not isinstance(row, bool) for row in values)
-    if not whole or len(values) != queries or not all(0 <= row < total for row in values):
+    values = rows.tolist() if hasattr(rows, "tolist") else rows
+    values = list(values) if hasattr(values, "__iter__") else [values]
+    numbers = [number for number in map(as_integer, values) if number is not None and 0 <= number < total]
+    if len(numbers) != len(values) or len(values) != queries:
         raise ShapeError(
             f"rows must be as many integers as q_rows has rows, {queries}, each at least 0 and below the {total} rows "
             f"of k, but are {values[:6]}{' …' if len(values) > 6 else ''}, {len(values)} in all"
         )
-    return [row.__index__() for row in values]
+    return numbers
 
 
 def _counts(

@@ -13,7 +13,7 @@ from typing import Any
 
 from longnet_dist.caches import bounded_cache
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.documents import read_edges
+from longnet_dist.geometry.documents import as_integer, read_edges
 from longnet_dist.geometry.offset_rules import OFFSET_RULES, OffsetRule
 
 
@@ -217,19 +217,18 @@ class DilatedPattern:
         Raises:
             ConfigError: not integers, or heads that the model does not have.
         """
-        if first_head == 0 and total_heads in (None, heads):
-            return self
-        for name, value in (("first_head", first_head), ("total_heads", heads if total_heads is None else total_heads)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ConfigError(f"{name} must be an integer, not {value!r}")
-        total = first_head + heads if total_heads is None else total_heads
-        if not 0 <= first_head <= first_head + heads <= total:
+        first = as_integer(first_head)
+        total = None if first is None else as_integer(first + heads if total_heads is None else total_heads)
+        if first is None or total is None:
+            name, value = ("first_head", first_head) if first is None else ("total_heads", total_heads)
+            raise ConfigError(f"{name} must be an integer, not {value!r}; leave it out where k has all heads")
+        if not 0 <= first <= first + heads <= total:
             raise ConfigError(
-                f"first_head and total_heads count key/value heads of the whole model, but heads {first_head} … "
-                f"{first_head + heads - 1} of this call are not all among {total}; first_head must be at least 0 and "
+                f"first_head and total_heads count key/value heads of the whole model, but heads {first} … "
+                f"{first + heads - 1} of this call are not all among {total}; first_head must be at least 0 and "
                 f"total_heads at least first_head plus the {heads} heads of k"
             )
-        return self._changed(first_head=first_head.__index__(), total_heads=total.__index__())
+        return self if (first, total) == (0, heads) else self._changed(first_head=first, total_heads=total)
 
     @property
     def of_model(self) -> DilatedPattern:
@@ -371,31 +370,53 @@ def _shifts(shift: Sequence[int] | None, lengths: tuple[int, ...]) -> tuple[int,
     """Check the shift of each branch."""
     if shift is None:
         return (0,) * len(lengths)
-    if isinstance(shift, str) or not hasattr(shift, "__iter__"):
-        raise ConfigError(f"shift must be a list with a row for each branch, not {shift!r}")
-    values = list(shift)
+    values = _listed(shift)
+    if values is None:
+        raise ConfigError(f"shift must be a list with a row for each branch, not {shift!r}; give as many as branches")
     if len(values) != len(lengths):
         raise ConfigError(
             f"every branch needs one shift, but there are {len(lengths)} segment_lengths {list(lengths)} and "
             f"{len(values)} in shift {values}; give as many of each, or None"
         )
+    found = []
     for value, width in zip(values, lengths, strict=True):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < width:
+        number = as_integer(value)
+        if number is None or not 0 <= number < width:
             raise ConfigError(
                 f"a shift must be an integer of at least 0 and below the segment length, but {value!r} in shift "
                 f"{values} is none for segment length {width}; take it modulo {width}"
             )
-    return tuple(value.__index__() for value in values)
+        found.append(number)
+    return tuple(found)
+
+
+MOST_ROWS = 2**40
+"""Longest segment and largest rate: their products with strides of tensors fit into 64 bits."""
 
 
 def _positive_integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise ConfigError(f"{name} must be a list of positive integers, not {values!r}")
+    listed = _listed(values)
+    if listed is None:
+        raise ConfigError(f"{name} must be a list of positive integers, not {values!r}; give one for each branch")
     result = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-            raise ConfigError(f"{name} must be positive integers, but {value!r} is in {list(values)}; use 1 or more")
-        result.append(value.__index__())
+    for value in listed:
+        number = as_integer(value)
+        if number is None or number < 1:
+            raise ConfigError(f"{name} must be positive integers, but {value!r} is in {listed}; use 1 or more")
+        if number > MOST_ROWS:
+            raise ConfigError(
+                f"{name} must be at most 2^40, but {value!r} is in {listed}; a segment as long as the sequence holds "
+                f"all of it"
+            )
+        result.append(number)
     if not result:
         raise ConfigError(f"{name} is empty: a pattern needs at least one branch")
     return tuple(result)
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """Return a sequence, array or tensor as a list; None for what has no items, and for text."""
+    try:
+        return None if isinstance(values, str | bytes) else list(values)
+    except TypeError:
+        return None

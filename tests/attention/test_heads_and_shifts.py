@@ -77,6 +77,13 @@ def test_heads_that_the_model_does_not_have_are_refused():
         dilated_attention(*qkv, DilatedPattern([4], [1]), first_head=3, total_heads=4)
 
 
+@pytest.mark.parametrize("heads", [("0", 4), (0, 4.0), (True, 4), (torch.tensor([0, 1]), 4)], ids=str)
+def test_heads_that_are_no_integers_are_refused(heads):
+    first, total = heads
+    with pytest.raises(ConfigError, match="must be an integer, not .*; leave it out"):
+        dilated_attention(*tensors(9, 2, 2), DilatedPattern([4], [1]), first_head=first, total_heads=total)
+
+
 # The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 1.25 and later warn of.
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @pytest.mark.parametrize(

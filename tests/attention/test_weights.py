@@ -54,7 +54,7 @@ def test_a_key_of_two_branches_counts_twice():
     assert weights[0, 0, 0].tolist() == pytest.approx([2 / 7, 1 / 7, 1 / 7, 2 / 7, 0, 0, 1 / 7, 0])
 
 
-@pytest.mark.parametrize("rows", [[9], [-1], [0, 1], [0.5], [True], []], ids=str)
+@pytest.mark.parametrize("rows", [[9], [-1], [0, 1], [0.5], [True], [], 0.5, torch.tensor(True)], ids=str)
 def test_wrong_rows_are_refused(rows):
     q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 9, 2, 4)
     with pytest.raises(ShapeError, match="rows must be as many integers"):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from longnet_dist.attention.kernels.reference import attended_counts
@@ -47,6 +48,10 @@ def test_offsets():
         ([True], [1], "modulo", "but True"),
         ("48", [1], "modulo", "must be a list"),
         (4, 1, "modulo", "must be a list"),
+        (np.array(4), [1], "modulo", "must be a list"),
+        (np.array([4.0]), [1], "modulo", "must be positive integers"),
+        ([4], [2**70], "modulo", r"dilation_rates must be at most 2\^40"),
+        ([2**62], [1], "modulo", r"segment_lengths must be at most 2\^40, .*; a segment as long as the sequence"),
         ([4], [1], "random", "head_offsets must be one of blocked, modulo"),
     ],
 )
