@@ -108,7 +108,7 @@ def dilated_attention(
             q, k, v, pattern, causal, scale, group, backend, return_lse, deterministic, overlap, total_rows, cache,
             cu_seqlens, sink, first_head, total_heads,
         )  # fmt: skip
-    check_types(q, k, v, pattern, sink)
+    check_types(q, k, v, pattern, causal, group, cache, sink, forms=group is None and cu_seqlens is not None)
     packed = PackedBatch.read(cu_seqlens, q, k, group, cache)
     parts = []
     for item in packed.items(q, k, v, sink):

@@ -15,6 +15,7 @@ from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch, documents_
 from longnet_dist.attention.phantoms import PhantomKeys
 from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache
+from longnet_dist.attention.validation import check_group
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads, check_pattern
@@ -83,6 +84,7 @@ class DilatedAttention(nn.Module):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         check_pattern(pattern)
+        check_group(group)
         check_heads(heads, kv_heads)
         if dim < 1 or dim % heads:
             raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; make dim a multiple of heads")

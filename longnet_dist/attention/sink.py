@@ -33,7 +33,7 @@ def check_sink(sink: Tensor | None, q: Tensor) -> None:
     if tuple(sink.shape) not in ((heads,), (rows, heads), (batch, rows, heads)):
         raise ShapeError(
             f"a sink must be (heads,), (rows, heads) or (batch, rows, heads), here ({heads},), ({rows}, {heads}) or "
-            f"({batch}, {rows}, {heads}), but is {tuple(sink.shape)}"
+            f"({batch}, {rows}, {heads}), but is {tuple(sink.shape)}; expand or transpose it"
         )
     if not sink.is_floating_point() or sink.device != q.device:
         raise ShapeError(

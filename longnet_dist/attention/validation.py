@@ -24,12 +24,49 @@ from longnet_dist.geometry.window import Shards
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_types(q: object, k: object, v: object, pattern: object, sink: object) -> None:
-    """Raise an error for arguments of another type, which all ranks are given by the same mistake in the caller."""
+def check_group(group: object) -> None:
+    """Raise ConfigError unless ``group`` is None or a process group."""
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        raise ConfigError(
+            f"group must be a process group of torch.distributed, but is {group!r}; use dist.group.WORLD, "
+            f"dist.new_group(), or mesh.get_group() of a device mesh"
+        )
+
+
+def check_types(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: object,
+    causal: object,
+    group: object,
+    cache: object,
+    sink: Tensor | None,
+    forms: bool = False,
+) -> None:
+    """Raise an error for arguments of another type, which all ranks are given by the same mistake in the caller.
+
+    With ``forms`` shapes are checked, too: before the items of a batch become calls of another form.
+    """
     check_pattern(pattern)
     for name, x in (("q", q), ("k", k), ("v", v), ("sink", sink)):
         if not isinstance(x, Tensor) and not (name == "sink" and x is None):
             raise ShapeError(f"{name} must be a tensor, but is of type {type(x).__name__}; use torch.as_tensor")
+        if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested):
+            raise ShapeError(
+                f"{name} must be a dense tensor, but is {'nested' if x.is_nested else x.layout}; use to_dense() of a sparse one, and for "
+                f"sequences of unequal lengths a padded or packed one with cu_seqlens"
+            )
+    if causal not in (True, False):
+        raise ConfigError(f"causal must be True or False, but is {causal!r}; give one of these")
+    check_group(group)
+    if not (cache is None or isinstance(cache, LayerCache)):
+        raise ConfigError(
+            f"cache must be that of a layer in a Stream, but is of type {type(cache).__name__}; use stream.layers[i]"
+        )
+    if forms:
+        check_inputs(q, k, v, short=True)
+        check_sink(sink, q)
 
 
 def check_scale(scale: object) -> None:
@@ -68,7 +105,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, short: bool = False) -> None:
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in _DTYPES:
         raise ShapeError(
             f"q, k, v must share one dtype of float64, float32, bfloat16, float16, "
-            f"but are {q.dtype}, {k.dtype}, {v.dtype}"
+            f"but are {q.dtype}, {k.dtype}, {v.dtype}; convert them"
         )
     if len({x.device for x in (q, k, v)}) > 1:
         raise ShapeError(f"q, k, v must be on one device, but are on {q.device}, {k.device}, {v.device}; move them")

@@ -3,6 +3,7 @@ import torch
 
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.attention.kernels.reference import oracle
+from longnet_dist.attention.stream import Stream
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 from tests.cases import random_case
@@ -130,6 +131,10 @@ def test_bad_inputs_are_refused(shapes, dtypes, message):
     [
         ({"k": [0.0]}, ShapeError, "k must be a tensor, but is of type list"),
         ({"sink": 0.0}, ShapeError, "sink must be a tensor, but is of type float"),
+        ({"q": torch.zeros(1, 4, 2, 8).to_sparse()}, ShapeError, "q must be a dense tensor, .*; use to_dense"),
+        ({"causal": None}, ConfigError, "causal must be True or False, but is None"),
+        ({"group": "world"}, ConfigError, "group must be a process group .*; use dist.group.WORLD"),
+        ({"cache": Stream(DilatedPattern([4], [1]), 4, 1)}, ConfigError, r"use stream.layers\[i\]"),
         ({"pattern": ([4], [1])}, ConfigError, r"must be a DilatedPattern, such as .*, but is \(\[4\], \[1\]\)"),
     ],
 )
@@ -144,6 +149,13 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ConfigError, match=r"scale must be a positive number, .*; multiply q"):
         dilated_attention(x, x, x, DilatedPattern([4], [1]), scale=scale)
+
+
+def test_shapes_are_named_as_they_were_given():
+    """Items with documents of their own are computed as one sequence."""
+    q, k, v = (torch.zeros(2, 4, heads, 8) for heads in (4, 3, 3))
+    with pytest.raises(ShapeError, match=r"q \(2, 4, 4, 8\), k \(2, 4, 3, 8\)"):
+        dilated_attention(q, k, v, DilatedPattern([4], [1]), cu_seqlens=[[0, 4], [0, 3]])
 
 
 def test_unknown_backend_is_refused():
