@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from longnet_dist.errors import ConfigError, ShapeError
-from longnet_dist.geometry.pattern import DilatedPattern, check_heads, kept_rows
+from longnet_dist.geometry.documents import as_integer
+from longnet_dist.geometry.pattern import DilatedPattern, check_heads, check_pattern, kept_rows
 
 _TILE_ROWS = 65536
 """Rows whose products are summed at once, so that no wide copy of the whole output is made."""
@@ -101,9 +102,10 @@ def phantom_keys(pattern: DilatedPattern, N: int, heads: int, kv_heads: int | No
         ConfigError: no tokens, heads that do not divide, or a shifted grid, which torchscale does not have.
     """
     kv_heads = heads if kv_heads is None else kv_heads
+    check_pattern(pattern)
     check_heads(heads, kv_heads)
-    if N < 1:
-        raise ConfigError(f"a sequence needs at least one token, but N is {N}")
+    if (as_integer(N) or 0) < 1:
+        raise ConfigError(f"a sequence needs at least one token, but N is {N!r}; give the number of its tokens")
     if pattern.shifted:
         raise ConfigError(
             f"torchscale's zero keys fill segments that begin at row 0, but the pattern has "

@@ -54,8 +54,8 @@ def check_types(
             raise ShapeError(f"{name} must be a tensor, but is of type {type(x).__name__}; use torch.as_tensor")
         if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested):
             raise ShapeError(
-                f"{name} must be a dense tensor, but is {'nested' if x.is_nested else x.layout}; use to_dense() of a sparse one, and for "
-                f"sequences of unequal lengths a padded or packed one with cu_seqlens"
+                f"{name} must be a dense tensor, but is {'nested' if x.is_nested else x.layout}; use to_dense(), or "
+                f"for sequences of unequal lengths a padded or packed tensor with cu_seqlens"
             )
     if causal not in (True, False):
         raise ConfigError(f"causal must be True or False, but is {causal!r}; give one of these")

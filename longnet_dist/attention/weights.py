@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.sink import check_sink
-from longnet_dist.attention.validation import check_inputs, check_scale
+from longnet_dist.attention.validation import check_inputs, check_scale, check_types
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.documents import Documents, as_integer, read_edges
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -53,6 +53,7 @@ def attention_weights(
         ShapeError: shapes, dtypes, devices, rows or edges that do not fit.
         ConfigError: a scale that is not positive.
     """
+    check_types(q_rows, k, k, pattern, causal, None, None, sink)
     if k.dim() == 4 and q_rows.dim() == 4 and q_rows.numel() and q_rows.shape[1] > k.shape[1]:
         check_inputs(q_rows[:, :1], k, k, short=True)  # rows may be given more than once
     else:

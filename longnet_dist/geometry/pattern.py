@@ -358,7 +358,9 @@ def check_pattern(pattern: object) -> None:
 
 
 def check_heads(heads: int, kv_heads: int) -> None:
-    """Raise ConfigError unless ``kv_heads`` divides ``heads``."""
+    """Raise ConfigError unless both are integers and ``kv_heads`` divides ``heads``."""
+    if None in (as_integer(heads), as_integer(kv_heads)):
+        raise ConfigError(f"numbers of heads must be integers, but are heads={heads!r} and kv_heads={kv_heads!r}")
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ConfigError(
             f"the number of query heads must be a multiple of the number of key/value heads, but heads={heads} and "

@@ -80,7 +80,7 @@ def test_heads_that_the_model_does_not_have_are_refused():
 @pytest.mark.parametrize("heads", [("0", 4), (0, 4.0), (True, 4), (torch.tensor([0, 1]), 4)], ids=str)
 def test_heads_that_are_no_integers_are_refused(heads):
     first, total = heads
-    with pytest.raises(ConfigError, match="must be an integer, not .*; leave it out"):
+    with pytest.raises(ConfigError, match=r"must be an integer, not .*; leave it out"):
         dilated_attention(*tensors(9, 2, 2), DilatedPattern([4], [1]), first_head=first, total_heads=total)
 
 

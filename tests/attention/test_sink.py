@@ -241,3 +241,11 @@ def test_a_sequence_that_fills_its_segments_has_no_phantom_keys():
         phantom_keys(DilatedPattern([8], [1]), 0, 4)
     with pytest.raises(ConfigError, match=r"shift=\[3\]"):
         phantom_keys(DilatedPattern([8], [1], shift=[3]), 9, 4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"N": 8.0}, {"N": None}, {"N": True}, {"heads": "4"}, {"heads": 4.0}, {"pattern": None}]
+)
+def test_phantom_keys_of_other_types_are_refused(change):
+    with pytest.raises(ConfigError, match=r"but N is|must be integers|must be a DilatedPattern"):
+        phantom_keys(**{"pattern": DilatedPattern([8], [1]), "N": 8, "heads": 4} | change)

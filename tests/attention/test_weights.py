@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longnet_dist import DilatedPattern, attention_weights
-from longnet_dist.errors import ShapeError
+from longnet_dist.errors import LongNetError, ShapeError
 from tests.attention.test_documents import alone, leaves, packed_case
 from tests.attention.test_sink import with_sink
 
@@ -52,6 +52,22 @@ def test_a_key_of_two_branches_counts_twice():
     q = k = torch.zeros(1, 8, 1, 4)
     weights = attention_weights(q[:, [3]], k, DilatedPattern([4, 8], [1, 3]), [3], causal=False)
     assert weights[0, 0, 0].tolist() == pytest.approx([2 / 7, 1 / 7, 1 / 7, 2 / 7, 0, 0, 1 / 7, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pattern": None}, "must be a DilatedPattern"),
+        ({"k": [0.0]}, "k must be a tensor"),
+        ({"sink": [0.0, 0.0]}, "sink must be a tensor"),
+        ({"causal": None}, "causal must be True or False"),
+        ({"scale": 0.0}, "scale must be a positive number"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(change, message):
+    x = torch.zeros(1, 9, 2, 4)
+    with pytest.raises(LongNetError, match=message):
+        attention_weights(**{"q_rows": x[:, :1], "k": x, "pattern": DilatedPattern([4], [1]), "rows": [3]} | change)
 
 
 @pytest.mark.parametrize("rows", [[9], [-1], [0, 1], [0.5], [True], [], 0.5, torch.tensor(True)], ids=str)
