@@ -70,6 +70,9 @@ INTERFACES = {
     "transformers:PreTrainedConfig._attn_implementation": Interface(
         "transformers has a public way to set the attention of a model, but not of a configuration"
     ),
+    "transformers:PreTrainedModel._can_set_attn_implementation": Interface(
+        "transformers only warns where a model computes its attention by itself"
+    ),
     "transformers:PreTrainedModel._set_gradient_checkpointing": Interface(
         "transformers keeps the function that checkpoints in the modules that it checkpoints",
         ("enable", "gradient_checkpointing_func"),
@@ -301,6 +304,12 @@ def attention_of(config: Any) -> str | None:
 def set_attention(config: Any, name: str) -> None:
     """Let a configuration of transformers ask for an attention by its registered name."""
     config._attn_implementation = name
+
+
+def takes_attention(model_class: Any) -> bool:
+    """Say whether a class of transformers computes attention by the function that a configuration names."""
+    takes: bool = model_class._can_set_attn_implementation()
+    return takes
 
 
 def checkpoint_function(module: Any) -> Callable[..., Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any, TypeVar
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longnet_dist.config.hf_model import PATTERN_FIELD, check_full_attention
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.hf.interface import dilated_forward, dilated_mask
 from longnet_dist.hf.pattern_field import NAME, pattern_of
-from longnet_dist.private_interfaces import attention_of, set_attention
+from longnet_dist.private_interfaces import attention_of, set_attention, takes_attention
 
 Dilated = TypeVar("Dilated")
 _PATCHED = "writes_dilated_attention"
@@ -33,7 +33,8 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
         pattern: the branches.
 
     Raises:
-        ConfigError: the model has sliding windows, soft caps, or cross-attention.
+        ConfigError: the model has sliding windows, soft caps, or cross-attention, or computes attention by itself, so
+            that it would stay as it is.
     """
     model = model_or_config if not isinstance(model_or_config, PreTrainedConfig) else None
     config = model_or_config if model is None else getattr(model, "config", None)
@@ -45,6 +46,7 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
         raise ConfigError(f"the pattern must be a DilatedPattern, not {type(pattern).__name__}")
     text = config.get_text_config()
     check_full_attention(text)
+    _check_interface(model, text)
     setattr(text, PATTERN_FIELD, _fields(pattern))
     if isinstance(model, PreTrainedModel) or hasattr(model, "set_attn_implementation"):
         key = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
@@ -52,6 +54,16 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
     else:
         set_attention(text, NAME)
     return model_or_config
+
+
+def _check_interface(model: Any, text: PreTrainedConfig) -> None:
+    """Refuse a model that would not call the attention, without a word, as BLOOM, Falcon and DeBERTa."""
+    kind = type(model) if isinstance(model, PreTrainedModel) else MODEL_MAPPING.get(type(text), None)
+    if isinstance(kind, type) and not takes_attention(kind):
+        raise ConfigError(
+            f"dilated attention is called through the AttentionInterface of transformers, but {kind.__name__} computes "
+            f"its attention by itself; use a model such as Llama, Qwen3, Mistral, gpt-oss, BERT or ModernBERT"
+        )
 
 
 def register() -> None:
