@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from longnet_dist.errors import ConfigError
+from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.hf.operator import attend_documents
 from longnet_dist.hf.pattern_field import pattern_of
@@ -90,10 +90,18 @@ class CompactLayer(CacheLayerMixin):  # type: ignore[misc]
             scale: factor of the scores, ``D ** -0.5`` if not given.
             sink: ``(H,)``.
             mask: ``(B, seen)``, true for tokens; padding comes first.
+
+        Raises:
+            ShapeError: padding behind a token.
         """
         rows = k.shape[2]
         start = torch.zeros(len(k), dtype=torch.int64, device=k.device) if mask is None else (mask != 0).int().argmax(1)
         if self.seen == rows:
+            if mask is not None and not bool((mask[:, -1] != 0).all()):
+                raise ShapeError(
+                    "texts to be continued have their padding on the left, but the mask has padding behind a token; "
+                    "use padding_side='left'"
+                )
             out = attend_documents(
                 q.transpose(1, 2),
                 k.transpose(1, 2),

@@ -36,6 +36,7 @@ def dilated_mask(
 
     Raises:
         ConfigError: a mask of the caller's own, or a cache that is longer than what was seen.
+        ShapeError: a mask of other sequences, or of more or fewer tokens.
     """
     if use_vmap:
         raise ConfigError("dilated attention takes padding and documents, and no mask functions of other kinds")
@@ -43,6 +44,11 @@ def dilated_mask(
         raise ConfigError(
             f"dilated attention needs the keys of all tokens so far, but the cache gives {kv_length} for tokens "
             f"{q_offset} to {q_offset} + {q_length}; use a DynamicCache"
+        )
+    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != (batch_size, kv_length):
+        raise ShapeError(
+            f"attention_mask must be (batch, tokens so far), here {(batch_size, kv_length)}, but is "
+            f"{tuple(attention_mask.shape)}; give a mask of all tokens, those in the cache too"
         )
     return attention_mask
 

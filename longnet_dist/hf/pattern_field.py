@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from longnet_dist.config.hf_model import PATTERN_FIELD
@@ -23,5 +24,13 @@ def pattern_of(config: Any) -> DilatedPattern:
         raise ConfigError(
             f"attn_implementation={NAME!r} needs a pattern, but the configuration has none; call "
             f"longnet_dist.hf.dilate(model, pattern)"
+        )
+    known = inspect.signature(DilatedPattern).parameters
+    missing = [name for name in ("segment_lengths", "dilation_rates") if name not in fields]
+    if missing or (unknown := sorted(fields.keys() - known.keys())):
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)} too"
+        raise ConfigError(
+            f"{PATTERN_FIELD} of config.json has the arguments {', '.join(known)} of a DilatedPattern, but {what}; "
+            f"call longnet_dist.hf.dilate(model, pattern)"
         )
     return DilatedPattern(**fields)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 
 
 DENSE = DilatedPattern([64], [1])
+BLOOM = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=100)
 IDS_40 = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -161,6 +162,8 @@ def test_autocast_and_adapters():
         (lambda: plain("bert", add_cross_attention=True, is_decoder=True), "no cross-attention"),
         (lambda: transformers.Gemma2Config(**SIZES), "soft cap|windows"),
         (lambda: torch.nn.Linear(2, 2), "takes a model or configuration"),
+        (lambda: transformers.BloomForCausalLM(BLOOM), "BloomForCausalLM computes its attention by itself; use"),
+        (lambda: BLOOM, "BloomModel computes its attention by itself"),
     ],
 )
 def test_models_that_are_refused(build, message):
@@ -177,6 +180,15 @@ def test_calls_that_are_refused():
     model.eval()
     with pytest.raises(ShapeError, match="not 4 dimensions"):
         model(IDS_40, attention_mask=torch.zeros(2, 1, 40, 40))
+    for shape in ((2, 35), (2, 45), (3, 40)):
+        with pytest.raises(
+            ShapeError, match=r"attention_mask must be .* here \(2, 40\), but is .*; give a mask of all"
+        ):
+            model(IDS_40, attention_mask=torch.ones(shape, dtype=torch.int64))
+    with pytest.raises(ShapeError, match="padding behind a token; use padding_side='left'"):
+        model.generate(
+            IDS_40, attention_mask=padding(0, 25), cache=hf.CompactCache(model.config), max_new_tokens=2, pad_token_id=0
+        )
     gap = torch.ones(2, 40, dtype=torch.int64)
     gap[1, 7] = 0
     with pytest.raises(ShapeError, match="item 1 has 39 tokens between 0 and 39"):
@@ -187,6 +199,13 @@ def test_calls_that_are_refused():
     model.config.num_key_value_heads = 4
     with pytest.raises(ConfigError, match="do not split heads over ranks"):
         model(IDS_40)
+    for fields, message in (({"segment_lengths": [8]}, "lacks dilation_rates"), ({"w": 8}, "has w too")):
+        model.config.num_key_value_heads = 2
+        model.config.dilated_pattern = {"segment_lengths": [8], "dilation_rates": [1]} | fields
+        if "lacks" in message:
+            del model.config.dilated_pattern["dilation_rates"]
+        with pytest.raises(ConfigError, match=rf"dilated_pattern of config.json .* {message}; call"):
+            model(IDS_40)
 
 
 def test_the_trainer_takes_packed_and_padded_batches_alike(tmp_path):

@@ -66,7 +66,7 @@ def sequence_parallel(
         ConfigError: a model, group or number that cannot work.
     """
     inner = base_model_of(model)
-    _check(inner, group, loss_chunk)
+    _check(inner, group, loss_chunk, mlp_tile)
     if mlp_tile is not None:
         tile_mlps(inner, mlp_tile)
     if not hasattr(inner, _SETTINGS):
@@ -109,7 +109,7 @@ class _Settings:
             self.whole = before
 
 
-def _check(model: Any, group: Any, loss_chunk: int) -> None:
+def _check(model: Any, group: Any, loss_chunk: Any, mlp_tile: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"sequence_parallel takes a model of transformers, not {type(model).__name__}")
     config = model.config.get_text_config()
@@ -127,8 +127,9 @@ def _check(model: Any, group: Any, loss_chunk: int) -> None:
         )
     if getattr(config, "final_logit_softcapping", None) is not None:
         raise ConfigError("the loss in chunks has no soft cap, but final_logit_softcapping is set; set it to None")
-    if loss_chunk < 1:
-        raise ConfigError(f"a chunk must have at least 1 token, but loss_chunk={loss_chunk}")
+    for name, number in (("loss_chunk", loss_chunk), ("mlp_tile", mlp_tile)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ConfigError(f"{name} must be a whole number of tokens, at least 1, but {name}={number!r}; use 1024")
     if group is not None and (not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0):
         raise ConfigError(
             f"group must be a torch.distributed process group that has this rank, or None, but is {group!r}"

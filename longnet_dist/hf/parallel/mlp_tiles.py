@@ -31,7 +31,7 @@ def tile_mlps(model: nn.Module, tile: int) -> int:
         ConfigError: a tile below 1, or a model without such modules, or with experts, which see all tokens at once.
     """
     if tile < 1:
-        raise ConfigError(f"a tile must have at least 1 token, but mlp_tile={tile}")
+        raise ConfigError(f"a tile must have at least 1 token, but mlp_tile={tile}; use 1024")
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in NAMES]
     if not found or any(_has_experts(module) for module in found):
         what = "experts in them" if found else f"no modules {', '.join(NAMES)}"

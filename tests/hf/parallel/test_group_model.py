@@ -273,6 +273,8 @@ def soft_cap():
         (lambda: hf.sequence_parallel(soft_cap(), None), "final_logit_softcapping"),
         (lambda: with_group("world"), "group must be"),
         (lambda: one(loss_chunk=0), "loss_chunk=0"),
+        (lambda: one(loss_chunk=2.5), r"a whole number of tokens, at least 1, but loss_chunk=2.5; use"),
+        (lambda: one(mlp_tile="4"), "mlp_tile='4'"),
         (lambda: one()(tokens(8), logits_to_keep=1), "logits_to_keep is given"),
         (lambda: one()(tokens(8), cache=transformers.DynamicCache()), "cache is given"),
         (lambda: one()(tokens(8), pixels=torch.ones(2, 3)), "cannot cut pixels"),
