@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from longnet_dist.model.encoder import LongNetEncoder
 StateDict = dict[str, Tensor]
 _INSIDE = ("model", "module", "teacher", "state_dict")
 """Keys under which files keep the state dict."""
+_DEEPEST = 8
+"""Most such keys, one inside the other: a damaged file may hold itself."""
 _FIRST_MATRIX = "layers.0.ffn.fc1.weight"
 MOST_FAULTS, SHOWN_FAULTS = 8, 2
 """Faulty keys that are all shown; and if there are more, those of each kind."""
@@ -34,15 +35,31 @@ def read_file(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _is_safetensors(path):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain containers, and nothing else is read; save its state dict alone"
-        ) from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        with warnings.catch_warnings():  # the errors below say what there is to say
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the tensors of {path}: {error}") from None
+    except Exception as error:  # a file of another kind makes torch's unpickler raise errors of many kinds
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds more than tensors and plain containers ({found[1]}), and nothing else is read; if you "
+                f'trust the file, save its state dict alone: torch.save(torch.load("{path.name}", '
+                f'weights_only=False)["model"], "weights.pt")'
+            ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is no file that torch.save or safetensors wrote, or it is cut off or damaged: {reason}; copy it "
+            f"again, or save its state dict with torch.save"
+        ) from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Say whether a file begins as safetensors do: 8 bytes, the length of a JSON object, and that object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def state_dict_of(source: Any) -> StateDict:
@@ -52,18 +69,27 @@ def state_dict_of(source: Any) -> StateDict:
         CheckpointError: there is none.
     """
     found = read_file(source) if isinstance(source, str | Path) else source
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in _INSIDE if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
+    for _ in range(_DEEPEST):
+        inner = [found[key] for key in _INSIDE if isinstance(found.get(key), Mapping)] if _is_mapping(found) else []
+        if not inner:
             break
-        found = inner
-    if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
-        what = type(found).__name__ if not isinstance(found, Mapping) else f"keys {sorted(map(str, found))[:6]}"
+        found = inner[0]
+    if not _is_mapping(found) or not found or not all(map(_is_named_tensor, found.items())):
+        what = f"keys {sorted(map(str, found))[:6]}" if _is_mapping(found) else type(found).__name__
         raise CheckpointError(
-            f"expected a state dict, tensors by name, also inside one of the keys {', '.join(_INSIDE)}, "
-            f"but found {what}"
+            f"expected a state dict, tensors of real numbers by name, also inside one of the keys "
+            f"{', '.join(_INSIDE)}, but found {what}; give the state dict itself"
         )
     return dict(found)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, tensor = item
+    return isinstance(name, str) and isinstance(tensor, Tensor)
 
 
 def without_prefix(state: StateDict, known: str, ignored: Sequence[str] = ()) -> StateDict:
@@ -137,21 +163,27 @@ def load_model(
 def _faults(
     state: StateDict, expected: Mapping[str, tuple[int, ...]], refused: Mapping[str, str]
 ) -> tuple[list[str], ...]:
-    """Return a line for each key that is missing, unknown, misshapen or refused; each kind in a list of its own."""
+    """Return a line for each key that is missing, unknown, misshapen or refused; a list for each kind."""
     unknown, because = list[str](), dict[str, list[str]]()
     for key in sorted(state.keys() - expected.keys()):
         reason = next((reason for part, reason in refused.items() if part in key), None)
         (unknown if reason is None else because.setdefault(reason, [])).append(key)
+    known = [(key, state[key], shape) for key, shape in sorted(expected.items()) if key in state]
     misshapen = [
-        f"{key} has shape {list(state[key].shape)}, not {list(shape)}"
-        for key, shape in sorted(expected.items())
-        if key in state and tuple(state[key].shape) != shape
+        f"{key} has shape {list(x.shape)}, not {list(shape)}" for key, x, shape in known if tuple(x.shape) != shape
+    ]
+    # A copy into float32 would take the numbers of a quantized model for its weights.
+    strange = [
+        f"{key} is {str(x.dtype).removeprefix('torch.')} on {x.device.type}, but must hold dense floating-point numbers"
+        for key, x, _ in known
+        if not x.dtype.is_floating_point or x.is_meta or x.layout != torch.strided
     ]
     return (
         *([f"{key} is unknown: {reason}" for key in keys] for reason, keys in because.items()),
         [f"{key} is missing" for key in sorted(expected.keys() - state.keys())],
         [f"{key} is unknown" for key in unknown],
         misshapen,
+        strange,
     )
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from longnet_dist.config.block_style import Activation
 from longnet_dist.config.encoder_model import EncoderConfig
 from longnet_dist.errors import CheckpointError, ConfigError
-from longnet_dist.interop.state_dicts import StateDict, load_model, shown_sizes, without_prefix
+from longnet_dist.interop.state_dicts import StateDict, load_model, shown_sizes, state_dict_of, without_prefix
 from longnet_dist.model.encoder import LongNetEncoder
 from longnet_dist.numerics import log_once
 
 FIRST_KEY = "layers.0.self_attn.q_proj.weight"
+_LONGEST_SHOWN = 80
 POSITION_OFFSET = 2
 """torchscale counts learned positions from 2, as fairseq does."""
 REFUSED = {
@@ -47,7 +48,7 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def from_torchscale(state_dict: StateDict, config: Mapping[str, Any], decoder: bool = False) -> LongNetEncoder:
+def from_torchscale(state_dict: Any, config: Mapping[str, Any], decoder: bool = False) -> LongNetEncoder:
     """Build the model of a torchscale checkpoint, in evaluation mode, float32 (float64 if the weights are).
 
     ::
@@ -61,8 +62,8 @@ def from_torchscale(state_dict: StateDict, config: Mapping[str, Any], decoder: b
     differs.
 
     Args:
-        state_dict: tensors by torchscale's names, also behind one common prefix. Learned positions follow from the
-            keys.
+        state_dict: tensors by torchscale's names, also behind one common prefix, or inside a key such as ``model``; or
+            a file that holds them. Learned positions follow from the keys.
         config: keyword arguments of torchscale's ``EncoderConfig`` or ``DecoderConfig``; without sizes, these are those
             of the weights.
         decoder: whether it is a decoder, which is causal.
@@ -72,7 +73,7 @@ def from_torchscale(state_dict: StateDict, config: Mapping[str, Any], decoder: b
         CheckpointError: sizes or keys do not fit.
     """
     side = "decoder" if decoder else "encoder"
-    state = without_prefix(dict(state_dict), FIRST_KEY)
+    state = without_prefix(state_dict_of(state_dict), FIRST_KEY)
     values = _values(config, side, shown_sizes(state))
     ours = _config_of(values, state, decoder)
     if values["xpos_rel_pos"]:
@@ -125,8 +126,15 @@ def branches(value: Any, name: str) -> tuple[int, ...]:
     try:
         found = ast.literal_eval(re.sub(r"\w+\.\w+\((\d+)\)", r"\1", value)) if isinstance(value, str) else value
         return tuple(x.__index__() for x in found)
-    except (ValueError, SyntaxError, TypeError, AttributeError):
-        raise ConfigError(f"{name} must be a list of integers, also as a string, but is {value!r}") from None
+    except (ValueError, SyntaxError, TypeError, AttributeError, RecursionError, MemoryError):
+        raise ConfigError(
+            f'{name} must be a list of integers, such as "[1024, 5792]", also as a string, but is {_short(value)}'
+        ) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} …"
 
 
 def xpos_scale(head_dim: int) -> Tensor:
@@ -136,6 +144,11 @@ def xpos_scale(head_dim: int) -> Tensor:
 
 def _values(config: Mapping[str, Any], side: str, shown: Mapping[str, int]) -> dict[str, Any]:
     """Return all settings by the names of torchscale, without the side in them; ``shown`` are sizes of the weights."""
+    if not isinstance(config, Mapping) and not hasattr(config, "__dict__"):
+        raise ConfigError(
+            f"the configuration must be the keyword arguments of torchscale's {side.capitalize()}Config by name, or "
+            f"such an object, but is {type(config).__name__}; give a dictionary"
+        )
     given = dict(config if isinstance(config, Mapping) else vars(config))
     share = f"share_{side}_input_output_embed"
     defaults = {**_DEFAULTS, **{f"{side}_{name}": value for name, value in _SIDES.items()}, share: False}
@@ -143,19 +156,27 @@ def _values(config: Mapping[str, Any], side: str, shown: Mapping[str, int]) -> d
         log_once(f"torchscale's configuration has no {', '.join(unknown)}; torchscale ignores them, and so does this")
     defaults |= {f"{side}_{theirs}": shown[ours] for ours, theirs in _SIZES.items() if ours in shown}
     values = {name: given.get(name, default) for name, default in defaults.items()}
+    _check_switches(values, defaults)
     values = {name.removeprefix(f"{side}_"): value for name, value in values.items()}
     values["share"] = values.pop(share)
     refused = {
         "multiway": values["multiway"],
         "moe_freq": values["moe_freq"],
         "use_xmoe": values["use_xmoe"],
-        "rel_pos_buckets": values["rel_pos_buckets"] > 0 and values["max_rel_pos"] > 0,
+        "rel_pos_buckets": values["rel_pos_buckets"] and values["max_rel_pos"],
     }
     if wrong := [name for name, value in refused.items() if value]:
         raise ConfigError(f"torchscale models with {', '.join(wrong)} are not supported")
     if values["activation_fn"] not in _ACTIVATIONS:
         raise ConfigError(f"activation_fn must be one of {', '.join(_ACTIVATIONS)}, not {values['activation_fn']!r}")
     return values
+
+
+def _check_switches(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a text in place of true or false: torchscale takes ``"False"`` for true."""
+    for name, value in values.items():
+        if isinstance(defaults[name], bool) and not (isinstance(value, int) and value in (0, 1)):
+            raise ConfigError(f"{name} must be true or false, but is {value!r}; a text such as 'False' counts as true")
 
 
 def _norms(values: dict[str, Any], decoder: bool) -> dict[str, Any]:

@@ -126,11 +126,43 @@ def test_sizes_follow_from_the_weights_or_are_compared():
         ({"attention_dropout": 0.1}, "use attention_dropout=0"),
         ({"segment_length": "print(1)"}, "must be a list of integers"),
         ({"segment_length": None}, "segment_length must be a list of integers"),
+        ({"segment_length": "[" * 9999}, r"such as \"\[1024, 5792\]\", also as a string, but is '\[{79} …$"),
+        ({"subln": "False"}, "subln must be true or false, but is 'False'"),
+        ({"rel_pos_buckets": None, "max_rel_pos": 1, "subln": 2}, "subln must be true or false, but is 2"),
     ],
 )
 def test_configurations_that_are_refused(config, message):
     with pytest.raises(ConfigError, match=message):
         load("encoder_subln_features", **config)
+
+
+def test_what_is_no_configuration_and_no_state_dict():
+    case = MODELS["encoder_subln_features"]
+    for config in (None, [1], "config.json"):
+        with pytest.raises(ConfigError, match=r"keyword arguments of torchscale's EncoderConfig .*; give a dictionary"):
+            from_torchscale(case["state_dict"], config)
+    for state in (None, {}, {1: torch.zeros(1)}, {"x": 1}):
+        with pytest.raises(CheckpointError, match="expected a state dict"):
+            from_torchscale(state, case["config"])
+    inside = from_torchscale({"model": {"module": case["state_dict"]}}, case["config"])
+    torch.testing.assert_close(inside(features=case["embeddings"]).last_hidden_state, case["output"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.long(), "int64 on cpu"),
+        (lambda x: x.to(torch.complex64), "complex64 on cpu"),
+        (lambda x: x.to("meta"), "float32 on meta"),
+        (lambda x: x.to_sparse(), "float32 on cpu"),
+    ],
+)
+def test_weights_that_are_no_floating_point_numbers_are_refused(change, message):
+    key = "layers.0.ffn.fc1.weight"
+    state = dict(MODELS["encoder_subln_features"]["state_dict"])
+    state[key] = change(state[key])
+    with pytest.raises(CheckpointError, match=rf"{key} is {message}, but must hold dense floating-point numbers"):
+        load("encoder_subln_features", state)
 
 
 def test_lists_of_branches_are_read_and_not_evaluated():
