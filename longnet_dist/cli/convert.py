@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "turn weights of torchscale, GigaPath or LongViT into a folder of ours, and back"
 STATE_FILE, CONFIG_FILE = "state_dict.pt", "config.json"
+_SIZES = ("heads", "depth", "dim", "mlp_ratio", "max_wsi_size", "tile_size", "global_pool")
+_TAKEN = {"torchscale": ("config", "decoder"), "gigapath": _SIZES, "longvit": ("heads",)}
+"""Options of each program; what is converted back has its own sizes and takes none."""
 EXAMPLES = """\
 examples:
   longnet convert gigapath slide_encoder.pth --output gigapath
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         LongNetError: the weights cannot be read or do not fit, or the output cannot be written.
     """
     options = parser().parse_args(arguments)
+    _check_options(options)
 
     from longnet_dist.model.pretrained import check_new, save_pretrained
 
@@ -55,13 +59,25 @@ def main(arguments: Sequence[str]) -> None:
     print(f"converted to {options.output}")
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse an option that would have no effect."""
+    from longnet_dist.errors import ConfigError
+
+    back = options.to == "torchscale"
+    taken = () if back else _TAKEN[options.program]
+    given = [name for names in _TAKEN.values() for name in names if getattr(options, name) not in (None, False)]
+    if wrong := [f"--{name.replace('_', '-')}" for name in dict.fromkeys(given) if name not in taken]:
+        what = "a folder that goes back has its own sizes, so --to torchscale" if back else f"{options.program}"
+        known = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
+        raise ConfigError(f"{what} takes no {', '.join(wrong)}; leave it out{known and f' ({known} can be given)'}")
+
+
 def _imported(options: argparse.Namespace) -> LongNetEncoder:
     from longnet_dist.interop import from_torchscale, gigapath_slide_encoder, longvit_encoder
     from longnet_dist.interop.state_dicts import read_file, state_dict_of
 
     if options.program == "gigapath":
-        names = ("depth", "dim", "heads", "mlp_ratio", "max_wsi_size", "tile_size", "global_pool")
-        given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
         return gigapath_slide_encoder(options.file, **given).encoder
     if options.program == "longvit":
         return longvit_encoder(options.file, **({} if options.heads is None else {"heads": options.heads})).encoder
@@ -82,8 +98,11 @@ def _config(path: Path | None, found: Any) -> dict[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error}; --config is a JSON file with the keyword arguments of "
+            f"torchscale's EncoderConfig or DecoderConfig"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object, the keyword arguments of torchscale's configuration")
     return values

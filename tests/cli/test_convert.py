@@ -78,3 +78,28 @@ def test_faults(tmp_path):
         run("gigapath", tmp_path / "none.pth", "--output", tmp_path)
     with pytest.raises(ConfigError, match="is not empty"):
         run("torchscale", tmp_path / "both.pt", "--output", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("torchscale x.pt --depth 3 --output out", r"torchscale takes no --depth; leave it out \(--config, --decoder"),
+        ("gigapath x.pt --config c.json --decoder --output out", "gigapath takes no --config, --decoder; leave it out"),
+        (
+            "longvit x.pt --dim 64 --heads 4 --output out",
+            r"longvit takes no --dim; leave it out \(--heads can be given\)",
+        ),
+        ("gigapath in --to torchscale --heads 4 --output out", "its own sizes, so --to torchscale takes no --heads"),
+    ],
+)
+def test_an_option_without_effect_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        run(*words.split())
+
+
+def test_a_configuration_that_is_no_json(tmp_path):
+    torch.save(MODELS["encoder_subln_features"]["state_dict"], tmp_path / "model.pt")
+    for text in (b"\x80", b"[" * 100_000, b"{"):
+        (tmp_path / "config.json").write_bytes(text)
+        with pytest.raises(ConfigError, match=r"cannot read the configuration .*; --config is a JSON file with"):
+            run("torchscale", tmp_path / "model.pt", "--config", tmp_path / "config.json", "--output", tmp_path / "out")
