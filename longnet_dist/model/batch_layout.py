@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -182,7 +182,8 @@ def packed_window(packed: Documents, group: dist.ProcessGroup | None) -> tuple[i
 
 
 def _checked(lengths: Any, batch: int, rows: int | None) -> tuple[int, ...]:
-    values = lengths.tolist() if hasattr(lengths, "tolist") else list(lengths)
+    values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    values = list(values) if isinstance(values, Iterable) else [values]
     if len(values) != batch or any(isinstance(x, bool) or not hasattr(x, "__index__") for x in values):
         raise ShapeError(f"lengths must be an integer for each of the {batch} batch items, but are {values}")
     if min(values) < 1 or (rows is not None and max(values) > rows):

@@ -250,6 +250,7 @@ class LongNetEncoder(nn.Module):
         width = self.config.feature_dim or self.config.dim
         if features is not None and (features.dim() != 3 or features.shape[2] != width):
             raise ShapeError(f"features must be (batch, rows, {width}), but are {tuple(features.shape)}")
+        self._check_dtypes(tokens, labels, features)
         if labels is not None and self.head is None:
             raise ShapeError("the encoder has no head for labels; set outputs")
         if labels is not None and labels.shape != inputs.shape[:2]:
@@ -257,6 +258,24 @@ class LongNetEncoder(nn.Module):
         self._check_coordinates(coords, inputs)
         self._check_padding_mask(padding_mask, inputs)
         return inputs
+
+    def _check_dtypes(self, tokens: Tensor | None, labels: Tensor | None, features: Tensor | None) -> None:
+        for name, ids in (("tokens", tokens), ("labels", labels)):
+            if ids is not None and ids.dtype not in (torch.int32, torch.int64):
+                raise ShapeError(f"{name} must be int64, but are {_shown(ids.dtype)}; convert them with {name}.long()")
+        if features is None:
+            return
+        if not features.is_floating_point():
+            raise ShapeError(f"features must be floating-point, but are {_shown(features.dtype)}; use features.float()")
+        # A projection that somebody has wrapped or quantized converts by itself, as autocast does.
+        plain = self.projection if type(self.projection) is nn.Linear else None
+        if plain is None or torch.is_autocast_enabled(features.device.type):
+            return
+        if features.dtype != (needed := plain.weight.dtype):
+            raise ShapeError(
+                f"features are {_shown(features.dtype)}, but the encoder is {_shown(needed)}; use "
+                f"features.to({needed}), or encoder.to({features.dtype})"
+            )
 
     def _check_coordinates(self, coords: Tensor | None, inputs: Tensor) -> None:
         if self.config.position_embedding != "sincos":
@@ -353,3 +372,7 @@ class LongNetEncoder(nn.Module):
             pooled = sum_over_ranks(pooled, self.group)
         normed: Tensor = self.pool_norm(pooled)
         return normed
+
+
+def _shown(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -239,10 +239,29 @@ def test_clear_refusals():
         ({"features": features(), "padding_mask": torch.zeros(3, 40, dtype=torch.bool)}, "give lengths"),
         ({"features": features(), "lengths": [41, 1, 1]}, "at most the 40 rows"),
         ({"features": features(), "lengths": [4, 1]}, "for each of the 3 batch items"),
+        ({"features": features(), "lengths": 40}, r"for each of the 3 batch items, but are \[40\]"),
+        ({"features": features().half()}, r"float16, but the encoder is float64; use features.to\(torch.float64\)"),
+        ({"features": features().long()}, "must be floating-point, but are int64; use features.float"),
         ({"features": features(), "cu_seqlens": [0, 40]}, "has a cls row before each sequence; give lengths"),
     ):
         with pytest.raises(ShapeError, match=message):
             model(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int16])
+def test_ids_of_another_dtype_are_refused(dtype):
+    model, tokens = make(vocab_size=9, outputs=9), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ShapeError, match=r"tokens must be int64, but are \w+; convert them with tokens.long\(\)"):
+        model(tokens.to(dtype))
+    with pytest.raises(ShapeError, match=r"labels must be int64, but are \w+; convert them with labels.long\(\)"):
+        model(tokens, tokens.to(dtype))
+
+
+def test_autocast_takes_features_of_any_precision():
+    model = make(feature_dim=7).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [model(features=features().to(dtype)).last_hidden_state for dtype in (torch.float32, torch.bfloat16)]
+    torch.testing.assert_close(*found, atol=0.1, rtol=0.1)
 
 
 def test_coordinates_that_coincide_are_counted():
