@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from benchmarks.triton_matrix import build, faults
 
-ROW_WISE = {"_gated_norm_kernel": 2, "_gated_norm_gradients_kernel": 2, "_parts_kernel": 2,
-            "_matmul_parts_kernel": 1, "_merge_kernel": 3, "_rotate_and_keep_kernel": 3, "_normed_linear_kernel": 2,
+ROW_WISE = {"_gated_norm_kernel": 2, "_gated_norm_gradients_kernel": 2, "_parts_kernel": 1,
+            "_matmul_parts_kernel": 2, "_merge_kernel": 3, "_rotate_and_keep_kernel": 3, "_normed_linear_kernel": 2,
             "_gelu_norm_kernel": 2, "_gelu_norm_gradients_kernel": 2, "_join_gradients_kernel": 5,
             "_norm_gradients_kernel": 15}  # fmt: skip
 HOPPER = {
