@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
 from longnet_dist.caches import bounded_cache
+from longnet_dist.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -39,3 +42,42 @@ def processors(device: torch.device) -> int:
 def log_once(message: str) -> None:
     """Log a warning, the first time that it is given."""
     _log.warning(message)
+
+
+Backward = Callable[..., tuple[torch.Tensor | None, ...]]
+
+
+def differentiable_once(backward: Backward) -> Backward:
+    """Decorate a hand-written backward, so that a derivative of its gradients is refused.
+
+    torch's ``once_differentiable`` refuses it only where the incoming gradient has a graph. That of ``out.sum()`` has
+    none, and a penalty on the gradient would be left out without a word.
+    """
+
+    @functools.wraps(backward)
+    def decorated(ctx: Any, *incoming: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.compiler.is_compiling():  # torch's compiler refuses second derivatives itself
+            return backward(ctx, *incoming)
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if not torch.is_grad_enabled():  # only create_graph=True enables it in a backward
+            return gradients
+        found: tuple[torch.Tensor | None, ...] = _Last.apply(torch.zeros((), requires_grad=True), *gradients)  # type: ignore[no-untyped-call]
+        return found
+
+    return decorated
+
+
+class _Last(torch.autograd.Function):
+    """Pass gradients on; their own derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.clone() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        raise ConfigError(
+            "a gradient of dilated attention or of its model's loss has no derivative of its own; leave out "
+            "create_graph, or for short sequences compute attention_weights(...) @ v, which torch differentiates twice"
+        )

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longnet_dist.attention.kernels.contract import BackwardInputs, Call, Gradients, Kernel, SoftmaxStatistics
 from longnet_dist.attention.kernels.registry import choose_kernel
@@ -33,7 +32,7 @@ from longnet_dist.geometry.window import (
     needs_exchange,
     shared_segments,
 )
-from longnet_dist.numerics import wide_dtype
+from longnet_dist.numerics import differentiable_once, wide_dtype
 
 LEAST_SCALE = 2.0**-10
 """Smallest factor of the scores, and 1 over the largest, with which float16 can hold a multiplicity's logarithm."""
@@ -520,7 +519,7 @@ class _DilatedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return None, None, None, None, None

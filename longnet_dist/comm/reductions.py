@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from longnet_dist.numerics import differentiable_once
 
 
 def total_over_ranks(value: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
         dvalue = dtotal.contiguous().clone()
         dist.all_reduce(dvalue, group=ctx.group)

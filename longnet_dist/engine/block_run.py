@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longnet_dist.attention.functional import (
     AttentionSpec,
@@ -26,6 +25,7 @@ from longnet_dist.attention.functional import (
 from longnet_dist.attention.sink import delta_of, sink_gradient
 from longnet_dist.engine.rows import RowParts
 from longnet_dist.engine.saved_tensors import SavedTensors
+from longnet_dist.numerics import differentiable_once
 from longnet_dist.ops.matmul.choice import Normed
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class _Attention(torch.autograd.Function):
         return run.attention(x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dx, dsink, gradients = ctx.run.attention_backward(dout)
         return dx, None, dsink, *gradients
@@ -178,7 +178,7 @@ class _Output(torch.autograd.Function):
         return run.output(x, out)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         dout, gradients = ctx.run.output_backward(dz)
         return None, dout, None, *gradients

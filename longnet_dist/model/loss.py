@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from longnet_dist.numerics import wide_dtype
+from longnet_dist.numerics import differentiable_once, wide_dtype
 from longnet_dist.ops.compiled import run
 
 IGNORE_INDEX = -100
@@ -68,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gradient, dweight = ctx.saved_tensors
         # Forward took dL = 1; the chain rule leaves the factor dL. The saved gradients stay for a second backward.

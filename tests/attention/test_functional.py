@@ -36,6 +36,18 @@ def test_gradcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    q, k, v = (torch.randn(1, 7, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    for loss in (torch.sum, lambda x: x.square().sum()):  # the first gives a gradient without a graph
+        out = dilated_attention(q, k, v, DilatedPattern([3, 7], [1, 2]), backend=backend)
+        (once,) = torch.autograd.grad(loss(out), q, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss(out), q, create_graph=True)
+        assert torch.equal(gradient, once)
+        with pytest.raises(ConfigError, match="no derivative of its own; leave out create_graph"):
+            (out.sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_no_branch_covers_are_zero_with_zero_gradient(backend):
     q, k, v = (torch.randn(1, 12, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out, lse = dilated_attention(q, k, v, DilatedPattern([6], [3]), backend=backend, return_lse=True)

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import longnet_dist.model.loss as loss_module
+from longnet_dist.errors import ConfigError
 from longnet_dist.model.loss import IGNORE_INDEX, linear_cross_entropy
 from longnet_dist.ops.compiled import _compiled
 
@@ -133,3 +134,11 @@ def test_a_graph_can_be_walked_twice():
     loss = linear_cross_entropy(x, weight, labels, 10)
     first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (x, weight)), tuple(3 * part for part in first))
+
+
+def test_a_second_derivative_is_refused():
+    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (5, 4)))
+    loss = linear_cross_entropy(x, weight, torch.arange(6) % 5, 4)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(ConfigError, match="no derivative of its own"):
+        gradient.square().sum().backward()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from transformers import PreTrainedModel
 
 from longnet_dist.comm.reductions import sum_over_ranks
@@ -20,6 +20,7 @@ from longnet_dist.hf.parallel.head_loss import CHUNK, cross_entropy_sum, head_lo
 from longnet_dist.hf.parallel.mlp_tiles import tile_mlps
 from longnet_dist.hf.parallel.whole_batch import WholeBatch
 from longnet_dist.hf.pattern_field import NAME, pattern_of
+from longnet_dist.numerics import differentiable_once
 from longnet_dist.private_interfaces import attention_of
 
 Model = TypeVar("Model")
@@ -235,6 +236,6 @@ class _AverageInBackward(Function):
         return whole.view_as(whole)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _mean(gradient, ctx.group), None
