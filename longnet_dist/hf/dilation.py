@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longnet_dist.config.hf_model import PATTERN_FIELD, check_full_attention
+from longnet_dist.config.model import HF_MODEL_TYPE
 from longnet_dist.errors import ConfigError
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.hf.interface import dilated_forward, dilated_mask
@@ -58,6 +59,11 @@ def dilate(model_or_config: Dilated, pattern: DilatedPattern) -> Dilated:
 
 def _check_interface(model: Any, text: PreTrainedConfig) -> None:
     """Refuse a model that would not call the attention, without a word, as BLOOM, Falcon and DeBERTa."""
+    if text.model_type == HF_MODEL_TYPE:
+        raise ConfigError(
+            "a LongNet has its pattern in its own configuration; set segment_lengths and dilation_rates there, not by "
+            "dilate"
+        )
     kind = type(model) if isinstance(model, PreTrainedModel) else MODEL_MAPPING.get(type(text), None)
     if isinstance(kind, type) and not takes_attention(kind):
         raise ConfigError(

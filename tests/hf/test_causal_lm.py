@@ -224,6 +224,15 @@ def test_embeddings_are_generated_from():
     ("given", "error", "message"),
     [
         ({"attention_mask": torch.ones(2, 1, 40, 40)}, ShapeError, "a mask of padding is"),
+        (
+            {"attention_mask": torch.ones(2, 35)},
+            ShapeError,
+            r"here \(2, 40\), not \(2, 35\); give a mask of all tokens",
+        ),
+        ({"attention_mask": torch.ones(3, 40)}, ShapeError, r"not \(3, 40\)"),
+        ({"position_ids": torch.arange(10)[None]}, ShapeError, r"those of the 40 tokens, .* but are \(1, 10\)"),
+        ({"input_ids": IDS[0]}, ShapeError, r"input_ids must be \(batch, tokens\), but are \(40,\)"),
+        ({"input_ids": IDS.float()}, ShapeError, "convert them with input_ids.long"),
         ({"attention_mask": padding(0, 25), "use_cache": True}, ShapeError, "padding_side='left'"),
         ({"output_attentions": True}, ConfigError, "attention_weights"),
         ({"token_type_ids": IDS}, ConfigError, "no use for token_type_ids"),

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 
 
 DENSE = DilatedPattern([64], [1])
+LONGNET = hf.LongNetConfig(dim=32, layers=1, heads=4, vocab_size=100, segment_lengths=[8], dilation_rates=[1])
 BLOOM = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=100)
 IDS_40 = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -163,6 +164,7 @@ def test_autocast_and_adapters():
         (lambda: transformers.Gemma2Config(**SIZES), "soft cap|windows"),
         (lambda: torch.nn.Linear(2, 2), "takes a model or configuration"),
         (lambda: transformers.BloomForCausalLM(BLOOM), "BloomForCausalLM computes its attention by itself; use"),
+        (lambda: LONGNET, "has its pattern in its own configuration; set segment_lengths"),
         (lambda: BLOOM, "BloomModel computes its attention by itself"),
     ],
 )

@@ -138,8 +138,9 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         """
         # Not in the signature: Trainer would ask every evaluation batch for it.
         labels = _shifted(labels, others.pop("shift_labels", None))
-        _check(others, attention_mask, labels is not None, cache)
         batch = _batch(input_ids, inputs_embeds)
+        _check(others, labels is not None, cache)
+        _check_columns(batch, attention_mask, position_ids, cache)
         hidden = bool(_given(output_hidden_states, self.config.output_hidden_states))
         if use_cache and cache is None:
             cache = LongNetCache(self.config.max_position_embeddings)
@@ -259,7 +260,7 @@ def _run_block(
     return block.compute(*given)
 
 
-def _check(others: dict[str, Any], mask: Tensor | None, labelled: bool, cache: Any) -> None:
+def _check(others: dict[str, Any], labelled: bool, cache: Any) -> None:
     if others.pop("output_attentions", None):
         raise ConfigError(
             "dilated attention never has its weights; leave output_attentions out, or use "
@@ -268,12 +269,33 @@ def _check(others: dict[str, Any], mask: Tensor | None, labelled: bool, cache: A
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _REDUNDANT)
     if unknown:
         raise ConfigError(f"a LongNet has no use for {', '.join(unknown)}; leave it out")
-    if mask is not None and mask.dim() != 2:
-        raise ShapeError(f"a mask of padding is (batch, tokens), not {tuple(mask.shape)}")
     if cache is not None and not isinstance(cache, LongNetCache):
         raise ConfigError(f"the cache of a LongNet is a LongNetCache, not a {type(cache).__name__}; leave it out")
     if cache is not None and labelled:
         raise ConfigError("with a cache nothing is differentiated, so there is no loss; leave cache or labels out")
+
+
+def _check_columns(
+    batch: dict[str, Tensor], mask: Tensor | None, position_ids: Tensor | None, cache: LongNetCache | None
+) -> None:
+    """Refuse a mask or positions of other tokens than those that are given, with those in the cache."""
+    ((name, rows),) = batch.items()
+    if rows.dim() != (2 if name == "tokens" else 3):
+        what = "input_ids must be (batch, tokens)" if name == "tokens" else "inputs_embeds must be (batch, tokens, E)"
+        raise ShapeError(f"{what}, but are {tuple(rows.shape)}; give one text as a batch of one: x[None]")
+    if name == "tokens" and rows.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(f"input_ids must be int64, but are {rows.dtype}; convert them with input_ids.long()")
+    texts, columns = rows.shape[:2]
+    seen = columns + (0 if cache is None else cache.seen)
+    if mask is not None and tuple(mask.shape) != (texts, seen):
+        raise ShapeError(
+            f"a mask of padding is (batch, tokens so far), here {(texts, seen)}, not {tuple(mask.shape)}; give a mask "
+            f"of all tokens, those in the cache too"
+        )
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != columns):
+        raise ShapeError(
+            f"position_ids must be those of the {columns} tokens, (batch, tokens), but are {tuple(position_ids.shape)}"
+        )
 
 
 def _given(value: bool | None, otherwise: bool) -> bool:
