@@ -30,6 +30,10 @@ class _Default(int):
 
 
 _DEPTH, _DIM, _HEADS, _MLP_RATIO = map(_Default, (12, 768, 16, 4))
+_MAX_WSI_SIZE, _TILE_SIZE = 262144, 256
+_ARGUMENTS = (
+    "depth", "dim", "heads", "mlp_ratio", "max_wsi_size", "tile_size", "global_pool", "dropout", "drop_path",
+)  # fmt: skip
 
 
 class SlideEncoder(nn.Module):
@@ -75,8 +79,8 @@ def gigapath_slide_encoder(
     dim: int = _DIM,
     heads: int = _HEADS,
     mlp_ratio: float = _MLP_RATIO,
-    max_wsi_size: int = 262144,
-    tile_size: int = 256,
+    max_wsi_size: int = _MAX_WSI_SIZE,
+    tile_size: int = _TILE_SIZE,
     global_pool: bool = False,
     dropout: float = 0.0,
     drop_path: float = 0.0,
@@ -90,7 +94,7 @@ def gigapath_slide_encoder(
 
     Args:
         source: a file (``slide_encoder.pth``), a state dict, ``{"model": state dict}``, or a folder that
-            ``longnet convert`` wrote, which has its own sizes.
+            ``longnet convert`` wrote, which has its own settings.
         depth, dim, mlp_ratio: blocks, model dim, feed-forward dim over model dim; those of the weights unless given.
         heads: of the attention, which weights do not show.
         max_wsi_size: side of the largest slide, pixels; the segment lengths follow from it.
@@ -99,10 +103,17 @@ def gigapath_slide_encoder(
         dropout, drop_path: in training; GigaPath fine-tunes with 0.1 and 0.
 
     Raises:
-        ConfigError: sizes that cannot work.
+        ConfigError: sizes that cannot work, or settings beside a folder.
         CheckpointError: the source cannot be read; or its sizes and keys do not fit.
     """
     if isinstance(source, str | Path) and Path(source).is_dir():
+        asked = (depth is not _DEPTH, dim is not _DIM, heads is not _HEADS, mlp_ratio is not _MLP_RATIO,
+                 max_wsi_size != _MAX_WSI_SIZE, tile_size != _TILE_SIZE, global_pool, dropout, drop_path)  # fmt: skip
+        if given := [name for name, differs in zip(_ARGUMENTS, asked, strict=True) if differs]:
+            raise ConfigError(
+                f"{source} is a converted encoder, which has its own settings, but {', '.join(given)} is given; leave "
+                f"it out, or give the original file"
+            )
         return SlideEncoder(from_pretrained(source))  # type: ignore[arg-type]
     state = without_prefix(state_dict_of(source), "cls_token")
     projection = state.get("patch_embed.proj.weight")

@@ -6,6 +6,7 @@ import torch
 from longnet_dist.errors import CheckpointError, ConfigError
 from longnet_dist.interop import SlideEncoder, gigapath_slide_encoder
 from longnet_dist.interop.gigapath import slide_segments, to_gigapath
+from longnet_dist.model.pretrained import save_pretrained
 from longnet_dist.numerics import log_once
 from tests.interop.drawn import CASES, features, places, slide_weights
 
@@ -109,6 +110,14 @@ def test_a_size_that_is_given_is_not_taken_from_the_weights(small, caplog):
     assert "the weights have 3 layers; give depth" in caplog.text
     with pytest.raises(CheckpointError, match=r"depth is 3.*but 12 is asked for(.|\n)*layers.10.*is missing"):
         gigapath_slide_encoder(small, depth=12)
+
+
+def test_settings_beside_a_folder_are_refused(small, tmp_path):
+    encoder = gigapath_slide_encoder(small, dropout=0.1)
+    save_pretrained(encoder.encoder, tmp_path / "folder")
+    assert gigapath_slide_encoder(tmp_path / "folder").encoder.config == encoder.encoder.config
+    with pytest.raises(ConfigError, match=r"its own settings, but heads, tile_size, dropout is given; leave it out"):
+        gigapath_slide_encoder(tmp_path / "folder", heads=16, tile_size=512, dropout=0.1)
 
 
 def test_many_faults_are_one_short_message(small):
