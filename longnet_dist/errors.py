@@ -4,6 +4,8 @@ Each message gives the rule, the offending values and the remedy. The command ``
 traceback and exits with status 2 (69 for a lost rank); anything else that escapes is a fault of this package.
 """
 
+import re
+
 USER_ERROR_STATUS = 2
 LOST_RANK_STATUS = 69  # EX_UNAVAILABLE: another rank was killed, hangs or broke; start again to go on
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: asked to stop, a checkpoint is written, start again to go on
@@ -42,6 +44,12 @@ class CheckpointError(LongNetError, ValueError):
 def is_missing_compiler(error: BaseException) -> bool:
     """Say whether torch or Triton found no compiler for C or C++, by their messages."""
     return any(message in str(error) for message in ("No working C++ compiler found", "Failed to find C compiler"))
+
+
+def refused_object(error: BaseException) -> str | None:
+    """Return the name of the object for which ``torch.load`` refused a file of tensors, by its message; else None."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return found[1] if found else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longnet_dist.config.encoder_model import EncoderConfig
-from longnet_dist.errors import CheckpointError
+from longnet_dist.errors import CheckpointError, refused_object
 from longnet_dist.model.encoder import LongNetEncoder
 
 StateDict = dict[str, Tensor]
@@ -43,9 +43,9 @@ def read_file(path: str | Path) -> Any:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the tensors of {path}: {error}") from None
     except Exception as error:  # a file of another kind makes torch's unpickler raise errors of many kinds
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if found := refused_object(error):
             raise CheckpointError(
-                f"{path} holds more than tensors and plain containers ({found[1]}), and nothing else is read; if you "
+                f"{path} holds more than tensors and plain containers ({found}), and nothing else is read; if you "
                 f'trust the file, save its state dict alone: torch.save(torch.load("{path.name}", '
                 f'weights_only=False)["model"], "weights.pt")'
             ) from None

@@ -70,13 +70,24 @@ def add_folder(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Return where and how precisely to compute, by the options of :func:`add_folder`."""
+    """Return where and how precisely to compute, by the options of :func:`add_folder`.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
     import torch
 
+    from longnet_dist.errors import ConfigError
     from longnet_dist.numerics import dtype_of
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device), dtype_of(options.precision)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ConfigError(f"--device={name} is no device of this machine; it has {', '.join(known)}") from None
+    return device, dtype_of(options.precision)
 
 
 def report(result: str, lines: Sequence[str]) -> None:

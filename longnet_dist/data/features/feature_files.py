@@ -6,7 +6,7 @@ are features. A leading dimension of 1 is dropped. Nothing is unpickled but tens
 
 from __future__ import annotations
 
-import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_dist.errors import DataError
+from longnet_dist.errors import DataError, refused_object
 from longnet_dist.extras import require_extra
 
 HDF5 = (".h5", ".hdf5")
@@ -26,7 +26,8 @@ SUFFIXES = (*HDF5, ".npy", ".pt", ".pth")
 COORDINATES = ".coords.npy"
 """``NAME.coords.npy`` has the coordinates of ``NAME.npy``."""
 _FEATURES, _COORDS = ("features", "feats"), ("coords", "coordinates")
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError)
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError)
+_NUMBERS = ("float", "int", "uint")
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,22 @@ def _contents(path: Path) -> Iterator[tuple[Any, Any]]:
         coords = np.load(beside, mmap_mode="r", allow_pickle=False) if beside.exists() else None
         yield np.load(path, mmap_mode="r", allow_pickle=False), coords
     else:
-        # Files of torch before 1.6 are no archives, and cannot be mapped.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        found = _tensors(path)
         yield _chosen(found) if isinstance(found, dict) else (found, None)
+
+
+def _tensors(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():  # the error says what there is to say
+            warnings.simplefilter("ignore")
+            # Files of torch before 1.6 are no archives, and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # a file of another kind makes torch's unpickler raise errors of many kinds
+        if found := refused_object(error):
+            raise ValueError(f"it holds {found}, and nothing but tensors is read; save tensors alone") from None
+        raise ValueError(f"torch.save did not write it, or it is cut off or damaged ({type(error).__name__})") from None
 
 
 def _chosen(contents: dict[str, Any]) -> tuple[Any, Any]:
@@ -165,11 +179,23 @@ def _chosen(contents: dict[str, Any]) -> tuple[Any, Any]:
 
 def _check(path: Path, features: Any, coords: Any) -> None:
     shape = _shape(features)
-    if len(shape) != 2 or not shape[0] * shape[1] > 0 or "float" not in str(features.dtype):
-        raise DataError(f"{path} must have features (rows, channels), but they are {_shown(features)}")
+    if len(shape) != 2 or not shape[0] * shape[1] > 0 or not _kind(features).startswith("float"):
+        raise DataError(
+            f"{path} must have features (rows, channels) of floating-point numbers, at least one row, but they are "
+            f"{_shown(features)}; extract them again"
+        )
     place = shape if coords is None else _shape(coords)
-    if len(place) != 2 or place[0] != shape[0]:
-        raise DataError(f"{path} must have coordinates of {shape[0]} rows, but they are {_shown(coords)}")
+    if len(place) != 2 or place[0] != shape[0] or (coords is not None and not _kind(coords).startswith(_NUMBERS)):
+        raise DataError(
+            f"{path} must have coordinates of {shape[0]} rows, numbers, but they are {_shown(coords)}; write them again"
+        )
+
+
+def _kind(values: Any) -> str:
+    """Return the name of the dtype of an array or tensor, whatever its byte order; "float…" for bfloat16."""
+    if isinstance(values, Tensor):
+        return str(values.dtype).removeprefix("torch.b").removeprefix("torch.")
+    return str(values.dtype.name)
 
 
 def _shape(values: Any) -> tuple[int, ...]:
@@ -180,7 +206,10 @@ def _shape(values: Any) -> tuple[int, ...]:
 
 def _rows(values: Any, start: int, stop: int) -> Tensor:
     part = values[0, start:stop] if len(values.shape) == 3 else values[start:stop]
-    return part.clone() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+    if isinstance(part, Tensor):
+        return part.clone()
+    rows = np.array(part)
+    return torch.from_numpy(rows.astype(rows.dtype.newbyteorder("="), copy=False))
 
 
 def _finite(path: Path, what: str, rows: Tensor, start: int) -> Tensor:

@@ -137,3 +137,9 @@ def test_faults_that_are_told_before_anything_is_read(model, slides, tmp_path):
     save_pretrained(LongNetEncoder(plain), tmp_path / "plain")
     with pytest.raises(ConfigError, match="no encoder with a pool"):
         run(tmp_path / "plain", folder, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x"])
+def test_devices_that_are_not_there(device, model, slides, tmp_path):
+    with pytest.raises(ConfigError, match=rf"--device={device} is no device of this machine; it has cpu"):
+        run(model, slides[0], "--output", tmp_path / "out", "--device", device)
