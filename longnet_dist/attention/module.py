@@ -147,9 +147,11 @@ class DilatedAttention(nn.Module):
         """
         if torch.compiler.is_compiling() and not isinstance(cache, DecodingLayer):
             return self._compiled(x, start, total_rows, cache, cu_seqlens)
-        documents, as_one = documents_of_model(cu_seqlens, x.shape[0], x.shape[1], self.group)
+        stream = cache.stream if isinstance(cache, LayerCache) else cache
+        documents, as_one = documents_of_model(cu_seqlens, x.shape[0], x.shape[1], self.group, stream)
         if as_one:
-            joined: Tensor = self(x.flatten(0, 1)[None], cu_seqlens=documents)
+            total = None if total_rows is None else total_rows * x.shape[0]
+            joined: Tensor = self(x.flatten(0, 1)[None], start=start, total_rows=total, cu_seqlens=documents)
             return joined.view_as(x)
         if isinstance(cache, DecodingLayer):
             out = cache.attend(*self.project(x, None), self.sinks)

@@ -60,12 +60,7 @@ class PackedBatch:
         if len(set(lists)) == 1:
             lists = lists[:1]
         if cache is not None and lists != (cache.stream.documents,):
-            return cls(
-                fault=ShapeError(
-                    "a stream has the documents of its whole sequence, but this call has others; leave cu_seqlens out, "
-                    "or give Stream the same"
-                )
-            )
+            return cls(fault=_other_documents())
         return cls(lists, q.shape[1] if alone and len(lists) > 1 and q.shape[1] == k.shape[1] else 0)
 
     @property
@@ -106,8 +101,15 @@ ONE_DOCUMENT = PackedBatch()
 """Every item is one document, as long as the sequence."""
 
 
+def _other_documents() -> ShapeError:
+    return ShapeError(
+        "a stream has the documents of its whole sequence, but this call has others; leave cu_seqlens out, or give "
+        "Stream the same"
+    )
+
+
 def documents_of_model(
-    cu_seqlens: Any, batch: int, rows: int, group: dist.ProcessGroup | None
+    cu_seqlens: Any, batch: int, rows: int, group: dist.ProcessGroup | None, stream: object = None
 ) -> tuple[Documents | None, bool]:
     """Read the documents of a batch that passes through a model.
 
@@ -115,17 +117,20 @@ def documents_of_model(
         cu_seqlens: as in :func:`~longnet_dist.dilated_attention`.
         batch, rows: items, and tokens of an item on this rank.
         group: the sequence-parallel group.
+        stream: the stream, or the texts that are decoded, of which these tokens are the next; None for neither.
 
     Returns:
         the documents, and whether the items are one sequence of ``batch · rows`` tokens then, since each has its own.
 
     Raises:
-        ShapeError: lists that do not fit, or, over ranks, items with lists of their own.
+        ShapeError: lists that do not fit or are not the stream's, or, over ranks, items with lists of their own.
     """
     if cu_seqlens is None or isinstance(cu_seqlens, Documents) or torch.compiler.is_compiling():
         return cu_seqlens, False  # in a graph, each layer's operator reads them
     alone = group is None or dist.get_world_size(group) == 1
-    lists = tuple(map(Documents.of_edges, read_edges(cu_seqlens, batch, rows if alone else None)))
+    lists = tuple(map(Documents.of_edges, read_edges(cu_seqlens, batch, rows if alone and stream is None else None)))
+    if stream is not None and set(lists) != {getattr(stream, "documents", None)}:
+        raise _other_documents()
     if len(set(lists)) == 1:
         return lists[0], False
     if not alone:

@@ -177,11 +177,13 @@ class LongNet(nn.Module):
         """
         x = self._checked(tokens, inputs_embeds, labels)
         batch, rows = x.shape[:2]
-        documents, as_one = documents_of_model(cu_seqlens, batch, rows, self.group)
+        documents, as_one = documents_of_model(cu_seqlens, batch, rows, self.group, stream)
         if as_one:
             flat: LongNetOutput = self.forward(
                 None if tokens is None else x.flatten()[None],
                 None if labels is None else labels.flatten()[None],
+                start=start,
+                total_rows=None if total_rows is None else total_rows * batch,
                 cu_seqlens=documents,
                 inputs_embeds=None if inputs_embeds is None else x.flatten(0, 1)[None],
                 hidden_states=hidden_states,
