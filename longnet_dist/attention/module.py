@@ -17,7 +17,7 @@ from longnet_dist.attention.positions import Positions, RotaryTable, rotate
 from longnet_dist.attention.stream import LayerCache
 from longnet_dist.attention.validation import check_group
 from longnet_dist.errors import ConfigError, ShapeError
-from longnet_dist.geometry.documents import Documents
+from longnet_dist.geometry.documents import Documents, as_integer
 from longnet_dist.geometry.pattern import DilatedPattern, check_heads, check_pattern
 
 
@@ -59,7 +59,7 @@ class DilatedAttention(nn.Module):
         phantom_keys: torchscale's zero keys, for its bidirectional checkpoints; None for none.
 
     Raises:
-        ConfigError: numbers of heads or a head dim that cannot work.
+        ConfigError: numbers of heads or a head dim that cannot work, or arguments of another type.
     """
 
     def __init__(
@@ -86,8 +86,10 @@ class DilatedAttention(nn.Module):
         check_pattern(pattern)
         check_group(group)
         check_heads(heads, kv_heads)
-        if dim < 1 or dim % heads:
+        if (as_integer(dim) or 0) < 1 or dim % heads:
             raise ConfigError(f"heads must divide dim, but dim={dim} and heads={heads}; make dim a multiple of heads")
+        if not (positions is None or isinstance(positions, Positions)):
+            raise ConfigError(f"positions must be a Positions or None, not {positions!r}; use Positions() for RoPE")
         self.dim, self.head_dim, self.norm_eps = dim, dim // heads, norm_eps
         if positions is not None and self.head_dim % 2:
             raise ConfigError(
@@ -147,6 +149,11 @@ class DilatedAttention(nn.Module):
         """
         if torch.compiler.is_compiling() and not isinstance(cache, DecodingLayer):
             return self._compiled(x, start, total_rows, cache, cu_seqlens)
+        if not (cache is None or isinstance(cache, LayerCache | DecodingLayer)):
+            raise ConfigError(
+                f"cache must be that of a layer in a Stream or Decoding, but is of type {type(cache).__name__}; use "
+                f"stream.layers[i]"
+            )
         stream = cache.stream if isinstance(cache, LayerCache) else cache
         documents, as_one = documents_of_model(cu_seqlens, x.shape[0], x.shape[1], self.group, stream)
         if as_one:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.documents import Documents
+from longnet_dist.geometry.documents import Documents, as_integer
 from longnet_dist.geometry.pattern import DilatedPattern
 from longnet_dist.geometry.position_encodings import (
     POSITION_ENCODINGS,
@@ -105,7 +106,7 @@ class Positions:
             ``"rope"`` without.
 
     Raises:
-        ConfigError: the encoding is not known, or has no tables (``"none"``).
+        ConfigError: the encoding is not known or has no tables (``"none"``), or a base is out of range.
     """
 
     theta: float = 10000.0
@@ -118,6 +119,10 @@ class Positions:
             self.encoding = "rope" if self.xpos_base is None else "xpos"
         if not POSITION_ENCODINGS[self.encoding].rotates:
             raise ConfigError(f"positions {self.encoding!r} have no tables; use positions=None")
+        if not (isinstance(self.theta, Real) and 1 <= float(self.theta) < math.inf):
+            raise ConfigError(f"theta must be a number of at least 1, not {self.theta!r}; the default is 10000.0")
+        if self.xpos_base is not None and (as_integer(self.xpos_base) or 0) < 1:
+            raise ConfigError(f"xpos_base must be a positive number of rows, not {self.xpos_base!r}; use 512, or None")
 
     @property
     def name(self) -> str:

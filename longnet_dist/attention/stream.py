@@ -10,8 +10,8 @@ from torch import Tensor
 from longnet_dist.comm.transfer import CompactBuffers
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.chunks import chunks_of, recorded_segments
-from longnet_dist.geometry.documents import Documents, check_end, read_edges
-from longnet_dist.geometry.pattern import DilatedPattern
+from longnet_dist.geometry.documents import Documents, as_integer, check_end, read_edges
+from longnet_dist.geometry.pattern import DilatedPattern, check_pattern
 from longnet_dist.geometry.window import Segment, Shards, open_segments
 from longnet_dist.numerics import wide_dtype
 
@@ -38,6 +38,10 @@ class Stream:
         shards: the present chunk and its slices.
         recording: whether the present chunk passes only to leave its rows for other chunks, so that the model may stop
             behind its last attention.
+
+    Raises:
+        ConfigError: numbers of rows, layers or ranks that cannot be, or another number of patterns than layers.
+        ShapeError: edges that do not fit the sequence.
     """
 
     def __init__(
@@ -51,7 +55,13 @@ class Stream:
         causal: bool = True,
         cu_seqlens: Any = None,
     ) -> None:
-        patterns = [pattern] * num_layers if isinstance(pattern, DilatedPattern) else list(pattern)
+        for name, number, least in (("total_rows", total_rows, 1), ("num_layers", num_layers, 0)):
+            _check_number(name, number, least)
+        _check_number("num_ranks", num_ranks, 1)
+        _check_number("rank", rank, 0, num_ranks - 1)
+        patterns = list(pattern) if isinstance(pattern, Sequence) else [pattern] * num_layers
+        for own in patterns:
+            check_pattern(own)
         if len(patterns) != num_layers:
             raise ConfigError(
                 f"a stream needs one pattern, or one for each of {num_layers} layers, not {len(patterns)}"
@@ -142,8 +152,10 @@ class Stream:
         """Let a fresh stream continue at ``row`` with what :meth:`carried` returned there.
 
         Raises:
+            ConfigError: the row is not in the sequence.
             ShapeError: the records are not those of the open segments at ``row``.
         """
+        _check_number("the row to go on at", row, 0, self.total_rows)
         self._next_row = row
         layers = self._open(row)
         if len(carried) != len(layers):
@@ -159,6 +171,16 @@ class Stream:
         """Return the layers with segments that are open at ``row``, and these."""
         found = ((x, open_segments(x.pattern, row, self.total_rows, self.documents)) for x in self.layers)
         return [(layer, segments) for layer, segments in found if segments]
+
+
+def _check_number(name: str, number: object, least: int, most: int | None = None) -> None:
+    """Raise ConfigError unless ``number`` is an integer from ``least`` to ``most``."""
+    found = as_integer(number)
+    if found is None or found < least or (most is not None and found > most):
+        end = "" if most is None else f" and at most {most}"
+        raise ConfigError(
+            f"{name} of a stream must be an integer of at least {least}{end}, but is {number!r}; give one"
+        )
 
 
 def _documents(cu_seqlens: Any, total_rows: int) -> Documents | None:

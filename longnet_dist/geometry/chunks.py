@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longnet_dist.errors import ConfigError
-from longnet_dist.geometry.documents import Documents
+from longnet_dist.geometry.documents import Documents, as_integer
 from longnet_dist.geometry.exchange_plan import buffered_segments
 from longnet_dist.geometry.pattern import Branch, DilatedPattern
 from longnet_dist.geometry.window import Segment, Shards
@@ -29,8 +29,8 @@ def chunks_of(
         ConfigError: the length is less than 1.
         ShapeError: a chunk is too short to give every rank a row.
     """
-    if length < 1:
-        raise ConfigError(f"the chunk length must be at least 1 row, not {length}")
+    if (as_integer(length) or 0) < 1:
+        raise ConfigError(f"the chunk length must be an integer of at least 1 row, not {length!r}")
     stop = total_rows if stop is None else stop
     return [
         Shards.even(total_rows, num_ranks, first, min(first + length, stop)) for first in range(start, stop, length)

@@ -220,6 +220,10 @@ class LongNet(nn.Module):
             raise ShapeError(
                 f"inputs_embeds must be (batch, rows, {self.config.dim}), but are {tuple(inputs_embeds.shape)}"
             )
+        for name, ids in (("tokens", tokens), ("labels", labels)):
+            if not (ids is None or (isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32))):
+                kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise ShapeError(f"{name} must be a tensor of int64, but are {kind}; use torch.as_tensor and long()")
         x = cast(Tensor, inputs_embeds if tokens is None else tokens)
         if (tokens is not None and tokens.dim() != 2) or (labels is not None and labels.shape != x.shape[:2]):
             given = "none" if labels is None else tuple(labels.shape)

@@ -6,6 +6,7 @@ import torch
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.attention.module import DilatedAttention
 from longnet_dist.attention.positions import Positions
+from longnet_dist.attention.stream import Stream
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 
@@ -141,3 +142,13 @@ def test_rows_that_do_not_fit_are_refused():
         module(x, start=8)
     with pytest.raises(ShapeError, match="8 rows and total_rows is 16"):
         module(x, total_rows=16)
+
+
+def test_arguments_of_another_type_are_refused():
+    pattern = DilatedPattern([4], [1])
+    with pytest.raises(ConfigError, match="positions must be a Positions or None, not 'rope'; use"):
+        DilatedAttention(8, 2, pattern, positions="rope")
+    with pytest.raises(ConfigError, match="heads must divide dim"):
+        DilatedAttention("8", 2, pattern)
+    with pytest.raises(ConfigError, match=r"cache must be that of a layer .*; use stream.layers\[i\]"):
+        DilatedAttention(8, 2, pattern)(torch.zeros(1, 4, 8), cache=Stream(pattern, 4, 1))

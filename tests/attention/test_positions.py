@@ -142,3 +142,19 @@ def test_tables_are_made_once_a_window_and_serve_training_after_inference():
     assert q.grad.abs().sum() > 0
     positions(q, q, PATTERN, 16, 64)
     assert positions._cached is not tables
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"theta": 0.5}, "theta must be a number of at least 1, not 0.5"),
+        ({"theta": math.nan}, "theta must be a number of at least 1"),
+        ({"theta": "10"}, "theta must be a number of at least 1"),
+        ({"xpos_base": 0}, "xpos_base must be a positive number of rows, not 0"),
+        ({"xpos_base": 5.5}, "xpos_base must be a positive number of rows, not 5.5"),
+    ],
+    ids=str,
+)
+def test_bases_out_of_range_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Positions(**given)

@@ -204,3 +204,23 @@ def test_a_bidirectional_sequence_is_one_chunk():
     for _ in stream.forward(16):
         out = dilated_attention(x, x, x, pattern, causal=False, cache=stream.layers[0])
     torch.testing.assert_close(out, dilated_attention(x, x, x, pattern, causal=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"total_rows": 0}, {"total_rows": "8"}, {"num_layers": -1}, {"num_ranks": 0}, {"rank": 1}, {"rank": -1}],
+    ids=str,
+)
+def test_numbers_that_a_stream_cannot_have_are_refused(change):
+    with pytest.raises(ConfigError, match=f"{next(iter(change))} of a stream must be an integer of at least"):
+        Stream(**{"pattern": DilatedPattern([4], [1]), "total_rows": 8, "num_layers": 1} | change)
+
+
+def test_a_stream_refuses_other_chunks_rows_and_patterns():
+    stream = Stream(DilatedPattern([4], [1]), 8, 1)
+    with pytest.raises(ConfigError, match=r"chunk length must be an integer of at least 1 row, not 2\.5"):
+        stream.chunks(2.5)
+    with pytest.raises(ConfigError, match="at least 0 and at most 8, but is 9"):
+        stream.resume(9, [])
+    with pytest.raises(ConfigError, match="must be a DilatedPattern"):
+        Stream([None], 8, 1)

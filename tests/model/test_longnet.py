@@ -136,3 +136,18 @@ def test_few_and_many_ids_get_the_same_rows():
 def test_a_name_is_no_configuration():
     with pytest.raises(ConfigError, match=r"use LongNet\(named_model\('tiny'\)\)"):
         LongNet("tiny")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": torch.zeros(1, 4)}, "tokens must be a tensor of int64, but are torch.float32; use"),
+        ({"tokens": [[0]]}, "tokens must be a tensor of int64, but are list; use"),
+        ({"labels": torch.zeros(1, 4)}, "labels must be a tensor of int64, but are torch.float32; use"),
+    ],
+    ids=str,
+)
+def test_tokens_of_another_type_are_refused(given, message):
+    model = LongNet(named_model("tiny"))
+    with pytest.raises(ShapeError, match=message):
+        model(**{"tokens": torch.zeros(1, 4, dtype=torch.int64)} | given)
