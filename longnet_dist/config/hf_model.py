@@ -224,13 +224,16 @@ def _pattern_fields(content: dict[str, Any], path: Any, fields: dict[str, Any]) 
     if len(given) == 2:
         return {}
     own = content.get(PATTERN_FIELD)
-    if given or not isinstance(own, dict) or any(own.get("shift") or ()):
-        what = f"has model.{given[0]} alone" if given else "has a pattern with shifts" if own else "has no pattern"
+    parts = own if isinstance(own, dict) else {}
+    lacking = [name for name in ("segment_lengths", "dilation_rates") if name not in parts]
+    if given or lacking or any(parts.get("shift") or ()):
+        its = f"has a {PATTERN_FIELD} without {', '.join(lacking)}" if lacking else "has a pattern with shifts"
+        what = f"has model.{given[0]} alone" if given else its if own else "has no pattern"
         raise ConfigError(
             f"model.path={path} needs a pattern without shifts, but {what}; give model.segment_lengths and "
             f"model.dilation_rates, such as model.segment_lengths=[2048,8192] model.dilation_rates=[1,4]"
         )
-    return {name: own[name] for name in ("segment_lengths", "dilation_rates", "head_offsets") if name in own}
+    return {name: parts[name] for name in ("segment_lengths", "dilation_rates", "head_offsets") if name in parts}
 
 
 def _head_dim(fields: Any) -> int:

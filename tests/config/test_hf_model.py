@@ -108,6 +108,16 @@ def test_nothing_is_downloaded(tmp_path):
 def test_a_model_without_a_pattern_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"needs a pattern without shifts, but has no pattern; give model\.segment"):
         load(write(tmp_path, CONFIGS["llama"]()), pattern=())
+    file = write(tmp_path, CONFIGS["llama"]()) / "config.json"
+    fields = json.loads(file.read_text())
+    for own, what in (
+        ({"segment_lengths": [8]}, "has a dilated_pattern without dilation_rates"),
+        ([8], "has a dilated_pattern without segment_lengths, dilation_rates"),
+        ({"segment_lengths": [8], "dilation_rates": [1], "shift": [3]}, "has a pattern with shifts"),
+    ):
+        file.write_text(json.dumps(fields | {"dilated_pattern": own}))
+        with pytest.raises(ConfigError, match=rf"needs a pattern without shifts, but {what}; give model\.segment"):
+            load(tmp_path, pattern=())
 
 
 def test_a_model_of_transformers_is_no_init(tmp_path):
