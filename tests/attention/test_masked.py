@@ -1,7 +1,10 @@
 """Masked attention equals a masked softmax in float64, and refuses what it cannot compute."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention.flex_attention import flex_attention
 
 from longnet_dist import LongNet, LongNetConfig, Positions, dilated_attention
@@ -131,7 +134,7 @@ def test_what_is_not_a_whole_sequence_is_refused():
 
 
 def test_ranks_are_refused_alike_before_they_meet(monkeypatch):
-    layer = MaskedAttention(32, 4, WindowPattern(9), positions=Positions(), group=object())
+    layer = MaskedAttention(32, 4, WindowPattern(9), positions=Positions(), group=Mock(spec=dist.ProcessGroup))
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 3)
     with pytest.raises(
         ConfigError, match=r"WindowPattern\(9\) computes whole sequences .* over 3 ranks; use attention"
