@@ -15,7 +15,7 @@ from longnet_dist.attention.kernels.registry import choose_kernel
 from longnet_dist.attention.packing import ONE_DOCUMENT, PackedBatch
 from longnet_dist.attention.sink import delta_of, join_sink, sink_gradient
 from longnet_dist.attention.stream import LayerCache
-from longnet_dist.attention.validation import agree_on_shards, check_scale, check_types
+from longnet_dist.attention.validation import agree_on_shards, check_scale, check_types, positive_scale
 from longnet_dist.caches import bounded_cache
 from longnet_dist.comm.transfer import CompactBuffers, Gather, ReduceScatter
 from longnet_dist.errors import ConfigError
@@ -73,7 +73,7 @@ def dilated_attention(
         v: values ``(B, n, Hkv, D)``.
         pattern: the branches.
         causal: whether a row sees only itself and earlier rows.
-        scale: factor of the scores, a positive number; ``D ** -0.5`` if not given.
+        scale: factor of the scores, ``D ** -0.5`` if not given.
         group: the sequence-parallel group, its rank order the order of the slices; None for one device. All its ranks
             must call. All hold the same ``n``, the last may hold fewer. A call makes one small collective that compares
             the ranks' arguments, and one that carries rows where segments cross ranks.
@@ -100,8 +100,9 @@ def dilated_attention(
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit, on all ranks alike.
-        ConfigError: a scale that is not positive, a backend that cannot run here; other ranks raise a ShapeError.
+        ConfigError: a scale that is no finite number, a backend that cannot run here; other ranks raise a ShapeError.
     """
+    q, scale = positive_scale(q, scale)
     if torch.compiler.is_compiling():
         return _compiled(
             q, k, v, pattern, causal, scale, group, backend, return_lse, deterministic, overlap, total_rows, cache,

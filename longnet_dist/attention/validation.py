@@ -69,16 +69,23 @@ def check_types(
         check_sink(sink, q)
 
 
-def check_scale(scale: object) -> None:
-    """Raise ConfigError unless ``scale`` is None or a positive number.
+def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
+    """Return queries and a scale that give the same scores, with a positive scale if ``scale`` is a number.
 
     Kernels find the largest score before they scale, and hide keys by a score of ``-inf``.
     """
+    if not isinstance(q, Tensor) or not isinstance(scale, Real) or isinstance(scale, bool) or not float(scale) <= 0:
+        return q, scale
+    return (-q, -float(scale)) if float(scale) < 0 else (0 * q, 1.0)
+
+
+def check_scale(scale: object) -> None:
+    """Raise ConfigError unless ``scale`` is None or a finite number; see :func:`positive_scale`."""
     if scale is None or (isinstance(scale, Real) and not isinstance(scale, bool) and 0 < float(scale) < math.inf):
         return
     raise ConfigError(
-        f"scale must be a positive number, such as head_dim ** -0.5, but is {scale!r}; multiply q by a factor that is "
-        f"negative, 0 or a tensor, and leave scale out or give 1.0"
+        f"scale must be a finite number, such as head_dim ** -0.5, but is {scale!r}; for a factor that is a tensor "
+        f"multiply q by it, and give scale=1.0"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.sink import check_sink
-from longnet_dist.attention.validation import check_inputs, check_scale, check_types
+from longnet_dist.attention.validation import check_inputs, check_scale, check_types, positive_scale
 from longnet_dist.errors import ShapeError
 from longnet_dist.geometry.documents import Documents, as_integer, read_edges
 from longnet_dist.geometry.pattern import DilatedPattern
@@ -41,7 +41,7 @@ def attention_weights(
         pattern: the branches.
         rows: the rows, integers in ``[0, N)``, in any order.
         causal: whether a row sees only itself and earlier rows.
-        scale: factor of the scores, a positive number; ``D ** -0.5`` if not given.
+        scale: factor of the scores, ``D ** -0.5`` if not given.
         sink: ``(H,)``, ``(len(rows), H)`` or ``(B, len(rows), H)``, as in ``dilated_attention``.
         cu_seqlens: edges of packed documents in rows of the sequence, as in ``dilated_attention``.
 
@@ -51,7 +51,7 @@ def attention_weights(
 
     Raises:
         ShapeError: shapes, dtypes, devices, rows or edges that do not fit.
-        ConfigError: a scale that is not positive.
+        ConfigError: a scale that is no finite number.
     """
     check_types(q_rows, k, k, pattern, causal, None, None, sink)
     if k.dim() == 4 and q_rows.dim() == 4 and q_rows.numel() and q_rows.shape[1] > k.shape[1]:
@@ -59,6 +59,7 @@ def attention_weights(
     else:
         check_inputs(q_rows, k, k, short=True)
     check_sink(sink, q_rows)
+    q_rows, scale = positive_scale(q_rows, scale)
     check_scale(scale)
     batch, total, kv_heads, dim = k.shape
     numbers = _checked_rows(rows, q_rows.shape[1], total)

@@ -4,6 +4,7 @@ import torch
 from longnet_dist.attention.functional import dilated_attention
 from longnet_dist.attention.kernels.reference import oracle
 from longnet_dist.attention.stream import Stream
+from longnet_dist.attention.weights import attention_weights
 from longnet_dist.errors import ConfigError, ShapeError
 from longnet_dist.geometry.pattern import DilatedPattern
 from tests.cases import random_case
@@ -156,11 +157,26 @@ def test_arguments_of_another_type_are_refused(change, error, message):
         dilated_attention(**{"q": x, "k": x, "v": x, "pattern": DilatedPattern([4], [1])} | change)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, torch.inf, torch.nan, True, "1", torch.tensor(0.5)])
-def test_a_scale_that_is_not_positive_is_refused(scale):
+@pytest.mark.parametrize("scale", [torch.inf, -torch.inf, torch.nan, True, "1", torch.tensor(0.5)])
+def test_a_scale_that_is_no_finite_number_is_refused(scale):
     x = torch.zeros(1, 4, 2, 8)
-    with pytest.raises(ConfigError, match=r"scale must be a positive number, .*; multiply q"):
+    with pytest.raises(ConfigError, match=r"scale must be a finite number, .* multiply q by it"):
         dilated_attention(x, x, x, DilatedPattern([4], [1]), scale=scale)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("scale", [0.0, -0.7, -3])
+def test_a_scale_may_be_0_or_negative(scale, backend):
+    q, k, v = (torch.randn(2, 9, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = dilated_attention(q, k, v, DilatedPattern([9], [1]), scale=scale, backend=backend)
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    weights = (scale * torch.einsum("bihd,bjhd->bhij", q, k)).masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, v)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad((x * x.detach().cos()).sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    kept = attention_weights(q, k, DilatedPattern([9], [1]), range(9), scale=scale)
+    torch.testing.assert_close(kept, weights.transpose(1, 2), rtol=0, atol=1e-12)
 
 
 def test_shapes_are_named_as_they_were_given():

@@ -61,7 +61,7 @@ def test_a_key_of_two_branches_counts_twice():
         ({"k": [0.0]}, "k must be a tensor"),
         ({"sink": [0.0, 0.0]}, "sink must be a tensor"),
         ({"causal": None}, "causal must be True or False"),
-        ({"scale": 0.0}, "scale must be a positive number"),
+        ({"scale": float("nan")}, "scale must be a finite number"),
     ],
 )
 def test_arguments_of_another_type_are_refused(change, message):
