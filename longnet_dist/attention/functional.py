@@ -82,8 +82,7 @@ def dilated_attention(
         deterministic: gradients bitwise equal from run to run.
         overlap: compute the segments inside the slice while rows travel; else wait for them first. Same result.
         total_rows: ``N``, rows of all ranks together, if the caller wants them checked.
-        cache: the layer's cache in a stream: the rows given are this rank's slice of the stream's present chunk. The
-            stream has been given the documents of its whole sequence.
+        cache: the layer's cache in a stream, which has all documents: the rows are this rank's slice of its chunk.
         cu_seqlens: edges of packed documents, host integers in rows of the whole sequence over all ranks: ``[0, a, …,
             N]``, or one such list for each item; the same on all ranks. Each document computes what it computes alone.
             A list from above 0 to below ``N`` leaves padding: finite numbers with output 0, lse ``-inf``, gradient 0.
