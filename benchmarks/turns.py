@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, too
 
 from benchmarks.record import environment, output_file
+from benchmarks.runs import import_paths
 
 CASES = ("causal", "D 128 causal", "paper pattern")
 TIMES = ("forward_ms", "backward_ms", "both_ms")
@@ -60,9 +61,7 @@ class Worker:
     """A process that measures one variant when asked."""
 
     def __init__(self, variant: Variant, cache: Path | None = None) -> None:
-        places = [str(place) for place in (variant.triton, variant.checkout) if place]
-        places += [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-        variables = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+        variables = os.environ | {"PYTHONPATH": import_paths(*filter(None, (variant.triton, variant.checkout)))}
         if cache is not None:
             variables["TRITON_CACHE_DIR"] = str(cache / variant.name)
         self.variant = variant

@@ -50,14 +50,13 @@ def check_fits(estimate: Estimate) -> None:
 
 def slow_step(estimate: Estimate) -> str:
     """Return what to say of a run whose steps take minutes; empty for others, or if the device's speed is unknown."""
-    seconds = estimate.step_seconds
+    seconds, steps = estimate.step_seconds, estimate.layout.config.train.steps
     if seconds is None or seconds < SLOW_SECONDS:
         return ""
-    days = seconds * estimate.layout.config.train.steps / 86400
     return (
-        f"a step takes about {seconds / 60:,.0f} minutes on {estimate.device.name} by estimate, and all "
-        f"{estimate.layout.config.train.steps:,} steps {days:,.0f} days; a smaller model.name or train.batch_size, or "
-        f"GPUs, take less, and longnet plan shows how much"
+        f"a step takes about {seconds / 60:,.0f} minutes on {estimate.device.name} by estimate, and all {steps:,} "
+        f"steps {seconds * steps / 86400:,.0f} days; a smaller model.name or train.batch_size, or GPUs, take less, and "
+        f"longnet plan shows how much"
     )
 
 
