@@ -70,10 +70,11 @@ def test_verify_compares_checksums_first(tmp_path):
         writer.add_document([b"text " * 400])
     flip(path, 4096 + 300)
     config = write_config(tmp_path, "run", path)
+    (tmp_path / "model").mkdir()  # evaluate asks first whether there is something to evaluate
     with pytest.raises(DataError, match=r"the tokens of .* are damaged"):
         train_command.main([str(config), "--verify", "--processes", "1"])
     with pytest.raises(DataError, match=r"the tokens of .* are damaged"):
-        evaluate_command.main(["no_run", "--data", str(path), "--context", "8", "--verify"])
+        evaluate_command.main([str(tmp_path / "model"), "--data", str(path), "--context", "8", "--verify"])
     assert not (tmp_path / "run").exists()
 
 
