@@ -180,6 +180,11 @@ class Positions:
                 self._cached = key, self._tables(start, rows, span, head_dim, wide, device, batch, documents)
         return self._cached[1]
 
+    @property
+    def kept(self) -> RotaryTable | None:
+        """Return the tables of the last call, which this object keeps; None before the first."""
+        return None if self._cached is None else self._cached[1]
+
     def factors(self, head_dim: int, device: torch.device) -> Factors:
         """Return what multiplies each pair of ``head_dim`` channels, with its constants on ``device``."""
         turns = torch.tensor(checked_turns(self.name, head_dim, self._settings), device=device)

@@ -233,6 +233,9 @@ class TrainConfig(Section):
         compile_cache: folder in which compiled code and kernels survive the process, for all ranks and later runs;
             ``auto``: ``longnet_dist`` in ``XDG_CACHE_HOME`` or ``~/.cache``; null: wherever each compiler keeps them.
             Variables such as ``TORCHINDUCTOR_CACHE_DIR`` go before it.
+        cuda_graph: replay forward and backward of a micro-batch as CUDA graphs, which spares the host its launches: for
+            small models, which are done before their host. It holds the memory of a micro-batch throughout the run.
+            For whole sequences of one rank, without packed documents; ``length_warmup`` is computed as without.
         matmul: backend of the linear layers in compiled blocks. ``quack`` (package quack-kernels) fuses the norm before
             and the addition after a linear layer, in bf16 on a Hopper GPU. ``auto`` uses it where it runs. With fewer
             than 4,096 tokens at once, ``torch`` is used in any case.
@@ -309,6 +312,7 @@ class TrainConfig(Section):
     feed_forward_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
     compile_cache: Literal["auto"] | Place | None = "auto"
+    cuda_graph: bool = False
     matmul: Literal["auto", "torch", "quack"] = "auto"
     attention_backend: str = AUTO
     deterministic: bool = False
@@ -526,7 +530,8 @@ class Config(Section):
         train, fields = self.train, TrainConfig.model_fields
         if not isinstance(self.model, HuggingFaceConfig):
             return self
-        for key in ("offload_activations", "cache_qkv", "resident_blocks", "offload_qkv", "matmul", "length_warmup"):
+        ours = ("offload_activations", "cache_qkv", "resident_blocks", "offload_qkv", "matmul", "length_warmup")
+        for key in (*ours, "cuda_graph"):
             if getattr(train, key) != fields[key].default:
                 raise ConfigError(
                     f"train.{key}={getattr(train, key)} is for LongNet's own blocks, but the run trains the model of "
@@ -583,6 +588,11 @@ class Config(Section):
             raise ConfigError(
                 f"sequences of features are computed whole, but train.chunk_length={self.train.chunk_length}; leave it "
                 "out, or use more parallel.sequence ranks"
+            )
+        if self.train.cuda_graph:
+            raise ConfigError(
+                "sequences of features have the lengths of their files, so train.cuda_graph=true cannot replay them; "
+                "leave it out"
             )
         if self.train.length_warmup:
             raise ConfigError(

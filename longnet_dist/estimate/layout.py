@@ -63,6 +63,7 @@ class RunLayout:
             passes=accumulation * -(-config.data.sequence_length // chunk_length),
         )
         _check_whole_sequences(layout)
+        _check_replays(layout)
         layout.last_chunk  # noqa: B018 (raises if a rank has no token of it; the other chunks divide evenly)
         return layout
 
@@ -123,6 +124,27 @@ def _check_whole_sequences(layout: RunLayout) -> None:
             raise ConfigError(
                 f"model.attention={model.attention} computes a sequence whole, on one device and as one document, but "
                 f"{key} is {value}; use {key}={whole}, or model.attention=dilated or full"
+            )
+
+
+def _check_replays(layout: RunLayout) -> None:
+    """Refuse CUDA graphs where a micro-batch is not the same kernels on the same memory each time."""
+    config = layout.config
+    train, model = config.train, config.model
+    if not train.cuda_graph:
+        return
+    for key, value, differs, alike in (
+        ("parallel.sequence", layout.mesh.sequence, layout.mesh.sequence > 1, "1"),
+        ("train.chunk_length", layout.chunk_length, layout.num_chunks > 1, str(config.data.sequence_length)),
+        ("data.documents", "true", config.data.documents, "false"),
+        ("train.offload_activations", "true", train.offload_activations, "false"),
+        ("deepspeed.zero_stage", config.deepspeed.zero_stage, config.deepspeed.zero_stage == 3, "1 or 2"),
+        ("model.attention", getattr(model, "attention", ""), model.needs_whole_sequences, "dilated or full"),
+    ):
+        if differs:
+            raise ConfigError(
+                f"train.cuda_graph=true replays whole sequences of one rank, each one document, from memory that stays "
+                f"in place, but {key} is {value}; use {key}={alike}, or train.cuda_graph=false"
             )
 
 

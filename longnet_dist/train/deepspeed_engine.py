@@ -177,6 +177,7 @@ def release(engine: Any) -> None:
         storage = tensor.untyped_storage()
         if storage.resizable():
             storage.resize_(0)
+    vars(engine.module).pop("forward", None)  # and the graphs that replaced it, with their memory
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -33,11 +33,13 @@ from longnet_dist.config.notes import notes
 from longnet_dist.config.schema import Config
 from longnet_dist.data.token_file import TokenFile
 from longnet_dist.engine.execution import Execution
+from longnet_dist.engine.replayed_passes import ReplayedPasses
 from longnet_dist.errors import LongNetError
 from longnet_dist.estimate.table import slow_step
 from longnet_dist.extras import require_extra
 from longnet_dist.geometry.documents import Documents
 from longnet_dist.inference.evaluation import evaluate
+from longnet_dist.model.longnet import LongNet
 from longnet_dist.numerics import dtype_of
 from longnet_dist.ops.deterministic import deterministic_algorithms
 from longnet_dist.optim.schedules import course, learning_rate
@@ -269,6 +271,9 @@ class Trainer:
             deterministic=self.config.train.deterministic,
             execution=Execution.of(self.config.train, self.device.type),
         )
+        if self.config.train.cuda_graph:
+            assert isinstance(model, LongNet)
+            ReplayedPasses.attach(model)
         return model
 
     def _resume(self, checkpoint: Path, state: CheckpointState) -> None:
