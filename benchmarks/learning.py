@@ -1,15 +1,18 @@
-"""Run experiments on all GPUs of a machine, one run on each, until the time is over; the same command goes on.
+"""Run experiments on all GPUs of a machine until the time is over; the same command goes on.
 
     python -m benchmarks.learning --data linux.tokens --minutes 9 --results results
 
-Runs come in the order of the experiments, which is that of their value, and begin as soon as a GPU is free and the runs
-whose weights they need are finished. What is known so far is copied to the folder of results: JSON, tables and
-pictures, no weights. The last lines say how each run ended.
+Trainings come in the order of the experiments, which is that of their value, and begin as soon as a GPU is free and the
+runs whose weights they need are finished; what only measures a finished training comes first. With ``--per-gpu 2`` one
+run computes while another starts, compiles or reads. What is known so far is copied to the folder of results: JSON,
+tables and pictures, no weights. ``--records`` takes such a folder, so that another machine does not repeat its runs.
+The last lines say how each run ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -75,9 +78,9 @@ class Schedule:
         self._lock = threading.Lock()
 
     def take(self) -> Job | None:
-        """Return the next job that can begin; None if there is none now."""
+        """Return the next job that can begin, one that only measures if there is one; None if there is none now."""
         with self._lock:
-            for job in self.waiting:
+            for job in sorted(self.waiting, key=lambda job: job.trains):
                 if not job.needs & self._awaited and job.run.folder not in self._busy:
                     self.waiting.remove(job)
                     self._busy.add(job.run.folder)
@@ -114,6 +117,25 @@ def jobs_of(names: Sequence[str], output: Path, data: Path | None, smoke: bool =
     return jobs
 
 
+def restore_records(names: Sequence[str], folder: Path, output: Path, smoke: bool = False) -> int:
+    """Put the records of the reports in ``folder`` where runs below ``output`` leave theirs; return their number.
+
+    A record that is there already stays.
+    """
+    restored = 0
+    for name in names:
+        if not (report := folder / f"{name}.json").exists():
+            continue
+        results = Experiment.read(name, smoke).folder(output) / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        for record in json.loads(report.read_text(encoding="utf-8"))["records"]:
+            place = results / f"{record['run']}-seed{record['seed']}.json"
+            if not place.exists():
+                place.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                restored += 1
+    return restored
+
+
 def command_of(job: Job, data: Path | None, minutes: float) -> list[str]:
     """Return the command that does a job."""
     words = [sys.executable, "-m", "longnet_dist", "experiment", job.run.experiment.name, "--runs", job.run.key]
@@ -144,11 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="token file of the text")
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder of runs (default %(default)s)")
     parser.add_argument("--results", type=Path, help="folder to which what is known is copied")
+    parser.add_argument("--records", type=Path, help="folder of results of another machine, whose runs are finished")
+    parser.add_argument("--per-gpu", type=int, default=1, help="runs on a GPU at the same time (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="end after so long (default %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="the sizes for a CPU")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
-    gpus = [str(number) for number in range(torch.cuda.device_count())] or [""]
+    if options.records:
+        print(f"{restore_records(options.experiments, options.records, options.output, options.smoke)} runs restored")
+    gpus = ([str(number) for number in range(torch.cuda.device_count())] or [""]) * options.per_gpu
     schedule = Schedule(jobs_of(options.experiments, options.output, options.data, options.smoke))
     threads_of_one = {"OMP_NUM_THREADS": str(max(1, usable_cores() // len(gpus)))}
     logs = options.output / "logs"

@@ -83,3 +83,23 @@ def test_a_command_gets_minutes_that_it_takes(tmp_path, minutes):
     job, *_ = learning.jobs_of(["distance"], tmp_path, None)
     *_, given = learning.command_of(job, None, minutes)
     assert float(given) == max(minutes, 0.001)
+
+
+def test_what_measures_a_finished_training_comes_before_the_next_training(tmp_path):
+    schedule = schedule_of(tmp_path, "context", "prompt")
+    first = schedule.take()
+    assert first.name == "context/full-2k-seed0"
+    schedule.end(first, 0)
+    assert schedule.take().name == "prompt/full-2k-seed0"
+    assert schedule.take().name == "context/full-2k-seed1"
+
+
+def test_runs_of_another_machine_are_not_repeated(tmp_path):
+    (run, *_) = learning.jobs_of(["size"], tmp_path / "here", None)
+    record = {"run": run.run.name, "seed": run.run.seed, **run.run.identity}
+    (tmp_path / "size.json").write_text(json.dumps({"records": [record]}))
+    for expected in (1, 0):
+        assert learning.restore_records(["size", "adapt"], tmp_path, tmp_path / "here") == expected
+    schedule = schedule_of(tmp_path / "here", "size")
+    assert run.name not in [job.name for job in schedule.waiting]
+    assert len(schedule.waiting) == 3
