@@ -52,6 +52,8 @@ def _write(text: str) -> None:
 def _read(path: Path) -> bytes:
     from longnet_dist.errors import DataError
 
+    if str(path) == "-" and sys.stdin is None:
+        raise DataError("standard input is closed; give the prompt there, or name a file: --prompt-file FILE")
     try:
         return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:

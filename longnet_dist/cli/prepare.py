@@ -43,31 +43,34 @@ def main(arguments: Sequence[str]) -> None:
     from longnet_dist.data.prepare import prepare
     from longnet_dist.data.token_file import TokenFile
     from longnet_dist.data.token_file_writer import refuse_existing
-    from longnet_dist.data.tokenizers import load_tokenizer
+    from longnet_dist.data.tokenizers import Tokenizer, load_tokenizer
     from longnet_dist.errors import DataError
     from longnet_dist.machine import usable_cores
+    from longnet_dist.resilience.stop_signals import clean_ends
 
     if options.standard_library == bool(options.inputs):
         raise DataError("give either INPUT files, folders, globs and archives, or --standard-library")
-    if options.tokenizer and options.train_tokenizer:
+    if options.tokenizer and options.train_tokenizer is not None:
         raise DataError("give either --tokenizer, or --train-tokenizer to make one from the text")
     if options.standard_library:
         corpus = standard_library()
     else:
         corpus = find_corpus(options.inputs, format=options.format, text_column=options.text_column)
-    if options.train_tokenizer:
+    if options.train_tokenizer is not None:
         refuse_existing(Path(options.output), options.overwrite)  # training takes a while
-    prepared = prepare(
-        corpus,
-        options.output,
-        train_tokenizer(corpus, options.train_tokenizer)
-        if options.train_tokenizer
-        else load_tokenizer(options.tokenizer or "bytes"),
-        validation=options.validation,
-        overwrite=options.overwrite,
-        num_workers=options.workers or usable_cores(),
-        shuffle=options.shuffle,
-    )
+        tokenizer: Tokenizer = train_tokenizer(corpus, options.train_tokenizer)
+    else:
+        tokenizer = load_tokenizer(options.tokenizer or "bytes")
+    with clean_ends():
+        prepared = prepare(
+            corpus,
+            options.output,
+            tokenizer,
+            validation=options.validation,
+            overwrite=options.overwrite,
+            num_workers=options.workers or usable_cores(),
+            shuffle=options.shuffle,
+        )
     if options.verify:
         TokenFile.open(prepared.path, verify=True)
     print(prepared.summary())

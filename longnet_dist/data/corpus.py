@@ -289,6 +289,8 @@ def _size(path: Path) -> int:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     if str(path) == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise DataError("standard input is closed; give it text (command | longnet prepare -), or name a file")
         yield sys.stdin.buffer
         return
     if stat.S_ISSOCK(path.stat().st_mode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -58,7 +58,7 @@ class Prepared:
             "byte sequences that are not UTF-8 read as U+FFFD": self.num_replaced,
         }
         said = [f"{count:,} {what}" for what, count in losses.items() if count]
-        said += [f"{count:,} {what} (the first is {name})" for what, (count, name) in self.left_out.items()]
+        said += _said(self.left_out)
         if self.num_lost:
             share = self.num_lost / self.num_read
             said.append(f"{self.num_lost:,} of {self.num_read:,} bytes ({share:.1%}) dropped by the tokenizer")
@@ -111,9 +111,10 @@ def prepare(
         progress.update(corpus.bytes_read - progress.n)
         writer.flush()
         if writer.num_tokens == 0:
+            skipped = [f"{corpus.num_binary} binary and {corpus.num_hidden} hidden ones were skipped"]
             raise DataError(
-                f"the input holds no text ({len(corpus.paths)} files; {corpus.num_binary} binary and "
-                f"{corpus.num_hidden} hidden ones were skipped); give files of text"
+                f"the input holds no text ({len(corpus.paths)} files; {', '.join(skipped + _said(corpus.left_out))}); "
+                "give files of text"
             )
     assert writer.header is not None  # leaving the block wrote it
     return Prepared(
@@ -151,6 +152,11 @@ def default_token_file(directory: str | Path) -> Path:
         if same and header.edges:  # older versions wrote none
             return path
     return prepare(standard_library(), path, ByteTokenizer(), overwrite=True, source=source).path
+
+
+def _said(left_out: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Say what was left out, each kind with its first."""
+    return [f"{count:,} {what} (the first is {name})" for what, (count, name) in left_out.items()]
 
 
 def _counted(chunks: Iterable[bytes], corpus: Corpus, progress: tqdm[NoReturn]) -> Iterator[bytes]:

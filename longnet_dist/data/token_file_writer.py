@@ -338,9 +338,11 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """Refuse to write a token file where something else is.
 
     Raises:
-        DataError: ``path`` is a folder, or a file that may not be overwritten.
+        DataError: ``path`` is a folder, a device or a pipe, or a file that may not be overwritten.
     """
     if path.is_dir():
         raise DataError(f"the output {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise DataError(f"the output {path} is a device or a pipe, which a token file would replace; name a file")
     if path.exists() and not overwrite:
         raise DataError(f"{path} exists and is not overwritten; choose another name or say --overwrite")

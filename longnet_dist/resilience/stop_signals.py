@@ -53,3 +53,27 @@ def stop_requests(answer: str = "") -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, signal.SIG_IGN if came else handler)
+
+
+@contextmanager
+def clean_ends() -> Iterator[None]:
+    """Let every stop signal end the process as an exception, so that what is unfinished is removed, as at Ctrl-C.
+
+    Only the main thread may enter.
+
+    Raises:
+        SystemExit: at a signal other than Ctrl-C, with the status 128 and its number, as without a handler.
+    """
+    signals = [number for number in heeded_signals() if number != signal.SIGINT]
+
+    def end(number: int, _: object) -> None:
+        for other in signals:
+            signal.signal(other, signal.SIG_IGN)  # a second one must not interrupt the removal
+        raise SystemExit(128 + number)
+
+    old = {number: signal.signal(number, end) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def test_tokenizer_and_share(tmp_path: Path) -> None:
         (["missing.txt", "--output", "o"], "no file, folder or match"),
         (["text", "--output", "text"], "one of the inputs"),
         (["text", "--output", "kept"], "not overwritten"),
+        (["text", "--output", "kept", "--overwrite", "--train-tokenizer", "0"], "must be above 257"),
         (["text", "--output", "o", "--tokenizer", "words"], "tokenizer"),
         (["text", "--output", "o", "--validation", "1"], "share"),
         (["bad.zip", "--output", "o"], "cannot be read"),
@@ -103,3 +106,15 @@ def test_standard_input(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, input=lines, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert TokenFile.open(tmp_path / "a.tokens").tokens.tobytes() == b"one\0two"
+
+
+def test_a_stop_signal_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "longnet_dist", "prepare", "-", "--output", "a.tokens"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as run:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.02)
+        time.sleep(0.2)
+        run.terminate()
+        assert run.wait(30) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from longnet_dist.data.corpus import ARCHIVED_LINK, NO_FILE, NO_TARGET, NO_TEXT, Corpus, find_corpus
@@ -49,6 +50,14 @@ def parquet(rows: dict[str, list[Any]]) -> bytes:
 
     buffer = io.BytesIO()
     table_file.write_table(pyarrow.table(rows), buffer, row_group_size=2)
+    return buffer.getvalue()
+
+
+def two_columns() -> bytes:
+    """Return a Parquet file in which two columns have the name of the text."""
+    pyarrow, table_file = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    table_file.write_table(pyarrow.table([pyarrow.array(["a"])] * 2, names=["text", "text"]), buffer)
     return buffer.getvalue()
 
 
@@ -88,6 +97,27 @@ def test_rows_without_text_are_counted(tmp_path: Path) -> None:
     assert corpus.left_out == {NO_TEXT: (2, f"{tmp_path}/a.jsonl, line 1")}
 
 
+def test_columns_of_categories_and_of_nulls_are_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": pyarrow.array(["a", None, "b", "a"]).dictionary_encode()}))
+    (tmp_path / "b.parquet").write_bytes(parquet({"text": [None, None]}))
+    corpus = find_corpus([tmp_path])
+    assert texts(corpus) == [b"a", b"b", b"a"]
+    assert corpus.left_out == {NO_TEXT: (3, f"{tmp_path}/a.parquet, row 2")}
+
+
+def test_a_corpus_without_text_says_what_was_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": None}, {"text": ""}]))
+    with pytest.raises(DataError, match=r"no text .*2 rows without text skipped \(the first is .*a\.jsonl, line 1\)"):
+        prepare(find_corpus([tmp_path]), tmp_path / "o.tokens", ByteTokenizer())
+
+
+def test_a_closed_standard_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        texts(find_corpus(["-"]))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -109,6 +139,7 @@ def test_wrong_parquet_files_are_named(tmp_path: Path) -> None:
         (b"PAR1 and no more", "cannot be read as Parquet"),
         (parquet({"body": ["a"]}), r"columns body, and no 'text'; .*--text-column"),
         (parquet({"text": [1]}), "must be text, not int64"),
+        (two_columns(), r"a\.parquet has 2 columns 'text'; rename"),
     ]:
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
@@ -135,6 +166,22 @@ def test_a_damaged_zstandard_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt.zst").write_bytes(data)
     with pytest.raises(DataError, match=r"a\.txt\.zst cannot be read"):
         texts(find_corpus([tmp_path]))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 10])
+def test_a_cut_zstandard_file_is_named(tmp_path: Path, lost: int) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(zstd(LINES)[:-lost])
+    with pytest.raises(DataError, match=r"a\.txt\.zst cannot be read .*ended before"):
+        texts(find_corpus([tmp_path]))
+
+
+def test_a_long_zstandard_file_of_many_frames_is_read_whole(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    parts = [np.random.default_rng(size).bytes(size).replace(b"\0", b"1") for size in (1, 0, 300_000, 8192, 5)]
+    frames = [zstandard.ZstdCompressor().compress(part) for part in parts]
+    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    (tmp_path / "a.txt.zst").write_bytes(skippable.join(frames))
+    assert texts(find_corpus([tmp_path])) == [b"".join(parts)]
 
 
 def test_a_tar_archive_may_be_compressed_with_zstandard(tmp_path: Path) -> None:

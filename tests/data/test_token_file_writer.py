@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import tracemalloc
 from collections.abc import Iterator
@@ -215,6 +216,9 @@ def test_unwritable_places(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="is a folder"):
         TokenFileWriter(tmp_path, ByteTokenizer())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is a device or a pipe"):
+        TokenFileWriter(tmp_path / "pipe", ByteTokenizer(), overwrite=True)
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -157,7 +157,9 @@ def test_a_trained_tokenizer_is_byte_level_and_repeatable(tmp_path: Path) -> Non
 
 def test_a_tokenizer_that_cannot_be_trained(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("text")
-    with pytest.raises(DataError, match="above 257, not 257"):
+    with pytest.raises(DataError, match=r"above 257, .* not 257"):
         train_tokenizer(find_corpus([tmp_path]), 257)
+    with pytest.raises(DataError, match="1048576 at most, not 100000000000"):
+        train_tokenizer(find_corpus([tmp_path]), 10**11)
     with pytest.raises(DataError, match="reads the text twice"):
         train_tokenizer(find_corpus(["-"]), 300)

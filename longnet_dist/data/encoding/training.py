@@ -14,6 +14,7 @@ from longnet_dist.errors import DataError
 from longnet_dist.extras import require_extra
 
 BYTES = 256
+LARGEST = 2**20  # the trainer reserves memory for all tokens at its start
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> HuggingFaceTokenizer:
@@ -26,16 +27,16 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> HuggingFaceTokenizer:
         vocab_size: size of the vocabulary; it gets smaller if the texts have fewer words.
 
     Raises:
-        DataError: the size leaves no merge, the corpus cannot be read twice, or it has no text.
+        DataError: the size leaves no merge or is too large, the corpus cannot be read twice, or it has no text.
         MissingExtraError: the package tokenizers is not installed.
     """
     require_extra("tokenizers", "--train-tokenizer", only="tokenizers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size <= BYTES + 1:
+    if not BYTES + 1 < vocab_size <= LARGEST:
         raise DataError(
-            f"a byte-level BPE has 256 bytes, a separator and merges, so its size must be above {BYTES + 1}, not "
-            f"{vocab_size}; 16384 is usual"
+            f"a byte-level BPE has 256 bytes, a separator and merges, so its size must be above {BYTES + 1}, and it is "
+            f"{LARGEST} at most, not {vocab_size}; 16384 is usual"
         )
     if not corpus.repeatable:
         raise DataError(

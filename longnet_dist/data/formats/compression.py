@@ -13,6 +13,8 @@ from typing import IO, Any, BinaryIO, cast
 
 from longnet_dist.extras import require_extra
 
+FRAME_PART_BYTES = 1 << 13  # decompressed at once: 128 KiB of text need as little as 4 bytes
+
 
 class Counting(io.RawIOBase):
     """Count what is read of a file, which may be a pipe; it seeks where the file does.
@@ -56,14 +58,20 @@ class Counting(io.RawIOBase):
 
 
 class _Zstandard(io.RawIOBase):
-    """Read a Zstandard file with errors of the operating system, as the other compressions raise."""
+    """Read a Zstandard file of one frame or several; errors are those of the other compressions.
+
+    The stream reader of zstandard takes a file that ends within a frame for a whole one, so frames are read one by one.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         require_extra("data", "a .zst file", only="zstandard")
         import zstandard
 
-        self._error = zstandard.ZstdError
-        self._stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
+        self._file, self._error = file, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None  # None between two frames
+        self._ahead = b""  # read, and behind the end of a frame
+        self._text = memoryview(b"")  # decompressed, and not given out
 
     def readable(self) -> bool:
         """Say that it can be read."""
@@ -71,10 +79,23 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer."""
-        try:
-            return int(self._stream.readinto(buffer))
-        except self._error as error:
-            raise OSError(str(error)) from error
+        while not self._text:
+            data = self._ahead or self._file.read(FRAME_PART_BYTES)
+            if not data and self._frame is None:
+                return 0
+            if not data:
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._text = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise OSError(str(error)) from error
+            self._ahead = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
 
 
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {

@@ -66,6 +66,11 @@ def _check_column(name: str, schema: object, column: str) -> None:
     names = ", ".join(schema.names)
     if column not in schema.names:
         raise DataError(f"{name} has the columns {names}, and no {column!r}; name that of the text: --text-column NAME")
-    kind = str(schema.field(column).type)
-    if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
+    if (count := schema.names.count(column)) > 1:
+        raise DataError(f"{name} has {count} columns {column!r}; rename all but one of them")
+    kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    # A column in which every row is null can have the type null.
+    if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary", "null"):
         raise DataError(f"{name}: the column {column!r} must be text, not {kind}; name another: --text-column NAME")
