@@ -54,7 +54,7 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "place"), FOREIGN, ids=str)
+@pytest.mark.parametrize(("name", "place"), FOREIGN, ids=lambda value: getattr(value, "__name__", value))
 def test_a_foreign_name_changes_nothing(tmp_path, name, place):
     run = tmp_path / "run"
     ours = [add(run, step) for step in (1, 2, 3)]
