@@ -106,6 +106,8 @@ def _settings(estimate: Estimate) -> Iterator[Settings]:
         yield settings
         if settings["train__activation_checkpointing"] == "selective":
             yield from _with_qkv(estimate, settings)
+        if settings["train__offload_activations"]:
+            yield from _with_resident(estimate, settings)
 
 
 def _batches(estimate: Estimate) -> Iterator[Settings]:
@@ -161,6 +163,13 @@ def _with_qkv(estimate: Estimate, settings: Settings) -> Iterator[Settings]:
     base = estimate.with_settings(**settings)
     if base is not None and (number := base.cache_qkv_that_fits):
         yield settings | {"train__cache_qkv": number}
+
+
+def _with_resident(estimate: Estimate, settings: Settings) -> Iterator[Settings]:
+    """Yield, where the host has too little memory, the settings with the most blocks that need none of it."""
+    base = estimate.with_settings(**settings)
+    if base is not None and not base.fits_host(-SPARE):
+        yield settings | {"train__resident_blocks": base.resident_blocks_that_fit}
 
 
 def _configured(estimate: Estimate, name: str) -> Any:

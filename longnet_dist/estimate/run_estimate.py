@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -166,11 +166,22 @@ class Estimate:
         """Return the largest ``train.cache_qkv`` that leaves ``SPARE`` free; 0 without selective checkpointing."""
         if self.layout.config.train.activation_checkpointing != "selective":
             return 0
-        low, high = 0, self.layout.config.model.layers
-        while low < high:  # what more blocks keep takes more memory
+        return self._most_blocks("train__cache_qkv", 0, Estimate.fits)
+
+    @cached_property
+    def resident_blocks_that_fit(self) -> int:
+        """Return the largest ``train.resident_blocks`` that leaves ``SPARE`` of the device free, or its least."""
+        return self._most_blocks(
+            "train__resident_blocks", self.layout.config.train.least_resident, Estimate.fits_device
+        )
+
+    def _most_blocks(self, name: str, least: int, fits: Callable[[Estimate, float], bool]) -> int:
+        """Return the largest value of a setting that counts blocks, each of which takes memory."""
+        low, high = least, self.layout.config.model.layers
+        while low < high:
             middle = (low + high + 1) // 2
-            estimate = self.with_settings(train__cache_qkv=middle)
-            low, high = (middle, high) if estimate and estimate.fits(-SPARE) else (low, middle - 1)
+            estimate = self.with_settings(**{name: middle})
+            low, high = (middle, high) if estimate and fits(estimate, -SPARE) else (low, middle - 1)
         return low
 
     def _longest(self, **settings: Any) -> int:

@@ -87,3 +87,18 @@ def test_host_memory_bounds_what_is_offloaded():
     assert any("offload" in words for words, _ in rich)
     assert all(other.peak_host_bytes <= 64 * GIB for _, other in poor)
     assert rich[0][1].step_seconds < poor[0][1].step_seconds
+
+
+def test_blocks_stay_on_the_gpu_where_the_host_has_too_little_memory_for_all():
+    settings = ("data.sequence_length=1048576", "train.batch_size=1", "train.micro_batch_size=1", "model.name=1.3b")
+    run = estimate(*settings, "train.checkpoint_every=0", host_limit=128 * GIB)
+    words, best = fastest(run)[0]
+    assert "train.resident_blocks=" in words
+    assert best.peak_host_bytes <= 128 * GIB / (1 + SPARE)
+    more = best.with_settings(train__resident_blocks=best.layout.config.train.resident_blocks + 1)
+    assert not more.fits_device(-SPARE)
+    without = estimate(
+        *settings, *words.split(), "train.resident_blocks=2", "train.checkpoint_every=0", host_limit=128 * GIB
+    )
+    assert without.step_seconds == best.step_seconds
+    assert not without.fits_host()
