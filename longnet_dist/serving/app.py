@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -15,6 +16,8 @@ from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import Receive, Scope, Send
 
 from longnet_dist import __version__
 from longnet_dist.data.tokenizers import Tokenizer
@@ -22,7 +25,10 @@ from longnet_dist.errors import LongNetError
 from longnet_dist.inference.generation import Sampling, TextStream
 from longnet_dist.serving.batcher import Batcher
 from longnet_dist.serving.batcher import Request as Decoded
-from longnet_dist.serving.protocol import Choice, Completion, CompletionRequest, Usage, error_body
+from longnet_dist.serving.protocol import Choice, Completion, CompletionRequest, Usage, error_body, mistake
+
+MOST_THREADS = 1024
+STOPPED = "the model has stopped; the server's log says why. Start the server again"
 
 
 def application(batcher: Batcher, tokenizer: Tokenizer, name: str) -> FastAPI:
@@ -37,7 +43,7 @@ def application(batcher: Batcher, tokenizer: Tokenizer, name: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # A request waits for its ids on a thread.
-        to_thread.current_default_thread_limiter().total_tokens = 40 + 2 * batcher.decoder.texts
+        to_thread.current_default_thread_limiter().total_tokens = MOST_THREADS
         yield
         batcher.close()
 
@@ -46,37 +52,41 @@ def application(batcher: Batcher, tokenizer: Tokenizer, name: str) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()[0]
-        place = ".".join(str(part) for part in found["loc"][1:2])
-        return JSONResponse(error_body(f"{place}: {found['msg']}" if place else found["msg"]), 400)
+        return JSONResponse(error_body(mistake(error.errors()[0])), 400)
 
     @app.exception_handler(LongNetError)
     async def refused(_: Request, error: LongNetError) -> JSONResponse:
         return JSONResponse(error_body(str(error)), 400)
 
-    @app.exception_handler(HTTPException)
-    async def failed(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.detail), error.status_code)
+    @app.exception_handler(AnyHTTPException)
+    async def failed(_: Request, error: AnyHTTPException) -> JSONResponse:
+        return JSONResponse(error_body(error.detail), error.status_code, error.headers)
 
+    @app.exception_handler(Exception)
+    async def stopped(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body(STOPPED, "server_error"), 500)
+
+    # These two need no thread, so they answer while all threads wait.
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         if not batcher.open:
-            raise HTTPException(503, "the model has stopped; the server's log says why. Start the server again")
+            raise HTTPException(503, STOPPED)
         return {"status": "ok"}
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         model = {"id": name, "object": "model", "created": created, "owned_by": "longnet"}
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/completions", response_model=None)
-    def completions(asked: CompletionRequest) -> Completion | StreamingResponse:
+    async def completions(asked: CompletionRequest, request: Request) -> Completion | StreamingResponse:
         if asked.model not in (None, name):
             raise HTTPException(404, f"the model is {name}, and there is no {asked.model}")
-        answer = Answer.begin(asked, batcher, tokenizer, name)
+        answer = await to_thread.run_sync(Answer.begin, asked, batcher, tokenizer, name)
         if asked.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream")
-        return answer.whole()
+            return Events(answer)
+        async with _wanted(answer, request.receive):
+            return await to_thread.run_sync(answer.whole)
 
     return app
 
@@ -125,18 +135,11 @@ class Answer:
     def whole(self) -> Completion:
         """Return the answer once all texts are complete."""
         choices = []
-        try:
-            for index in range(len(self.texts)):
-                parts = list(self._choices(index))
-                text = "".join(part.text for part in parts)
-                choices.append(Choice(text=text, index=index, finish_reason=parts[-1].finish_reason))
-        finally:
-            self._cancel()
-        prompt_tokens = sum(map(len, self.prompts))
-        usage = Usage(
-            prompt_tokens=prompt_tokens, completion_tokens=self.drawn, total_tokens=prompt_tokens + self.drawn
-        )
-        return self._completion(choices, usage)
+        for index in range(len(self.texts)):
+            parts = list(self._choices(index))
+            text = "".join(part.text for part in parts)
+            choices.append(Choice(text=text, index=index, finish_reason=parts[-1].finish_reason))
+        return self._completion(choices, self._usage())
 
     def events(self) -> Iterator[str]:
         """Yield the server-sent events of a stream: the pieces of one text, then those of the next."""
@@ -144,10 +147,12 @@ class Answer:
             for index in range(len(self.texts)):
                 for choice in self._choices(index):
                     yield f"data: {self._completion([choice]).model_dump_json()}\n\n"
+            if self.asked.with_usage:
+                yield f"data: {self._completion([], self._usage()).model_dump_json()}\n\n"
         except LongNetError as error:
             yield f"data: {json.dumps(error_body(str(error)))}\n\n"
-        finally:
-            self._cancel()
+        except Exception:  # the batcher's, which its thread raises too
+            yield f"data: {json.dumps(error_body(STOPPED, 'server_error'))}\n\n"
         yield "data: [DONE]\n\n"
 
     def _choices(self, index: int) -> Iterator[Choice]:
@@ -168,13 +173,54 @@ class Answer:
         rest = stream.finish()
         yield Choice(text=rest, index=index, finish_reason="stop" if ended or stream.stopped else "length")
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
         """Free the places of texts that nobody waits for: the client has gone, or one of the texts failed."""
         for text in self.texts:
             text.cancel()
 
+    def _usage(self) -> Usage:
+        prompt_tokens = sum(map(len, self.prompts))
+        return Usage(prompt_tokens=prompt_tokens, completion_tokens=self.drawn, total_tokens=prompt_tokens + self.drawn)
+
     def _completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
         return Completion(id=self.number, created=self.created, model=self.model, choices=choices, usage=usage)
+
+
+class Events(StreamingResponse):
+    """Events send an answer piece by piece.
+
+    Args:
+        answer: the answer, which is cancelled at the end.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events, or those until the client has gone."""
+        async with _wanted(self._answer, receive):
+            await super().__call__(scope, receive, send)
+
+
+@asynccontextmanager
+async def _wanted(answer: Answer, receive: Receive) -> AsyncIterator[None]:
+    """Cancel an answer at the end, and as soon as its client has gone, so that its places are free for others.
+
+    A thread that waits for the answer's ids is not interrupted; cancelling ends its wait.
+    """
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        answer.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        answer.cancel()
 
 
 def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:

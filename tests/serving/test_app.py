@@ -1,4 +1,7 @@
 import json
+import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -108,6 +111,15 @@ def test_requests_at_the_same_time_get_their_own_text(client):
         ({"prompt": "a", "top_p": 0}, 400, "top_p"),
         ({"prompt": "a", "stop": list("abcde")}, 400, "at most 4"),
         ({"prompt": "a", "best_of": 3}, 400, "best_of is not offered"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix is not offered"),
+        ({"prompt": "a", "max_token": 3}, 400, "there is no field max_token; the nearest is max_tokens"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "use stream=true"),
+        ({"prompt": "a", "stream": True, "stream_options": {"usage": 1}}, 400, "stream_options.usage"),
+        ({"prompt": []}, 400, "no prompt in the list"),
+        ({"prompt": None}, 400, "prompt"),
+        ({"prompt": [1, "a"]}, 400, "prompt must be a text, a list of texts, a list of ids"),
+        ({"prompt": "a", "stop": 3}, 400, "stop must be a text or up to four"),
+        ([], 400, "the body must be a JSON object"),
         ({"prompt": [5000]}, 400, "5000"),
         ({"prompt": "a", "model": "other"}, 404, "the model is tiny"),
     ],
@@ -118,8 +130,77 @@ def test_mistakes_are_answered_with_one_message(client, body, status, message):
     assert message in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "message"),
+    [
+        ("GET", "/v1/completions", b"", 405, "Method Not Allowed"),
+        ("POST", "/v1/chat/completions", b"{}", 404, "Not Found"),
+        ("POST", "/v1/completions", b'{"prompt"', 400, "it is no JSON"),
+        ("POST", "/v1/completions", b'{"prompt": "\xff"}', 400, "parsing the body"),
+        ("POST", "/v1/completions", b"", 400, "the body must be a JSON object"),
+    ],
+)
+def test_every_refusal_has_the_body_of_an_error(client, method, path, content, status, message):
+    answer = client.request(method, path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_stream_counts_its_tokens_if_asked(client):
+    body = {"prompt": ["a", "bc"], "max_tokens": 5, "seed": 1}
+    whole = post(client, **body).json()
+    streamed = post(client, **body, stream=True, stream_options={"include_usage": True}).text.split("\n\n")
+    events = [json.loads(event.removeprefix("data: ")) for event in streamed if event.startswith("data: {")]
+    assert [event["usage"] for event in events] == [None] * (len(events) - 1) + [whole["usage"]]
+    assert events[-1]["choices"] == []
+
+
+def test_null_is_the_default(client):
+    fields = dict.fromkeys(["max_tokens", "top_p", "n", "stop", "stream", "echo", "logprobs", "suffix", "best_of"])
+    whole = post(client, prompt="a", seed=1, temperature=1.0).json()["choices"]
+    assert post(client, prompt="a", seed=1, temperature=1.0, **fields).json()["choices"] == whole
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_place(model, stream):
+    uvicorn = pytest.importorskip("uvicorn")
+
+    from longnet_dist.serving.app import application
+
+    batcher = Batcher(Decoder(model, 1, 500_000))
+    server = uvicorn.Server(uvicorn.Config(application(batcher, ByteTokenizer(), "tiny"), log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            body = json.dumps({"prompt": "a", "max_tokens": 400_000, "temperature": 0, "stream": stream}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+            # The second waits for the place of the first.
+            clients = [socket.create_connection(listening.getsockname()) for _ in range(2)]
+            for one in clients:
+                one.sendall(request)
+                wait_for(lambda: len(batcher._active) == 1)
+            wait_for(lambda: len(batcher._waiting) == 1)
+            clients[1].close()
+            wait_for(lambda: batcher._waiting[0].cancelled)
+            clients[0].close()
+            wait_for(lambda: not batcher._active)
+        finally:
+            server.should_exit = server.force_exit = True
+            batcher.close()
+            thread.join()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_fields_at_which_nothing_happens_are_taken(client):
-    fields = {"best_of": 1, "logit_bias": {}, "logprobs": None, "presence_penalty": 0, "user": "x"}
+    fields = {"best_of": 1, "logit_bias": {}, "logprobs": None, "presence_penalty": 0, "user": "x", "suffix": ""}
     assert post(client, prompt="a", max_tokens=1, **fields).status_code == 200
 
 
