@@ -130,7 +130,9 @@ def attention(capability: int, dim: int) -> None:
 
             tables._on_device = lambda integers, device: torch.from_numpy(integers)
         kernel.forward(call, q, k, v, out, lse)
-        kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
+        for deterministic in (False, True):  # where a table is for the portable kernels alone
+            call = replace(call, deterministic=deterministic)
+            kernel.backward(call, BackwardInputs(dout, q, k, v, statistics), Gradients(dq, dk, dv))
     if capability < 90:
         return
     # Keys of a segment that other ranks share, as the exchange leaves them, with gradients in float32; grouped heads;

@@ -67,11 +67,15 @@ class EmulatedKernel(TritonKernel):
                 with self._hopper():
                     launches.backward_launch(part, buffers)(*tensors)
             else:
-                self.launched["portable"] += 1
-                with _float32(tensors, changed=(5, 6, 7)) as wide:
-                    problem, *seen = _of_wide(part, wide, BACKWARD_SIDES, 1)
-                    for launch in portable._portable_backward(problem, seen):
-                        launch(*wide)
+                self._portable(portable._key_gradients, part, tensors, (5, 6, 7))
+            if call.deterministic:
+                self._portable(portable._query_gradient, part, tensors, (5,))
+
+    def _portable(self, launch_of, part, tensors, changed):
+        self.launched["portable"] += 1
+        with _float32(tensors, changed) as wide:
+            problem, *seen = _of_wide(part, wide, BACKWARD_SIDES, 1)
+            launch_of(problem, tuple(seen))(*wide)
 
 
 def _of_wide(part, wide, sides, query):

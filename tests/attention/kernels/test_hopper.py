@@ -58,6 +58,27 @@ def test_agrees_with_the_oracle(dim, rows, heads, kv_heads, batch, lengths, rate
     assert (kernel.launched["forward"] > 0) == (dim == 128)
 
 
+@pytest.mark.parametrize(
+    ("dim", "rows", "heads", "kv_heads", "lengths", "rates", "causal"),
+    [
+        (128, 300, 2, 1, [128, 256], [1, 2], True),
+        (128, 190, 2, 2, [100], [2], False),
+        (64, 300, 2, 2, [128, 256], [1, 2], True),
+        (64, 290, 4, 2, [290], [1], False),
+    ],
+)
+def test_deterministic_gradients_take_dk_and_dv_alone_from_it(dim, rows, heads, kv_heads, lengths, rates, causal):
+    pattern, given, found = DilatedPattern(lengths, rates), inputs(rows, heads, kv_heads, dim), []
+    for seed in range(2):  # in which the parts of the emulated machine take their turns
+        kernel = EmulatedKernel(seed=seed)
+        found.append(attended(*given, pattern, kernel, causal=causal, deterministic=True))
+        assert kernel.launched["backward"] >= len(rates)
+        assert kernel.launched["portable"] >= kernel.launched["backward"]
+    check(found[0], expected(*given, pattern, causal))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_program_of_several_tiles(causal):
     """As where there are so many programs that each takes four tiles of queries, one after the other."""

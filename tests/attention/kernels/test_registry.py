@@ -54,7 +54,7 @@ def tried_triton(monkeypatch):
     [
         (64, HALF, False, ("portable", "hopper"), ""),
         (128, torch.float16, False, ("hopper", "hopper"), ""),
-        (128, HALF, True, ("hopper", "portable"), "cannot promise deterministic gradients"),
+        (128, HALF, True, ("hopper", "portable"), "adds dQ in no fixed order"),
         (96, HALF, False, ("portable", "portable"), "take head dims (64, 128), not 96"),
         (64, torch.float32, False, ("portable", "portable"), "take bfloat16 and float16, not torch.float32"),
     ],
@@ -70,7 +70,7 @@ def test_describes_the_kernels_of_a_hopper_gpu(tried_triton, head_dim, dtype, de
     ("deterministic", "taken", "kernels", "reason"),
     [
         (False, True, ("hopper", "hopper"), ""),
-        (True, True, ("portable", "portable"), "cannot promise deterministic gradients"),
+        (True, True, ("portable", "portable"), "must be bitwise what it is alone"),
         (False, False, ("portable", "portable"), "segments of one length and all heads of a model"),
     ],
 )

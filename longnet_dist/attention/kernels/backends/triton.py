@@ -80,6 +80,8 @@ class TritonBackend(Backend):
             return KernelChoice(name, "portable", "portable", reason, remedy)
         forward = "hopper" if head_dim in support.FORWARD_DIMS and not (tables and deterministic) else "portable"
         if deterministic:
-            reason = "the backward kernel for Hopper cannot promise deterministic gradients"
+            reason = "the kernel for Hopper adds dQ in no fixed order, so that dQ is computed on its own"
+            if tables:
+                reason = "a document must be bitwise what it is alone, and the kernels for Hopper do not promise that"
             return KernelChoice(name, forward, "portable", reason)
         return KernelChoice(name, forward, "hopper")

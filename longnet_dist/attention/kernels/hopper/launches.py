@@ -94,15 +94,11 @@ def forward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
 def takes_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
     """Whether the kernel computes this: Hopper, D 64 or 128, half precision, buffers that are plain matrices."""
     dout, q, k, v, _, dq, _, _ = buffers
-    return (
-        problem.dim in support.BACKWARD_DIMS
-        and not problem.call.deterministic
-        and _takes(problem, (dout, q, dq), (k, v))
-    )
+    return problem.dim in support.BACKWARD_DIMS and _takes(problem, (dout, q, dq), (k, v))
 
 
 def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
-    """One launch for dQ, dK and dV of a piece, on ``dout, q, k, v, statistics, dq, dk, dv``."""
+    """One launch for dK, dV and, unless deterministic, dQ of a piece: ``dout, q, k, v, statistics, dq, dk, dv``."""
     dout, q, k, v, _, dq, _, _ = buffers
     tiles, heads = TILES[problem.dim], k.shape[2]
     rate, key_rate = problem.piece.dilation_rate, problem.key_rate
@@ -125,6 +121,7 @@ def backward_launch(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
         "COMPACT": problem.piece.compact,
         "GROUPED": q.shape[2] > heads,
         "FRESH": problem.call.fresh,
+        "ADDS_DQ": not problem.call.deterministic,
     }
     programs, numbers = _work(problem, _table(problem, False, KEYS), problem.keys, KEYS, 1, heads)
     return Launch(

@@ -258,47 +258,58 @@ def _backward(
         if hopper and hopper.takes_backward(part, buffers):
             launches.append(hopper.backward_launch(part, buffers))
         else:
-            launches.extend(_portable_backward(part, buffers))
+            launches.append(_key_gradients(part, buffers))
+        if call.deterministic:
+            launches.append(_query_gradient(part, buffers))
     return tuple(launches)
 
 
-def _portable_backward(problem: Problem, buffers: tuple[Geometry, ...]) -> list[Launch]:
-    """dK and dV with dQ on the way or, deterministic, dQ in a launch of its own."""
-    dout, q, k, v, _, dq, _, _ = buffers
-    rate, key_rate = problem.piece.dilation_rate, problem.key_rate
-    described, add_dq = problem.describable((dout, q, dq), (k, v)), not problem.call.deterministic
+def _key_gradients(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
+    """dK and dV; unless deterministic, dQ on the way."""
+    q, k, dq = buffers[1], buffers[2], buffers[5]
+    described, add_dq = _described(problem, buffers), not problem.call.deterministic
     reduced = add_dq and described and q.device.type == "cuda"  # Triton's interpreter cannot
-    constants = problem.constants(described)
-
-    def views(tiles: Tiles, reduced: bool) -> tuple[View | None, ...]:
-        queries = [block_view(x, rate, tiles.queries) for x in (dout, q, dq)]
-        keys = [block_view(x, key_rate, tiles.keys) for x in (k, v)]
-        sources = (*queries[:2], *keys) if described else (None,) * 4
-        return (*sources, None, queries[2] if reduced else None, None, None)
-
     tiles, heads = key_gradient_tiles(problem.block_dim, problem.wide), k.shape[2]
-    key_gradients = Launch(
+    target = block_view(dq, problem.piece.dilation_rate, tiles.queries) if reduced else None
+    own = {"FRESH": problem.call.fresh, "ADD_DQ": add_dq, "REDUCE": reduced}
+    return Launch(
         key_gradient_kernel,
         problem.programs(problem.keys, tiles.keys, heads),
-        views(tiles, reduced),
+        (*_sources(problem, buffers, tiles), None, target, None, None),
         (*problem.numbers(problem.keys, tiles.keys, heads, *buffers), problem.table(), problem.heads_before),
-        constants | tiles.constants | {"FRESH": problem.call.fresh, "ADD_DQ": add_dq, "REDUCE": reduced},
+        problem.constants(described) | tiles.constants | own,
         tiles.options,
         problem.first_rows(BACKWARD_SIDES),
     )
-    if add_dq:
-        return [key_gradients]
+
+
+def _query_gradient(problem: Problem, buffers: tuple[Geometry, ...]) -> Launch:
+    """dQ in a launch of its own, in an order that never changes."""
+    q = buffers[1]
     tiles, heads = query_gradient_tiles(problem.block_dim, problem.wide), q.shape[2]
-    query_gradient = Launch(
+    return Launch(
         query_gradient_kernel,
         problem.programs(problem.queries, tiles.queries, heads),
-        views(tiles, False)[:6],
+        (*_sources(problem, buffers, tiles), None, None),
         (*problem.numbers(problem.queries, tiles.queries, heads, *buffers[:6]), problem.table(), problem.heads_before),
-        constants | tiles.constants,
+        problem.constants(_described(problem, buffers)) | tiles.constants,
         tiles.options,
         problem.first_rows(BACKWARD_SIDES[:6]),
     )
-    return [key_gradients, query_gradient]
+
+
+def _sources(problem: Problem, buffers: tuple[Geometry, ...], tiles: Tiles) -> tuple[View | None, ...]:
+    """Views of ``dout, q, k, v`` for the copy engine, if it can see all buffers."""
+    if not _described(problem, buffers):
+        return (None,) * 4
+    dout, q, k, v = buffers[:4]
+    queries = (block_view(x, problem.piece.dilation_rate, tiles.queries) for x in (dout, q))
+    return *queries, *(block_view(x, problem.key_rate, tiles.keys) for x in (k, v))
+
+
+def _described(problem: Problem, buffers: tuple[Geometry, ...]) -> bool:
+    dout, q, k, v, _, dq, _, _ = buffers
+    return problem.describable((dout, q, dq), (k, v))
 
 
 def _hopper(device: torch.device) -> ModuleType | None:

@@ -29,6 +29,7 @@ class Form(NamedTuple):
         HALVES: times 64 queries of a tile.
         STAGES: tiles of queries in shared memory.
         OVERLAPS: whether ``Problem.overlaps`` has any.
+        ADDS_DQ: whether dQ is added too, in an order that changes from run to run.
     """
 
     D: Any
@@ -39,6 +40,7 @@ class Form(NamedTuple):
     GROUPED: Any
     FRESH: Any
     OVERLAPS: Any
+    ADDS_DQ: Any
 
 
 class Tiles(NamedTuple):

@@ -29,9 +29,9 @@ def hopper_backward_kernel(
     tiles, segments, kv_heads, group, head_block, w, r,
     first_segment, window_start, query_start, query_stop, key_stop, half, overlaps, scale, table, heads_before,
     D: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, COMPACT: gl.constexpr,
-    GROUPED: gl.constexpr, FRESH: gl.constexpr, OVERLAPS: gl.constexpr,
+    GROUPED: gl.constexpr, FRESH: gl.constexpr, OVERLAPS: gl.constexpr, ADDS_DQ: gl.constexpr,
 ):  # fmt: skip
-    """Adds to dK and dV of 128 keys of a (batch, kv head, segment), and to dQ through the copy engine.
+    """Adds to dK and dV of 128 keys of a (batch, kv head, segment); with ``ADDS_DQ`` to dQ through the copy engine.
 
     ``q, k, v, dout, dq`` are descriptors of the view ``(B·rows / r, r·row_stride)``. ``statistics`` ``(B, n, H, 2)``
     holds lse in units of log 2, and delta. With ``FRESH`` dK and dV were not written yet. ``table`` is a ``TileTable``,
@@ -47,7 +47,7 @@ def hopper_backward_kernel(
     results = Results(dq, dk, dv, dq_strides, dk_strides, dv_strides, rows)
     _run(  # a form with a name would be made of numbers that the compiler does not know
         sources, results, shape, group, scale,
-        Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, OVERLAPS),
+        Form(D, QUERIES // 64, STAGES, CAUSAL, COMPACT, GROUPED, FRESH, OVERLAPS, ADDS_DQ),
     )  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
     """Group ``W``, whose keys are the ``W``-th 64 of the tile."""
     dkey_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, form.D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    arrive(FREE + 1 - W + (2 if form.HALVES == 1 else 0), MULTIPLIERS)
+    if form.ADDS_DQ:
+        arrive(FREE + 1 - W + (2 if form.HALVES == 1 else 0), MULTIPLIERS)
     given = work_of_program(shape, group, form)
     first, first_key = uniform(given.first), uniform(given.first_key + W * 64)
     count, keys, num_tiles = uniform(given.count), uniform(given.keys), uniform(given.num_tiles)
@@ -116,7 +117,7 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
             step, scores, dkey, dvalue, key_rows, value_rows, tiles, work, target, factor, scale, form, W, False
         )
     steps = group * num_tiles
-    if form.HALVES == 1:
+    if form.ADDS_DQ and form.HALVES == 1:
         _last_dquery(steps, tiles, work, target, form, W)
     if shape[13] is not None:  # anew: what is kept through the loops takes registers
         given = work_of_program(shape, group, form, opaque_zero())
@@ -125,7 +126,8 @@ def multiply(results, tiles, shape, group, scale, form, W: gl.constexpr):
             given.first, given.count, given.num_tiles, given.num_diagonal, given.tail, given.masked, 0,
         )  # fmt: skip
     _add_key_gradients(results, dkey, dvalue, tiles.dq.index(W), work, shape[5], form)
-    meet(FREE + W + ((steps + 1) % 2 * 2 if form.HALVES == 1 else 0), MULTIPLIERS)
+    if form.ADDS_DQ:
+        meet(FREE + W + ((steps + 1) % 2 * 2 if form.HALVES == 1 else 0), MULTIPLIERS)
 
 
 @gluon.jit
@@ -191,18 +193,24 @@ def _step(
     now, before = 0, 0  # which of two buffers of dS
     if form.HALVES == 1:
         now, before = step % 2, (step + 1) % 2
-    if form.HALVES == 1 or W == 0:
-        _hand_over(ds, tiles.late_ds.index(2 * now + W), now, before, W)
-    else:
-        tiles.late_ds.index(W).store(ds)
+    dquery = 0
+    if form.ADDS_DQ:
+        if form.HALVES == 1 or W == 0:
+            _hand_over(ds, tiles.late_ds.index(2 * now + W), now, before, W)
+        else:
+            tiles.late_ds.index(W).store(ds)
+            fence_async_shared()
+        copies_read()
+        group_barrier()  # in the group: dS is written, the tile of dQ is free
+        if form.HALVES == 2:
+            meet(READY + W, MULTIPLIERS)
+        elif step > 0:
+            meet(READY + W + 2 * before, MULTIPLIERS)
+        dquery = _dquery(tiles, 2 * before, form, W)
+    elif form.HALVES == 1:
+        tiles.late_ds.index(2 * now + W).store(ds)
         fence_async_shared()
-    copies_read()
-    group_barrier()  # in the group: dS is written, the tile of dQ is free
-    if form.HALVES == 2:
-        meet(READY + W, MULTIPLIERS)
-    elif step > 0:
-        meet(READY + W + 2 * before, MULTIPLIERS)
-    dquery = _dquery(tiles, 2 * before, form, W)
+        group_barrier()
     if form.HALVES == 2:
         dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile + 1), dkey, is_async=True)
     else:  # too few registers to hold dS
@@ -215,14 +223,17 @@ def _step(
         key_rows = tiles.key.index(_fresh(W, form))
     scores = _scores(key_rows, tiles.q.index(_fresh(later % form.STAGES * form.HALVES, form)), tiles, form, W)
     PRODUCTS: gl.constexpr = 1 + form.OVERLAPS  # of the scores
-    dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
-    arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
-    _stage_dquery(tiles.dq.index(W), dquery, form)
-    if form.HALVES == 2:
-        _add_dquery(step, tiles, work, target, form, W)
-    elif step > 0:
-        _add_dquery(step - 1, tiles, work, target, form, W)
-    scores, dkey = warpgroup_mma_wait(0, deps=[scores, dkey])
+    if form.ADDS_DQ:
+        dquery, dvalue = warpgroup_mma_wait(PRODUCTS + 1, deps=[dquery, dvalue])
+        arrive(FREE + 1 - W + 2 * now, MULTIPLIERS)
+        _stage_dquery(tiles.dq.index(W), dquery, form)
+        if form.HALVES == 2:
+            _add_dquery(step, tiles, work, target, form, W)
+        elif step > 0:
+            _add_dquery(step - 1, tiles, work, target, form, W)
+        scores, dkey = warpgroup_mma_wait(0, deps=[scores, dkey])
+    else:
+        scores, dkey, dvalue = warpgroup_mma_wait(0, deps=[scores, dkey, dvalue])
     arrive(SLOT_FREE + slot, MULTIPLIERS + FETCHERS)
     return scores, dkey, dvalue
 
@@ -234,10 +245,11 @@ def _second_half(
 ):  # fmt: skip
     """dS of the first 64 queries of a step to its place and to dK, then that of the others."""
     operand: gl.constexpr = gl.DotOperandLayout(0, dkey.type.layout, 2)
-    if W == 1:
-        _hand_over(ds, tiles.early_ds.index(W), 0, 0, W)
-    else:
-        tiles.early_ds.index(W).store(ds)
+    if form.ADDS_DQ:
+        if W == 1:
+            _hand_over(ds, tiles.early_ds.index(W), 0, 0, W)
+        else:
+            tiles.early_ds.index(W).store(ds)
     scores = _scores(key_rows, tiles.q.index(tile + 1), tiles, form, W)
     dkey = warpgroup_mma(gl.convert_layout(ds, operand), tiles.q.index(tile), dkey, is_async=True)
     gradient = _transposed_product(value_rows, tiles.dout.index(tile + 1))
