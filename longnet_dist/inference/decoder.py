@@ -17,6 +17,7 @@ from longnet_dist.ops.normed_linear.choice import MOST_ROWS
 
 CHUNK_LENGTH = 16384
 """Tokens of a prompt that are computed at once on a CPU, and at least on a GPU."""
+MOST_TOKENS = 2**48  # products of positions with rates and strides stay within int64
 _MOST_NUMBERS = 2**31 - 1
 """Of a tensor, which torch's kernels count with 32 bits."""
 
@@ -59,8 +60,8 @@ class Decoder:
         device: of the model.
 
     Raises:
-        ConfigError: a bidirectional model, positions that cannot span ``max_rows``, or ``split_keys`` where the kernels
-            do not run.
+        ConfigError: a model that cannot continue a text, more rows than can be numbered, positions that cannot span
+            ``max_rows``, or ``split_keys`` where the kernels do not run.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Decoder:
         graphs: bool | None = None,
         split_keys: bool | None = None,
     ) -> None:
+        if not 1 <= max_rows <= MOST_TOKENS:
+            raise ConfigError(f"a text must have from 1 to 2^48 tokens at most, not {max_rows}; use fewer")
         self._model, self._chunk_length = model, chunk_length
         self._cache = model.decoding(texts, max_rows)
         weight = next(model.parameters())

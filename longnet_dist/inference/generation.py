@@ -11,14 +11,13 @@ from torch import Tensor
 
 from longnet_dist.data.tokenizers import Tokenizer
 from longnet_dist.errors import ConfigError
-from longnet_dist.inference.decoder import Decoder
+from longnet_dist.inference.decoder import MOST_TOKENS, Decoder
 from longnet_dist.model.longnet import LongNet
 
 LEAST_TEMPERATURE = 1e-6  # logits that are divided by it are far from the end of float32
 NUM_SEEDS = 2**64  # of torch's generators
 _CONTEXT = 8  # ids of the prompt that a stream decodes before new ones
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-MOST_TOKENS = 2**48  # products of positions with rates and strides stay within int64
 
 
 @dataclass(frozen=True)
@@ -99,26 +98,22 @@ def generate(
         raise ConfigError(f"the number of tokens to add must be from 0 to 2^48, not {num_tokens}")
     if not prompts:
         raise ConfigError("the prompt is empty; give at least one character")
-    return _generate(model, prompts, num_tokens, sampling, samples, chunk_length, allowed)
+    if not num_tokens:
+        return iter(())
+    decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length, allowed)
+    for prompt in prompts:
+        decoder.check(prompt, num_tokens)
+    return _generate(decoder, prompts, num_tokens, sampling, samples)
 
 
 @torch.no_grad()
 def _generate(
-    model: LongNet,
-    prompts: Sequence[Sequence[int]],
-    num_tokens: int,
-    sampling: Sampling,
-    samples: int,
-    chunk_length: int | None,
-    allowed: Tensor | None,
+    decoder: Decoder, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: Sampling, samples: int
 ) -> Iterator[list[int]]:
     """Yield as :func:`generate` does, for arguments that it has checked."""
-    if not num_tokens:
-        return
-    decoder = Decoder(model, samples * len(prompts), max(map(len, prompts)) + num_tokens, chunk_length, allowed)
     for number, prompt in enumerate(prompts):
         decoder.load(prompt, range(samples * number, samples * (number + 1)))
-    generator = sampling.generator(next(model.parameters()).device)
+    generator = sampling.generator(decoder.device)
     for _ in range(num_tokens):
         ids = draw(decoder.step().float(), sampling, generator)
         decoder.follow(ids)

@@ -228,9 +228,9 @@ def continue_text(
     begin = tokenizer.decode(ids).decode("utf-8", errors="replace")
     streams = [TextStream(tokenizer, ids, stop) for _ in range(samples)]
     pieces = [[begin] for _ in streams]
-    if show:
-        show(begin)
     steps = generate(model, [ids], num_tokens, sampling, samples=samples, allowed=allowed)
+    if show:  # the prompt, once nothing is wrong with the rest
+        show(begin)
     for step in tqdm(steps, total=num_tokens, unit="token", disable=True if show else None, leave=False):
         for stream, text, new in zip(streams, pieces, step, strict=True):
             text.append(stream.push(new))

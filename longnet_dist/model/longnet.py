@@ -136,7 +136,7 @@ class LongNet(nn.Module):
         """Return the cache with which ``texts`` texts of at most ``max_rows`` rows are continued, each from its row.
 
         Raises:
-            ConfigError: a bidirectional model, or xPos cannot span the pattern.
+            ConfigError: a bidirectional model, one that needs whole sequences, or xPos cannot span the pattern.
         """
         return decoding_of(self.config, texts, max_rows, self.embedding.weight, self.positions)
 
@@ -270,10 +270,15 @@ def decoding_of(
         positions: of queries and keys; None if the cached keys have none, or are rotated before.
 
     Raises:
-        ConfigError: a bidirectional model, or positions that cannot span ``max_rows``.
+        ConfigError: a bidirectional model, one that needs whole sequences, or positions that cannot span ``max_rows``.
     """
     if not config.causal:
         raise ConfigError("only a causal model can continue a text, but this one has model.causal=false")
+    if config.needs_whole_sequences:
+        raise ConfigError(
+            f"attention={config.attention} computes whole sequences, so this model cannot continue a text token by "
+            "token; train one with attention=dilated or attention=full"
+        )
     patterns = [config.layer_pattern(layer) for layer in range(config.layers)]
     kv_heads = config.kv_heads or config.heads
     return Decoding(patterns, texts, max_rows, kv_heads, config.head_dim, weight.dtype, weight.device, positions)

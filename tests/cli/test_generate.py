@@ -76,9 +76,10 @@ def test_impossible_counts_are_refused(folder, capsys, words, message):
         (["--tokens", str(2**63)], r"must be from 0 to 2\^48, not 9223372036854775808"),
     ],
 )
-def test_impossible_values_are_refused(folder, words, message):
+def test_impossible_values_are_refused(folder, capsys, words, message):
     with pytest.raises(ConfigError, match=message):
         main([folder, "--prompt", "a", *words])
+    assert capsys.readouterr().out == ""  # not the prompt, which the message would follow on its line
 
 
 def test_extreme_values_that_are_possible(folder, capsys):

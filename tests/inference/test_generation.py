@@ -159,8 +159,17 @@ def test_settings_outside_of_their_range_are_refused(fields):
 
 def test_a_model_that_computes_whole_sequences_alone_cannot_continue():
     model = LongNet(named_model("tiny", attention="sparse")).eval()
-    with pytest.raises(ConfigError, match="whole sequences on one device, one document each, but was given the next"):
+    with pytest.raises(ConfigError, match="attention=sparse computes whole sequences, so this model cannot continue"):
         continued(model, [1], 2, GREEDY)
+    with pytest.raises(ConfigError, match="cannot continue a text"):
+        Decoder(model, 1, 10)  # before a server listens
+
+
+def test_mistakes_are_named_before_the_first_token(model):
+    with pytest.raises(ConfigError, match="ids 0 to 255, but those of the prompt are 1 to 256"):
+        generate(model, [[1, 256]], 1, GREEDY)
+    with pytest.raises(ConfigError, match=r"from 1 to 2\^48 tokens at most, not 281474976710657"):
+        generate(model, [[1]], 2**48, GREEDY)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=9.0, top_k=0), Sampling(top_k=300)])
