@@ -80,13 +80,24 @@ def is_finished(run: Run) -> bool:
     if not run.record.exists():
         return False
     record = json.loads(run.record.read_text(encoding="utf-8"))
-    for name, value in run.identity.items():
-        if record.get(name) != value:
-            raise ConfigError(
-                f"{run.record} is the result of other {name}: {json.dumps(record.get(name))} there and "
-                f"{json.dumps(value)} now; use another --output, or remove {run.record} and {run.folder}"
-            )
+    old = _flat({name: record.get(name) for name in run.identity})
+    new = _flat(run.identity)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        values = (f"{key} is {new.get(key, 'not set')}, and was {old.get(key, 'not set')}" for key in changed)
+        raise ConfigError(
+            f"{run.record} is the result of other settings: {'; '.join(values)}; use another --output, or remove "
+            f"{run.record} and {run.folder}"
+        )
     return True
+
+
+def _flat(values: Any, place: str = "") -> dict[str, str]:
+    """Return nested values by their places, such as ``train.steps``, as JSON."""
+    if not isinstance(values, dict):
+        return {place: json.dumps(values)}
+    parts = (_flat(value, f"{place}.{key}" if place else key) for key, value in values.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _facts(run: Run, kind: type[Kind]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.errors import ConfigError
 from longnet_dist.experiments import experiment_names
-from longnet_dist.experiments.kinds import KINDS, retrieval_tasks
+from longnet_dist.experiments.kinds import KINDS, over_seeds, retrieval_tasks
 from longnet_dist.experiments.plan import Experiment, RunPlan, runs_of
 from longnet_dist.experiments.runner import is_finished, run_all
 from longnet_dist.inference.retrieval import Retrieval, evaluate_retrieval
@@ -47,7 +47,7 @@ def test_an_experiment_runs_and_is_not_run_again(output, name):
     assert str(Path.home()) not in (folder / f"{name}.json").read_text()
     run_all(runs, forked.never, LaunchEnvironment())
     changed = next(runs_of(experiment, (), output, overrides=["model.heads=1"], vocab_size=256))
-    with pytest.raises(ConfigError, match="is the result of other config"):
+    with pytest.raises(ConfigError, match=r"is the result of other settings: config\.model\.heads is 1, and was \d+;"):
         is_finished(changed)
 
 
@@ -147,6 +147,23 @@ def test_a_run_may_be_the_training_of_another_experiment(tmp_path):
     for plan in (RunPlan(trained="context/none"), RunPlan(trained="context/full-2k", model={"dim": 8})):
         with pytest.raises(ConfigError, match="must be a run of that experiment, and has no sections of its own"):
             list(runs_of(experiment.model_copy(update={"runs": {"a": plan}}), (), tmp_path))
+
+
+def test_only_the_settings_that_changed_are_named(tmp_path):
+    experiment = Experiment.read("distance", smoke=True)
+    (run,) = runs_of(experiment, ["paper"], tmp_path)
+    assert run_all([run], forked.never, LaunchEnvironment())
+    (changed,) = runs_of(experiment, ["paper"], tmp_path, overrides=["model.kv_heads=4"])
+    with pytest.raises(
+        ConfigError, match=r"other settings: config\.model\.kv_heads is 4, and was not set; use another"
+    ):
+        is_finished(changed)
+
+
+def test_a_spread_is_a_plain_number():
+    assert str(over_seeds([150.0, 270.0])) == "210 ± 80"
+    assert str(over_seeds([3.01, 3.04])) == "3.025 ± 0.02"
+    assert str(over_seeds([2.5])) == "2.5"
 
 
 def test_nothing_begins_when_it_is_late(tmp_path):

@@ -88,7 +88,8 @@ class Value(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "–"
-        return f"{self.mean:.4g}" if self.spread is None else f"{self.mean:.4g} ± {self.spread:.1g}"
+        # One digit is all that a spread over a few seeds says; as a number, since "7e+01" is hard to read.
+        return f"{self.mean:.4g}" if self.spread is None else f"{self.mean:.4g} ± {float(f'{self.spread:.1g}'):g}"
 
 
 def over_seeds(values: Iterable[float]) -> Value:
