@@ -6,7 +6,9 @@ import difflib
 import json
 import os
 import re
+import sys
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from importlib.resources.abc import Traversable
 from itertools import accumulate
 from pathlib import Path
@@ -36,12 +38,18 @@ def load_config(path: Path | Traversable | None, overrides: Sequence[str] = ()) 
         ConfigError: the file cannot be read or is no YAML mapping; a key is unknown or given twice; a value is invalid.
     """
     values = {} if path is None else read_yaml(path)
-    given: set[str] = set()
+    given: list[str] = []
     for word in overrides:
         key = set_override(values, word)
         if key in given:
             raise ConfigError(f"every key may be given once, but {key} is given twice on the command line")
-        given.add(key)
+        for section, part in (pair for other in given for pair in ((key, other), (other, key))):
+            if part.startswith(f"{section}."):
+                raise ConfigError(
+                    f"every key may be given once, but {section} on the command line has the place of {part}, which is "
+                    f"given too; put {part.removeprefix(f'{section}.')} into {section}={{...}}, or give single keys"
+                )
+        given.append(key)
     return parse_config(values)
 
 
@@ -52,10 +60,50 @@ def parse_config(values: dict[str, Any]) -> Config:
         ConfigError: a value is invalid. The message has a line for each fault: key, value and rule, or for an unknown
             key the nearest known one.
     """
+    if faults := list(_misleading(values)):
+        raise ConfigError("\n".join(faults))
     try:
         return Config.model_validate(_with_model_of_init(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_faults(error))) from None
+
+
+_PLACES = ("model.path", "train.resume")
+"""Keys whose value is a path, though their type does not say so."""
+
+
+def _misleading(values: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a line for each value that pydantic would take for another one than was meant.
+
+    These are numbers given as true or false (in YAML also yes, no, on, off), which it takes for 1 and 0, and empty
+    paths, which it takes for the current folder. A variable of the shell that is not set leaves such a path.
+    """
+    for name, value in values.items() if isinstance(values, dict) else ():
+        key = f"{prefix}{name}"
+        field = _field(key)
+        if field and section_of(field):
+            yield from _misleading(value, f"{key}.")
+            continue
+        leaves = set(_leaves(field.annotation)) if field else set()
+        if value == "" and (Path in leaves or key in _PLACES):
+            optional = key == "model.path" or type(None) in leaves
+            yield f"{key} is empty; give a path{', or null for none' if optional else ''}"
+        elif truth := _truth_for_a_number(value, leaves):
+            yield f"{key} should be a number, not {truth}{_meaning(key)}"
+
+
+def _truth_for_a_number(value: Any, leaves: set[Any]) -> str:
+    """Return the truth value, as YAML writes it, in a value of a key whose types are numbers; empty if there is none.
+
+    Args:
+        value: of the key; a list is searched.
+        leaves: types that the value may have.
+    """
+    kinds = {part for leaf in leaves for part in (leaf, *get_args(leaf))}
+    if not kinds & {int, float} or bool in kinds:
+        return ""
+    given = value if isinstance(value, list) else [value]
+    return next((str(one).lower() for one in given if isinstance(one, bool)), "")
 
 
 def _with_model_of_init(values: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +227,7 @@ def set_override(values: dict[str, Any], word: str) -> str:
         word.encode()
         value = _as_it_is(key, text) if _is_text(key) else parse_yaml(text)
     except UnicodeEncodeError:
-        shown = os.fsencode(text)
-        raise ConfigError(f"the value of {key} must be UTF-8, but is the bytes {shown!r}; write it as UTF-8") from None
+        raise ConfigError(_not_utf8(key, os.fsencode(text))) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {key} is no valid YAML: {error}") from None
     *sections, last = key.split(".")
@@ -192,13 +239,25 @@ def set_override(values: dict[str, Any], word: str) -> str:
     return key
 
 
+def _not_utf8(key: str, value: bytes) -> str:
+    """Return why bytes that Python could not read are refused."""
+    fault = f"the value of {key} must be UTF-8, but is the bytes {value!r}; write it as UTF-8"
+    with suppress(UnicodeDecodeError):
+        value.decode("utf-8")  # it is, but Python was told that the command line is not
+        fault = (
+            f"the value of {key} is {value!r}, which Python reads as {sys.getfilesystemencoding()} here; set "
+            "PYTHONUTF8=1, or a locale of UTF-8 such as LC_ALL=C.UTF-8"
+        )
+    return fault
+
+
 def _as_it_is(key: str, text: str) -> str | None:
     """Return the text of a value, or None where it leaves out a key that may be."""
     if "\0" in text:
         raise ConfigError(f"the value of {key} must not have a zero byte")
     field = _field(key)
     optional = field is not None and type(None) in _leaves(field.annotation)
-    return None if optional and text in ("", "null") else text
+    return None if optional and text == "null" else text
 
 
 def _is_text(key: str) -> bool:
@@ -241,16 +300,29 @@ def _faults(error: ValidationError) -> Iterator[str]:
         if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, [*Config.model_fields, *known_keys(Config)], n=1, cutoff=0.0)[0]
             rules[key] = [f"there is no key {key}; the nearest is {near}"]
+        elif fault["type"] == "missing" and isinstance(fault["loc"][-1], int):
+            rules[key] = [f"{key}={list(fault['input'])} is too short{_meaning(key)}"]
         elif fault["type"] == "missing":
             rules[key] = [f"{' and '.join(_required(key))} must be given"]
         elif "error" in fault.get("ctx", {}):
             rules[key] = [f"{key}: {fault['ctx']['error']}".removeprefix(": ")]
         else:
             value = "null" if fault["input"] is None else repr(fault["input"])
-            rules.setdefault(key, [f"{key}={value}"]).append(fault["msg"].removeprefix("Input "))
+            rules.setdefault(key, [f"{key}={value}"]).append(_rule(key, fault))
     for key, (first, *others) in rules.items():
         remedy = _meaning(key) if first == f"{key}=null" else ""
         yield f"{first} {', or '.join(others)}{remedy}".rstrip()
+
+
+def _rule(key: str, fault: Any) -> str:
+    """Return the rule that a value breaks, in the words of a configuration file where pydantic has Python's."""
+    if fault["type"] == "tuple_type":
+        return f"should be a list, such as [{fault['input']}]"
+    if fault["type"] == "model_type":
+        first = next(known for known in known_keys(Config) if known.startswith(f"{key}."))
+        return f"should be a section: give its keys, such as {first}"
+    message: str = fault["msg"]
+    return message.removeprefix("Input ")
 
 
 def _meaning(key: str) -> str:

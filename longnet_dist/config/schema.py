@@ -30,6 +30,7 @@ from longnet_dist.registry import ATTENTION_BACKENDS, FEATURE_TASKS
 
 Precision = Literal["fp32", "bf16"]
 AUTO = "auto"
+MOST_MINUTES = 60 * 24 * 365  # a year; torch counts a time-out in nanoseconds, of which 64 bits have 292 years
 PARTS_FROM_BYTES = 2**30  # the least size of a checkpoint that ranks write in parts unless asked
 
 
@@ -480,7 +481,7 @@ class ParallelConfig(Section):
     data: PositiveInt | Literal["auto"] = "auto"
     overlap: bool = True
     flight_recorder: NonNegativeInt = 2000
-    timeout_minutes: PositiveFloat = 30.0
+    timeout_minutes: float = Field(30.0, gt=0, le=MOST_MINUTES)
 
 
 class DeepSpeedConfig(Section):

@@ -36,7 +36,7 @@ def test_settings_replace_the_files(file):
 
 
 def test_a_setting_may_be_a_list_or_nothing(file):
-    config = load_config(file, ["model.segment_lengths=[8,16]", "model.dilation_rates=[1,2]", "data.path="])
+    config = load_config(file, ["model.segment_lengths=[8,16]", "model.dilation_rates=[1,2]", "data.path=null"])
     assert config.model.segment_lengths == (8, 16)
     assert config.data.path is None
 
@@ -98,8 +98,28 @@ def test_a_file_means_the_same(tmp_path):
             r"the value of train.sample_prompt must be UTF-8, but is the bytes b'caf\xe9'",
         ),
         ("data.path=\udce9", "the value of data.path must be UTF-8"),
+        ("data.path=\udcc3\udca9", r"data.path is b'\xc3\xa9', which Python reads as utf-8 here; set PYTHONUTF8=1"),
         ("data.path=a\0b", "must not have a zero byte"),
         ("data.path=~nobody-here/x", "begins with a home folder that is unknown"),
+        ("data.path=", "data.path is empty; give a path, or null for none"),
+        ("train.output_dir=", "train.output_dir is empty; give a path"),
+        ("train.init=", "train.init is empty; give a path, or null for none"),
+        ("data.cache_dir=", "data.cache_dir is empty; give a path"),
+        ("model.path=", "model.path is empty; give a path, or null"),
+        ("train.resume=", "train.resume is empty; give a path"),
+        ("train.steps=yes", "train.steps should be a number, not true; train.steps is: optimizer steps"),
+        ("train.warmup_steps=off", "train.warmup_steps should be a number, not false"),
+        ("train.learning_rate=true", "train.learning_rate should be a number, not true"),
+        ("train.adam_betas=[0.9, on]", "train.adam_betas should be a number, not true"),
+        ("train.profile={first: yes}", "train.profile.first should be a number, not true"),
+        ("train.micro_batch_size=true", "train.micro_batch_size should be a number"),
+        ("parallel.sequence=no", "parallel.sequence should be a number, not false"),
+        ("model.layers=yes", "model.layers should be a number, not true"),
+        ("model.segment_lengths=[true, 16]", "model.segment_lengths should be a number, not true"),
+        ("parallel.timeout_minutes=1e300", "parallel.timeout_minutes=1e+300 should be less than or equal to 525600"),
+        ("train.adam_betas=[0.9]", "train.adam_betas=[0.9] is too short; train.adam_betas is: decay rates"),
+        ("train.loggers=jsonl", "train.loggers='jsonl' should be a list, such as [jsonl]"),
+        ("train.profile=3", "train.profile=3 should be a section: give its keys, such as train.profile.first"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(file, word, message):
@@ -114,6 +134,12 @@ def test_a_value_that_cannot_be_is_refused(file, word, message):
         (["train.stepz=5"], "there is no key train.stepz; the nearest is train.steps"),
         (["trian.steps=5"], "there is no key trian; the nearest is train"),
         (["train.steps=1", "train.steps=2"], "train.steps is given twice"),
+        (
+            ["data.sequence_length=16", "data={path: x}"],
+            "data on the command line has the place of data.seq",
+        ),
+        (["data={path: x}", "data.sequence_length=16"], "put sequence_length into data={...}"),
+        (["train.profile.first=2", "train.profile={steps: 1}"], "train.profile on the command line has the place of"),
         (["train.steps"], "must read section.key=value"),
         (["=5"], "must read section.key=value"),
         (["train.steps=[1"], "the value of train.steps is no valid YAML"),
