@@ -95,7 +95,10 @@ class Lock:
             while not self._create():
                 self._take_stale()
         except OSError as error:
-            raise ConfigError(f"{self._what} cannot be locked: {self.path}: {error.strerror or error}") from None
+            raise ConfigError(
+                f"{self._what} cannot be locked: {self.path}: {error.strerror or error}; remove what is in the way, or "
+                "use another place"
+            ) from None
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,9 +96,17 @@ class RunFolder:
         """Refuse a place where nothing can be written, as far as can be known without writing.
 
         Raises:
-            ConfigError: this folder, or the nearest one above it that exists, is none or cannot be written.
+            ConfigError: this folder, or the nearest one above it that exists, is none or cannot be written; or
+                something else lies where the run would write a file or a folder of its own.
         """
         check_writable(self.path, f"train.output_dir={self.path}")
+        for folder in (self.path / "checkpoints", self.tensorboard, self.flight_recorder):
+            if os.path.lexists(folder):
+                _check_place(folder, "folder", folder.is_dir())
+        replaced = (self.config_file, self.tokenizer_file, self.classes_file)  # which their own mode does not hinder
+        for file in (*replaced, self.metrics_file, self.validation_file, self.curve_file, self.sample_file):
+            if file.exists():
+                _check_place(file, "file", file.is_file(), is_replaced=file in replaced)
 
     def describe(self, config: dict[str, Any], tokenizer: Tokenizer | None, classes: Sequence[str] = ()) -> None:
         """Write what evaluation and generation need beside a checkpoint: a tokenizer, or names of classes."""
@@ -150,6 +159,18 @@ class RunFolder:
             return tokenizer_from_json(json.loads(self.tokenizer_file.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"cannot read {self.tokenizer_file}: {error}") from None
+
+
+def _check_place(path: Path, kind: str, is_kind: bool, is_replaced: bool = False) -> None:
+    """Refuse what is of another kind than the run would write there, or cannot be written."""
+    fault = f"is no {kind}" if not is_kind else ""
+    if is_kind and not is_replaced and not os.access(path, os.W_OK):
+        fault = "cannot be written"
+    if fault:
+        raise ConfigError(
+            f"the run writes the {kind} {path}, but what is there {fault}; move it away, or use another "
+            "train.output_dir"
+        )
 
 
 def _place(path: str) -> Path:

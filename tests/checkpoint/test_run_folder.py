@@ -1,4 +1,6 @@
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +122,35 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path):
         RunFolder(tmp_path / "file" / "run").check_writable()
     with pytest.raises(ConfigError, match="cannot be used"):
         RunFolder(tmp_path / ("x" * 300)).check_writable()
+
+
+@pytest.mark.parametrize(
+    ("name", "put"),
+    [
+        ("checkpoints", Path.touch),
+        ("checkpoints", lambda path: path.symlink_to("nowhere")),
+        ("tensorboard", Path.touch),
+        ("flight_recorder", os.mkfifo),
+        ("metrics.jsonl", Path.mkdir),
+        ("validation.jsonl", Path.mkdir),
+        ("config.yaml", Path.mkdir),
+        ("tokenizer.json", Path.mkdir),
+        ("loss.png", Path.mkdir),
+        ("sample.txt", os.mkfifo),
+    ],
+)
+def test_what_lies_where_a_run_writes_is_refused_before_it_starts(tmp_path, name, put):
+    put(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"{name}, but what is there is no (file|folder); move it away, or use"):
+        RunFolder(tmp_path).check_writable()
+
+
+def test_links_to_files_and_folders_of_a_run_are_used(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere" / "not_yet")
+    RunFolder(tmp_path / "run").check_writable()
 
 
 def test_a_file_is_replaced_whole(tmp_path):
