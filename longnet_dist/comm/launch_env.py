@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,8 @@ SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
 SRUN_VARIABLES = ("SLURM_PROCID", SRUN_SIZE, "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 # Linux takes ephemeral ports from 32768 upwards, so these are free of them.
 FIRST_PORT, NUM_PORTS, LAST_PORT = 16384, 16384, 65535
+# Clusters may start a rank some seconds before they know the name of rank 0's machine.
+NAME_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -131,11 +136,12 @@ def meeting_store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
         timeout: how long a request waits for the other ranks.
 
     Raises:
-        ConfigError: the ranks do not meet at the meeting point.
+        ConfigError: the ranks do not meet at the meeting point, or its address is unknown here.
     """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     meeting_point = launch.meeting_point or "env://"  # env:// if a caller made the launch environment
+    _await_name(launch, min(NAME_SECONDS, timeout.total_seconds()))
     try:
         store, _, _ = next(rendezvous(meeting_point, launch.rank, launch.world_size, timeout=timeout))
     except dist.DistError as error:
@@ -183,6 +189,24 @@ def process_group(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _await_name(launch: LaunchEnvironment, seconds: float) -> None:
+    """Refuse an address that this machine does not know, for which torch would wait until its time-out."""
+    point = urlsplit(launch.meeting_point or "")
+    deadline = time.monotonic() + seconds
+    while point.hostname:
+        try:
+            socket.getaddrinfo(point.hostname, point.port)
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that can be none, such as one of 64 letters
+            if time.monotonic() > deadline or isinstance(error, UnicodeError):
+                raise ConfigError(
+                    f"rank {launch.rank} of {launch.world_size} cannot find the machine {point.hostname}, where rank 0 "
+                    f"should wait ({error}); set MASTER_ADDR to a name or an address of rank 0's machine that every "
+                    "machine knows"
+                ) from None
+        time.sleep(1.0)
 
 
 def _not_met(launch: LaunchEnvironment, error: Exception) -> ConfigError:
@@ -314,9 +338,19 @@ def _checked(launch: LaunchEnvironment, names: tuple[str, ...]) -> LaunchEnviron
 def _meeting_point(address: str, port: int) -> str:
     if not 1 <= port <= LAST_PORT:
         raise ConfigError(f"MASTER_PORT must be a port from 1 to {LAST_PORT}, not {port}; set it to a free one")
-    if not address or any(character.isspace() for character in address):
-        raise ConfigError(f"MASTER_ADDR must be the address of rank 0's machine, not {address!r}; set it to that")
+    address = address.removeprefix("[").removesuffix("]") if address.count(":") > 1 else address
+    if not address or re.search(r"[\s/?#@\\\[\]]", address) or (":" in address and not _is_ipv6(address)):
+        raise ConfigError(
+            f"MASTER_ADDR must be the name or address of rank 0's machine alone, not {address!r}; set it to that, and "
+            "the port as MASTER_PORT"
+        )
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def _is_ipv6(address: str) -> bool:
+    with suppress(ValueError):
+        return bool(ipaddress.IPv6Address(address))
+    return False
 
 
 def _own_address() -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from longnet_dist.comm import launch_env
-from longnet_dist.comm.launch_env import LaunchEnvironment, process_group
+from longnet_dist.comm.launch_env import LaunchEnvironment, meeting_store, process_group
 from longnet_dist.errors import ConfigError
 
 TORCHRUN = {
@@ -101,7 +101,7 @@ def test_ranks_are_numbers():
     [
         ({"MASTER_PORT": "99999"}, "MASTER_PORT must be a port from 1 to 65535, not 99999"),
         ({"MASTER_PORT": "0"}, "MASTER_PORT must be a port from 1 to 65535, not 0"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR must be the address of rank 0's machine, not ''"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR must be the name or address of rank 0's machine alone, not ''"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be at least 1 and at most WORLD_SIZE, but .*WORLD_SIZE=8"),
         ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE must be at least 1 and at most WORLD_SIZE"),
         ({"RANK": "8"}, "RANK must be less than WORLD_SIZE, but the environment says RANK=8, WORLD_SIZE=8"),
@@ -272,3 +272,23 @@ def test_a_taken_port_is_named(monkeypatch):
             process_group(launch, torch.device("cpu"), timedelta(seconds=2)),
         ):
             pass
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "x" * 64, "nobody.invalid."])
+def test_an_unknown_machine_is_refused_before_the_time_out(monkeypatch, address):
+    monkeypatch.setattr(launch_env, "NAME_SECONDS", 0.0)
+    launch = LaunchEnvironment(1, 2, 1, 2, f"tcp://{address}:29500")
+    with pytest.raises(ConfigError, match=rf"rank 1 of 2 cannot find the machine {address}.*set MASTER_ADDR to"):
+        meeting_store(launch, timedelta(minutes=30))
+
+
+@pytest.mark.parametrize("address", ["node1:29500", "tcp://node1", "user@node1", "node1/", "[node1]", "1:2:3", ""])
+def test_an_address_with_more_than_a_machine_is_refused(address):
+    with pytest.raises(ConfigError, match="name or address of rank 0's machine alone"):
+        LaunchEnvironment.read(TORCHRUN | {"MASTER_ADDR": address})
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]", "fe80::1%eth0"])
+def test_an_ipv6_address_may_have_brackets(address):
+    point = LaunchEnvironment.read(TORCHRUN | {"MASTER_ADDR": address}).meeting_point
+    assert point == f"tcp://[{address.strip('[]')}]:29500"
