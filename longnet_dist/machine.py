@@ -38,7 +38,8 @@ def user_threads(environ: Mapping[str, str]) -> int | None:
         environ: the environment variables.
     """
     text = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number for each level of nesting
-    number = int(text) if text.isascii() and text.isdecimal() else 0
+    is_number = text.isascii() and text.isdecimal() and len(text) < 10  # more are none for OpenMP and torch either
+    number = int(text) if is_number else 0
     return None if number == 0 or (number == 1 and "TORCHELASTIC_RUN_ID" in environ) else number
 
 

@@ -87,6 +87,9 @@ def test_cores_are_what_the_quota_leaves(monkeypatch, tmp_path):
         ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 2),
         ({"OMP_NUM_THREADS": "many"}, None),
         ({"OMP_NUM_THREADS": "0"}, None),
+        ({"OMP_NUM_THREADS": "99999999999"}, None),
+        ({"OMP_NUM_THREADS": "1" * 5000}, None),
+        ({"OMP_NUM_THREADS": "000000000"}, None),
     ],
 )
 def test_the_threads_that_the_user_asks_for_are_heeded(environment, threads):
