@@ -41,6 +41,14 @@ def test_a_text_is_continued(trained):
     assert texts == continue_text(trained, "def ", 10, Sampling(), samples=3)
 
 
+@pytest.mark.parametrize(("num_tokens", "samples"), [(2**49, 1), (-1, 1), (5, 0)])
+def test_nothing_is_shown_of_what_is_refused(trained, num_tokens, samples):
+    shown = []
+    with pytest.raises(ConfigError, match=r"number of tokens to add must be|at least 1 sample"):
+        continue_text(trained, "def ", num_tokens, Sampling(), samples, show=shown.append)
+    assert shown == []
+
+
 @pytest.mark.parametrize(("contexts", "num_tokens"), [([0], 5), ([4, -1], 5), ([4], 0)])
 def test_lengths_must_be_positive(trained, corpus, contexts, num_tokens):
     with pytest.raises(ConfigError, match="must be at least 1"):
