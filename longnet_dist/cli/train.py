@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longnet_dist.cli.program.parser import CommandParser
-from longnet_dist.cli.program.processes import Processes
+from longnet_dist.cli.program.processes import LAUNCHER_VARIABLES, Processes
 
 if TYPE_CHECKING:
     from longnet_dist.comm.launch_env import LaunchEnvironment
@@ -101,22 +102,26 @@ def train(
     """
     from longnet_dist.config.loading import load_config
     from longnet_dist.config.packaged import find_config
-    from longnet_dist.errors import REQUEUE_STATUS
+    from longnet_dist.errors import REQUEUE_STATUS, LongNetError
     from longnet_dist.extras import require_extra
 
-    require_extra("train", "training")
-    file = None if config_word is None else find_config(config_word)
-    config = load_config(file, overrides)  # a mistake in it needs no torch to be told
+    try:
+        require_extra("train", "training")
+        file = None if config_word is None else find_config(config_word)
+        config = load_config(file, overrides)
+    except LongNetError as error:
+        if os.environ.keys().isdisjoint(LAUNCHER_VARIABLES):
+            raise  # a mistake of a single process needs no torch to be told
+        from longnet_dist.cli.program.ranks import refuse_on_all_ranks
+
+        refuse_on_all_ranks(error)
 
     from longnet_dist.cli.program.ranks import run_on_ranks
 
     def work(launch: LaunchEnvironment) -> None:
-        from longnet_dist.data.token_file import TokenFile
         from longnet_dist.train.loop import run_training
 
-        if verify and config.data.path is not None and launch.local_rank == 0:
-            TokenFile.open(config.data.path, verify=True)  # that of the default corpus always is
-        if not run_training(config, launch):
+        if not run_training(config, launch, verify):
             raise SystemExit(REQUEUE_STATUS)
         if launch.rank == 0:
             conclude(config)

@@ -51,7 +51,12 @@ def agreed(
     except BaseException as raised:
         error = raised
         mine["error"] = str(raised) or type(raised).__name__
-    verdict = settle(store, launch, name, mine, difference)
+    try:
+        verdict = settle(store, launch, name, mine, difference)
+    except ConfigError:
+        if error is None:
+            raise
+        raise error from None  # what this rank can say of itself helps more than that others do not come
     if error is not None and (verdict == mine["error"] or not isinstance(error, LongNetError | OSError)):
         raise error
     if verdict:

@@ -68,8 +68,13 @@ LOG_SECONDS = 10.0
 """Between two lines of a progress bar that a file or a launcher takes, where each is kept."""
 
 
-def run_training(config: Config, launch: LaunchEnvironment) -> bool:
+def run_training(config: Config, launch: LaunchEnvironment, verify: bool = False) -> bool:
     """Train as configured. Every rank of the launch must call.
+
+    Args:
+        config: the run.
+        launch: which process this one is.
+        verify: compare the checksums of the token file first, on one rank of each machine.
 
     Returns:
         True after the last step, False if the run was asked to stop by a signal and left a checkpoint.
@@ -82,7 +87,7 @@ def run_training(config: Config, launch: LaunchEnvironment) -> bool:
     prepare_allocator(os.environ)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     store = meeting_store(launch, timeout)
-    start = agreed(store, launch, "start", partial(Start, config, launch), Start.facts)
+    start = agreed(store, launch, "start", partial(Start, config, launch, verify), Start.facts)
     plan, device, records = start.plan, start.device, start.plan.folder.flight_recorder
     if plan.is_complete:
         if launch.rank == 0:

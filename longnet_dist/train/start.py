@@ -17,6 +17,7 @@ from longnet_dist.checkpoint.lock import Lock, held_by_first, read_owner
 from longnet_dist.comm.agreement import agreed, settle
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.schema import Config
+from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import ConfigError
 from longnet_dist.estimate.run_estimate import Estimate
 from longnet_dist.estimate.table import check_fits
@@ -34,6 +35,7 @@ class Start:
     Args:
         config: the run.
         launch: which process this one is.
+        verify: compare the checksums of the token file, on one rank of each machine.
 
     Attributes:
         plan: the checked configuration.
@@ -44,7 +46,9 @@ class Start:
         LongNetError: whatever would make the run fail later.
     """
 
-    def __init__(self, config: Config, launch: LaunchEnvironment) -> None:
+    def __init__(self, config: Config, launch: LaunchEnvironment, verify: bool = False) -> None:
+        if verify and config.data.path is not None and launch.local_rank == 0:
+            TokenFile.open(config.data.path, verify=True)  # that of the default corpus always is
         prepare_compile_cache(config.train.compile_cache, os.environ)
         self.device: torch.device = launch.device()
         self.plan = RunSetup.make(config, launch.world_size, self.device.type)

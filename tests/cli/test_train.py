@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,44 @@ def test_every_key_has_a_line(capsys):
 def test_options_may_stand_between_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"nearest is train\.steps"):
         main(["quickstart", "train.seed=1", "--processes", "2", "train.stepz=3"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            ["run.yaml"],
+            ["run.yaml", "train.schedule=wds"],
+            "rank 1 on host * cannot start: train: train.schedule must",
+        ),
+        (["gone.yaml"], ["run.yaml"], "rank 0 on host * cannot start: cannot read the configuration gone.yaml"),
+        (["run.yaml", "a=b"], ["run.yaml", "a=b"], "there is no key a"),
+        (["run.yaml"], ["run.yaml", "--verify"], "rank 1 on host * cannot start: the edges of documents of *"),
+    ],
+)
+def test_a_mistake_of_one_rank_ends_all_where_no_launcher_does(tmp_path, corpus, monkeypatch, first, second, message):
+    """As under srun, which lets the other ranks go on."""
+    data = tmp_path / "damaged.tokens"
+    content = bytearray(corpus.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    write_config(tmp_path, "run", data)
+    monkeypatch.setattr(sys.modules[__name__], "LAUNCHERS", ("OMP_NUM_THREADS",))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank, words in enumerate((first, second)):
+        # Each as on a machine of its own, so that the second one verifies.
+        numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        for name, value in numbers.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        ranks.append(start("train", *words, cwd=tmp_path))
+    for process in ranks:
+        with process:
+            _, err = process.communicate(timeout=100)
+        assert process.returncode == 2, err
+        assert fnmatch(err.splitlines()[-1], f"error: {message}*")
+        assert "Traceback" not in err

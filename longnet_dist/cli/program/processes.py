@@ -7,6 +7,9 @@ from pathlib import Path
 
 import longnet_dist
 
+# Of the launchers that comm/launch_env.py detects: set where other ranks may wait for this one.
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+
 
 @dataclass(frozen=True)
 class Processes:

@@ -10,20 +10,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from longnet_dist.cli.program.processes import Processes, python_options
-from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of
+from longnet_dist.comm.agreement import agreed
+from longnet_dist.comm.launch_env import LaunchEnvironment, launcher_of, meeting_store
 from longnet_dist.errors import ConfigError
 from longnet_dist.machine import usable_cores
 from longnet_dist.resilience.stop_signals import heeded_signals
 
 KILLED = 128  # plus the number of the signal, as shells count
 PROC = Path("/proc")
+MEETING_SECONDS = 120.0  # in which a rank with a mistake tells the others, which may take long to import torch
 INTERRUPTS_OF_RANKS = 2  # the first asks a rank to stop, the second ends it
 
 _interrupts: list[int] = []  # that came to this process while it waits for ranks
@@ -60,6 +63,30 @@ def run_on_ranks(
         return work(LaunchEnvironment())
     check(num_ranks)
     raise SystemExit(start_ranks(processes.command, num_ranks))
+
+
+def refuse_on_all_ranks(error: Exception) -> NoReturn:
+    """Raise an error that this rank had before it met the others, and let the others end with it too.
+
+    A launcher such as srun would leave them waiting for this rank until their time-out.
+
+    Args:
+        error: the mistake, such as a file that this host alone does not have.
+
+    Raises:
+        LongNetError: this error, or where only some ranks have it, the one that all ranks end with.
+    """
+
+    def fail() -> None:
+        raise error
+
+    try:
+        launch = LaunchEnvironment.read(os.environ)
+        store = meeting_store(launch, timedelta(seconds=MEETING_SECONDS))
+    except ConfigError:
+        raise error from None
+    agreed(store, launch, "start", fail, lambda _: {})
+    raise error  # which agreed has raised already
 
 
 def num_ranks_of(processes: Processes) -> int:
