@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +21,13 @@ from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.prefetch import read_ahead
 from longnet_dist.geometry.window import Shards
-from longnet_dist.inference.evaluation import Evaluation, loss_sums
+from longnet_dist.inference.evaluation import Evaluation
 from longnet_dist.inference.stream_state import StreamState, StreamTask, load_stream_state, save_stream_state
-from longnet_dist.model.longnet import LongNet
+from longnet_dist.model.longnet import LongNet, LongNetOutput
 
 SAVE_SECONDS = 60.0
+LAUNCHED_AHEAD = {"cuda": 1}
+"""Chunks that are launched before the sums of an earlier one are read, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,96 @@ def evaluate_stream(
             tokens, labels = tokens.pin_memory(), labels.pin_memory()
         return tokens, labels, num_bytes
 
+    def save() -> None:
+        windows.token_file.check_unchanged()
+        save_stream_state(file.path, file.task, replace(progress.state, carried=stream.carried()))
+
     bar = tqdm(total=stream.total_rows, initial=state.row, unit="token", unit_scale=True, disable=not is_first)
     with torch.no_grad(), _interrupts() as interrupts, bar:
-        for shards, (*batch, read_bytes) in read_ahead(read, stream.chunks(chunk_length, state.row)):
+        progress = _Progress(state, bar, LAUNCHED_AHEAD.get(device.type, 0))
+        for shards, (*batch, num_bytes) in read_ahead(read, stream.chunks(chunk_length, state.row)):
             stream.enter(shards)
-            sums = loss_sums(model(*(part.to(device, non_blocking=True) for part in batch), stream=stream), read_bytes)
-            # This also waits for the chunk, while the next one is read.
-            sums = total_over_ranks(torch.cat([sums, sums.new_tensor([len(interrupts)])]))
-            loss, labels, num_bytes, stop = sums.tolist()
-            state = StreamState(
-                shards.stop, state.loss_sum + loss, state.num_labels + int(labels), [], state.num_bytes + int(num_bytes)
-            )
-            bar.set_postfix_str(f"loss {state.loss_sum / max(1, state.num_labels):.4f}", refresh=False)
-            bar.update(shards.stop - shards.start)
+            output = model(*(part.to(device, non_blocking=True) for part in batch), stream=stream)
+            progress.add(shards, _Sums(output, num_bytes, len(interrupts)))
+            stop = progress.stop  # before a save of the first rank looks further ahead than the others
             if is_first and (stop or time.monotonic() - saved_at > file.save_seconds):
-                windows.token_file.check_unchanged()
-                save_stream_state(file.path, file.task, replace(state, carried=stream.carried()))
+                progress.finish()
+                save()
                 saved_at = time.monotonic()
             if stop:
                 raise KeyboardInterrupt
+        progress.finish()
+        if progress.stop:
+            if is_first:
+                save()
+            raise KeyboardInterrupt
     windows.token_file.check_unchanged()
     if is_first:
         file.path.unlink(missing_ok=True)
-    return Evaluation.of(state.loss_sum, state.num_labels, state.num_bytes)
+    return Evaluation.of(progress.state.loss_sum, progress.state.num_labels, progress.state.num_bytes)
+
+
+class _Sums:
+    """What a chunk adds, summed over ranks; a GPU may still be computing it. Every rank must make one.
+
+    Args:
+        output: of the model.
+        num_bytes: of the labels of this rank.
+        signals: to stop, that came to this rank.
+    """
+
+    def __init__(self, output: LongNetOutput, num_bytes: int, signals: int) -> None:
+        assert output.loss_sum is not None
+        assert output.num_labels is not None
+        on_gpu = output.loss_sum.is_cuda
+        known = torch.tensor([num_bytes, signals], dtype=torch.float64, pin_memory=on_gpu)
+        known = known.to(output.loss_sum.device, non_blocking=True)
+        sums = torch.cat([torch.stack([output.loss_sum.double(), output.num_labels.double()]), known])
+        self._sums = total_over_ranks(sums)
+        self._computed: torch.cuda.Event | None = None
+        if on_gpu:
+            # A copy that waits for these sums alone, not for what is launched after them.
+            self._sums = torch.empty(4, dtype=torch.float64, pin_memory=True).copy_(self._sums, non_blocking=True)
+            self._computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._computed.record()
+
+    def wait(self) -> list[float]:
+        """Return the loss, the number and the bytes of the labels, and the signals."""
+        if self._computed is not None:
+            self._computed.synchronize()
+        values: list[float] = self._sums.tolist()
+        return values
+
+
+class _Progress:
+    """Add up chunks, the last ``behind`` of them later, so that a GPU gets the next chunk before it is done with one.
+
+    Attributes:
+        state: behind the chunks that were added up.
+        stop: whether a signal to stop came to a rank before these were computed.
+    """
+
+    def __init__(self, state: StreamState, bar: tqdm[Any], behind: int) -> None:
+        self.state, self.stop = state, False
+        self._bar, self._behind, self._chunks = bar, behind, deque[tuple[Shards, _Sums]]()
+
+    def add(self, shards: Shards, sums: _Sums) -> None:
+        """Take the present chunk, and add up those before it."""
+        self._chunks.append((shards, sums))
+        self.finish(self._behind)
+
+    def finish(self, left: int = 0) -> None:
+        """Add up all chunks but the last ``left``."""
+        while len(self._chunks) > left:
+            shards, sums = self._chunks.popleft()
+            loss, labels, num_bytes, signals = sums.wait()
+            old = self.state
+            self.state = StreamState(
+                shards.stop, old.loss_sum + loss, old.num_labels + int(labels), [], old.num_bytes + int(num_bytes)
+            )
+            self.stop |= signals > 0
+            self._bar.set_postfix_str(f"loss {self.state.loss_sum / max(1, self.state.num_labels):.4f}", refresh=False)
+            self._bar.update(shards.stop - shards.start)
 
 
 @contextmanager

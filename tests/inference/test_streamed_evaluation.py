@@ -13,7 +13,7 @@ from longnet_dist.data.token_file import TokenFile
 from longnet_dist.errors import CheckpointError
 from longnet_dist.inference.evaluation import evaluate
 from longnet_dist.inference.stream_state import StreamTask, load_stream_state
-from longnet_dist.inference.streamed_evaluation import StateFile, evaluate_stream
+from longnet_dist.inference.streamed_evaluation import LAUNCHED_AHEAD, StateFile, evaluate_stream
 from longnet_dist.model.longnet import LongNet
 from tests.distributed import run_distributed
 from tests.train.runs import CPU
@@ -68,8 +68,19 @@ def interrupted(corpus, chunk, state, number):
     return None
 
 
-@pytest.mark.parametrize(("ranks", "chunk"), [(1, 100), (1, 77), (2, 128), (3, 240)])
-def test_a_stream_has_the_loss_of_the_whole(tmp_path, corpus, ranks, chunk):
+@pytest.mark.parametrize("number", [11, 12])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_signal_in_the_last_chunks_is_heeded(tmp_path, corpus, number, ahead, monkeypatch):
+    monkeypatch.setitem(LAUNCHED_AHEAD, "cpu", ahead)
+    state = tmp_path / "state"
+    passes = min(number + ahead, 12)
+    assert run_distributed(interrupted, 2, corpus, 100, state, number) == [passes] * 2
+    assert load_stream_state(state, TASK).row == 100 * passes
+
+
+@pytest.mark.parametrize(("ranks", "chunk", "ahead"), [(1, 100, 1), (1, 77, 0), (2, 128, 1), (3, 240, 0)])
+def test_a_stream_has_the_loss_of_the_whole(tmp_path, corpus, ranks, chunk, ahead, monkeypatch):
+    monkeypatch.setitem(LAUNCHED_AHEAD, "cpu", ahead)
     expected = run_distributed(whole, 1, corpus)[0]
     for result in run_distributed(streamed, ranks, corpus, chunk, tmp_path / "state"):
         assert result.tokens == expected.tokens == ROWS
@@ -85,12 +96,14 @@ def test_a_validation_can_pass_in_chunks(corpus, ranks):
         assert result.loss == pytest.approx(expected.loss, rel=1e-9)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize(("before", "after", "chunk"), [(1, 1, 90), (2, 1, 128), (1, 3, 120)])
-def test_an_interrupted_stream_goes_on_where_it_was(tmp_path, corpus, before, after, chunk):
+def test_an_interrupted_stream_goes_on_where_it_was(tmp_path, corpus, before, after, chunk, ahead, monkeypatch):
     """On another number of ranks and in other chunks too."""
+    monkeypatch.setitem(LAUNCHED_AHEAD, "cpu", ahead)
     state = tmp_path / "state"
-    assert run_distributed(interrupted, before, corpus, 100, state, 3) == [3] * before
-    assert load_stream_state(state, TASK).row == 300
+    assert run_distributed(interrupted, before, corpus, 100, state, 3) == [3 + ahead] * before
+    assert load_stream_state(state, TASK).row == 300 + 100 * ahead
     expected = run_distributed(whole, 1, corpus)[0]
     for result in run_distributed(streamed, after, corpus, chunk, state, True):
         assert result.tokens == ROWS
