@@ -168,7 +168,7 @@ def _with_qkv(estimate: Estimate, settings: Settings) -> Iterator[Settings]:
 def _with_resident(estimate: Estimate, settings: Settings) -> Iterator[Settings]:
     """Yield, where the host has too little memory, the settings with the most blocks that need none of it."""
     base = estimate.with_settings(**settings)
-    if base is not None and not base.fits_host(-SPARE):
+    if base is not None and base.fits_device(-SPARE) and not base.fits_host(-SPARE):
         yield settings | {"train__resident_blocks": base.resident_blocks_that_fit}
 
 
