@@ -531,8 +531,16 @@ class Config(Section):
         train, fields = self.train, TrainConfig.model_fields
         if not isinstance(self.model, HuggingFaceConfig):
             return self
-        ours = ("offload_activations", "cache_qkv", "resident_blocks", "offload_qkv", "matmul", "length_warmup")
-        for key in (*ours, "cuda_graph"):
+        ours = (
+            "offload_activations",
+            "cache_qkv",
+            "resident_blocks",
+            "offload_qkv",
+            "matmul",
+            "length_warmup",
+            "cuda_graph",
+        )
+        for key in ours:
             if getattr(train, key) != fields[key].default:
                 raise ConfigError(
                     f"train.{key}={getattr(train, key)} is for LongNet's own blocks, but the run trains the model of "

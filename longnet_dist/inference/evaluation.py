@@ -131,9 +131,13 @@ def _sums(model: Any, windows: Windows, batch: _Batch, chunk_length: int | None,
     return sums
 
 
-def loss_sums(output: LongNetOutput, num_bytes: int) -> Tensor:
-    """Return loss sum, number and bytes of the labels of an output: ``(3,)`` float64."""
+def loss_sums(output: LongNetOutput, *known: int) -> Tensor:
+    """Return loss sum and number of the labels of an output, then ``known`` numbers of the host: float64.
+
+    The host does not wait for the device.
+    """
     assert output.loss_sum is not None
     assert output.num_labels is not None
-    counts = output.num_labels.double(), output.loss_sum.new_tensor(num_bytes, dtype=torch.float64)
-    return torch.stack([output.loss_sum.double(), *counts])
+    numbers = torch.tensor(known, dtype=torch.float64, pin_memory=output.loss_sum.is_cuda)
+    sums = torch.stack([output.loss_sum.double(), output.num_labels.double()])
+    return torch.cat([sums, numbers.to(sums.device, non_blocking=True)])

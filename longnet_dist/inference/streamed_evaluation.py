@@ -21,7 +21,7 @@ from longnet_dist.comm.reductions import total_over_ranks
 from longnet_dist.data.batches import Windows
 from longnet_dist.data.prefetch import read_ahead
 from longnet_dist.geometry.window import Shards
-from longnet_dist.inference.evaluation import Evaluation
+from longnet_dist.inference.evaluation import Evaluation, loss_sums
 from longnet_dist.inference.stream_state import StreamState, StreamTask, load_stream_state, save_stream_state
 from longnet_dist.model.longnet import LongNet, LongNetOutput
 
@@ -124,15 +124,9 @@ class _Sums:
     """
 
     def __init__(self, output: LongNetOutput, num_bytes: int, signals: int) -> None:
-        assert output.loss_sum is not None
-        assert output.num_labels is not None
-        on_gpu = output.loss_sum.is_cuda
-        known = torch.tensor([num_bytes, signals], dtype=torch.float64, pin_memory=on_gpu)
-        known = known.to(output.loss_sum.device, non_blocking=True)
-        sums = torch.cat([torch.stack([output.loss_sum.double(), output.num_labels.double()]), known])
-        self._sums = total_over_ranks(sums)
+        self._sums = total_over_ranks(loss_sums(output, num_bytes, signals))
         self._computed: torch.cuda.Event | None = None
-        if on_gpu:
+        if self._sums.is_cuda:
             # A copy that waits for these sums alone, not for what is launched after them.
             self._sums = torch.empty(4, dtype=torch.float64, pin_memory=True).copy_(self._sums, non_blocking=True)
             self._computed = torch.cuda.Event()  # type: ignore[no-untyped-call]

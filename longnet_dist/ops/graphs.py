@@ -150,7 +150,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _rehearse(work: Callable[[], object], device: torch.device) -> None:
-    """Do ``work`` on a stream of its own as often as a capture needs it, and free what it left."""
+    """Do ``work`` on a stream of its own, as often as a capture needs it."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
