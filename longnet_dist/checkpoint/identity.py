@@ -59,14 +59,14 @@ class RunIdentity(BaseModel):
             token_file: its data.
         """
         if isinstance(token_file, FeatureSet):
-            return cls(settings=dict(_flat(resolved)), tokenizer="none", data=token_file.fingerprint())
+            return cls(settings=dict(flat(resolved)), tokenizer="none", data=token_file.fingerprint())
         header = token_file.header
         splits = {"train": header.train, "validation": header.validation}
         edges = {name: f"tokens [{split.first}, {split.last})" for name, split in splits.items()}
         data = {"tokens": header.sha256, **edges}
         if header.answers:
             data["answers"] = header.answers.sha256
-        return cls(settings=dict(_flat(resolved)), tokenizer=digest_of_tokenizer(header.tokenizer), data=data)
+        return cls(settings=dict(flat(resolved)), tokenizer=digest_of_tokenizer(header.tokenizer), data=data)
 
     def refused(self, ours: RunIdentity) -> str | None:
         """Return the first difference with which a run cannot go on; None if there is none.
@@ -141,10 +141,11 @@ def _is_fixed(key: str) -> bool:
     return key == "train.seed" or (section == "data" and key not in _PLACES)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values by their places, such as ``train.steps``; ``deepspeed.extra`` stays one value."""
     for name, value in values.items():
         if isinstance(value, Mapping) and prefix + name != "deepspeed.extra":
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longnet_dist.checkpoint.identity import flat
 from longnet_dist.checkpoint.run_folder import RunFolder, write_text
 from longnet_dist.comm.launch_env import LaunchEnvironment
 from longnet_dist.config.model import LongNetConfig
@@ -80,8 +81,8 @@ def is_finished(run: Run) -> bool:
     if not run.record.exists():
         return False
     record = json.loads(run.record.read_text(encoding="utf-8"))
-    old = _flat({name: record.get(name) for name in run.identity})
-    new = _flat(run.identity)
+    there = {name: record.get(name) for name in run.identity}
+    old, new = ({key: json.dumps(value) for key, value in flat(values)} for values in (there, run.identity))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
         values = (f"{key} is {new.get(key, 'not set')}, and was {old.get(key, 'not set')}" for key in changed)
@@ -90,14 +91,6 @@ def is_finished(run: Run) -> bool:
             f"{run.record} and {run.folder}"
         )
     return True
-
-
-def _flat(values: Any, place: str = "") -> dict[str, str]:
-    """Return nested values by their places, such as ``train.steps``, as JSON."""
-    if not isinstance(values, dict):
-        return {place: json.dumps(values)}
-    parts = (_flat(value, f"{place}.{key}" if place else key) for key, value in values.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _facts(run: Run, kind: type[Kind]) -> dict[str, Any]:
